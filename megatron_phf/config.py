@@ -1,0 +1,235 @@
+"""Every setting of a run, as frozen dataclasses, and the command line built from them.
+
+A field ``tensor_model_parallel_size`` is the flag ``--tensor-model-parallel-size``.  Defaults are
+the published recipe (PHF, arXiv:2606.29340); the embedded task changes those it must, in
+:data:`EMBEDDED_DEFAULTS`.  No import of torch here: ``--help`` and the checks before launch
+answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hf_model: str | None = _flag(None, "HuggingFace model directory (Qwen3, Qwen2, Llama)")
+    dtype: str = _flag("auto", "auto: bf16 on CUDA, fp32 on CPU", ("auto", "fp32", "bf16"))
+    transformer_impl: str = _flag(
+        "auto",
+        "layer spec; auto: Transformer Engine on CUDA where installed, else local",
+        ("auto", "local", "transformer_engine"),
+    )
+    make_vocab_size_divisible_by: int = _flag(128, "pad the vocabulary to this x TP size")
+    pad_attention_heads: bool = _flag(
+        False, "add exact zero heads where the model's do not divide by the TP size"
+    )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = _flag(1, "tensor parallel size")
+    pipeline_model_parallel_size: int = _flag(1, "pipeline parallel size")
+    num_virtual_stages_per_pipeline_rank: int = _flag(1, "virtual (interleaved) stages")
+    context_parallel_size: int = _flag(1, "context parallel size (not yet available: must be 1)")
+    sequence_parallel: bool = _flag(False, "shard activations along the sequence over TP")
+    use_distributed_optimizer: bool = _flag(False, "shard the optimizer state over DP")
+    num_layers_in_first_pipeline_stage: int | None = _flag(None, "uneven split: first stage")
+    num_layers_in_last_pipeline_stage: int | None = _flag(None, "uneven split: last stage")
+    recompute_granularity: str | None = _flag(None, "activation recompute", ("full", "selective"))
+    recompute_method: str = _flag("uniform", "of full recompute", ("uniform", "block"))
+    recompute_num_layers: int = _flag(1, "of full recompute")
+    distributed_timeout_minutes: float = _flag(10.0, "a collective that waits longer fails")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: str | None = _flag(None, "JSONL of problems with reference solutions")
+    problem_field: str = _flag("problem", "name of the problem's field")
+    solution_field: str = _flag("solution", "name of the solution's field")
+    answer_field: str = _flag("answer", "name of the optional answer's field")
+    student_template: str | None = _flag(None, "file with the student's prompt ({problem})")
+    teacher_template: str | None = _flag(
+        None, "file with the teacher's prompt ({problem}, {solution})"
+    )
+    student_thinking: bool = _flag(False, "the student's chat template in thinking mode")
+    teacher_thinking: bool = _flag(True, "the teacher's chat template in thinking mode")
+    max_prompt_length: int = _flag(512, "student prompt, tokens")
+    max_teacher_prompt_length: int = _flag(2048, "teacher prompt, tokens")
+    overlong_prompts: str = _flag("drop", "drop (counted) or fail", ("drop", "error"))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    rollout_engine: str = _flag("megatron", "where rollouts come from", ("megatron", "replay"))
+    replay_file: str | None = _flag(None, "recorded rollouts for --rollout-engine replay")
+    record_rollouts: str | None = _flag(None, "write every rollout to this replay file")
+    max_new_tokens: int = _flag(1024, "tokens a rollout at most")
+    rollout_temperature: float = _flag(1.1, "sampling temperature; 0 is greedy")
+    rollout_top_p: float = _flag(0.95, "nucleus sampling")
+    rollout_top_k: int = _flag(20, "top-k sampling; 0 is off")
+    rollout_batch_size: int = _flag(64, "sequences generated at once on a data-parallel rank")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    phf_alpha: float = _flag(0.05, "weight of the flow loss; 0 is OPSD alone")
+    phf_window_size: int = _flag(128, "positions a sequence in the flow loss")
+    phf_window_rule: str = _flag("even", "choice of the positions", ("even", "contiguous"))
+    opsd_objective: str = _flag("jsd", "output loss", ("jsd", "policy_gradient"))
+    opsd_beta: float = _flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD")
+    opsd_temperature: float = _flag(1.1, "softmax temperature of both distributions")
+    opsd_clip_mode: str = _flag(
+        "entry", "clamp each vocabulary entry, each token, or nothing", ("entry", "token", "none")
+    )
+    opsd_clip: float = _flag(0.05, "the clamp's value")
+    opsd_top_k: int = _flag(0, "only the teacher's top-k entries; 0 is the full vocabulary")
+    logits_chunk_tokens: int = _flag(256, "tokens whose logits exist at the same time")
+    teacher: str = _flag("frozen", "the privileged teacher's weights", ("frozen", "ema", "live"))
+    ema_decay: float = _flag(0.999, "rho of the ema teacher")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    train_iters: int = _flag(100, "optimizer steps")
+    global_batch_size: int = _flag(32, "rollouts an optimizer step")
+    micro_batch_size: int = _flag(1, "rollouts a microbatch")
+    lr: float = _flag(5e-6, "peak learning rate")
+    min_lr: float = _flag(0.0, "final learning rate")
+    lr_decay_style: str = _flag("cosine", "schedule", ("cosine", "linear", "constant"))
+    lr_warmup_iters: int = _flag(0, "linear warm-up steps")
+    weight_decay: float = _flag(0.0, "AdamW weight decay")
+    adam_beta1: float = _flag(0.9, "AdamW")
+    adam_beta2: float = _flag(0.999, "AdamW")
+    adam_eps: float = _flag(1e-8, "AdamW")
+    clip_grad: float = _flag(0.1, "global gradient norm at most; 0 is off")
+    seed: int = _flag(1234, "of the data order, the sampling and the initial weights")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    output_dir: str = _flag("runs/train", "logs and everything else a run writes")
+    metrics_file: str | None = _flag(None, "one JSON object a step")
+    tensorboard: bool = _flag(True, "event files under --output-dir/tensorboard")
+    wandb_project: str | None = _flag(None, "log to this Weights & Biases project")
+    save_hf: str | None = _flag(None, "export the trained student to this HuggingFace directory")
+    progress: bool = _flag(True, "a progress bar on rank 0")
+
+
+@dataclass(frozen=True)
+class EmbeddedConfig:
+    """Only read by the embedded default (neither --hf-model nor --data)."""
+
+    demo_seeds: int = _flag(2, "embedded task: seeds of each method")
+    warm_start_iters: int = _flag(600, "embedded task: supervised steps before")
+    warm_start_lr: float = _flag(3e-3, "embedded task: their peak learning rate")
+    eval_problems: int = _flag(60, "embedded task: held-out problems")
+    eval_samples: int = _flag(12, "embedded task: samples a problem (the k of Average@k)")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    method: MethodConfig = MethodConfig()
+    train: TrainConfig = TrainConfig()
+    output: OutputConfig = OutputConfig()
+    embedded: EmbeddedConfig = EmbeddedConfig()
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the run uses the embedded task and model."""
+        return self.model.hf_model is None and self.data.data is None
+
+    def replaced(self, **values: Any) -> Config:
+        """This configuration with some fields, named without their group, set anew."""
+        return _assign(self, values)
+
+
+# The tiny model learns from scratch-sized steps; found in docs/experiments.md.
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/demo",
+    "train_iters": 150,
+    "micro_batch_size": 16,
+    "lr": 1e-3,
+    "clip_grad": 1.0,
+    "opsd_beta": 0.5,
+    "opsd_clip_mode": "none",
+    "max_new_tokens": 24,
+    "max_prompt_length": 64,
+    "max_teacher_prompt_length": 96,
+    "rollout_top_k": 0,
+    "rollout_top_p": 1.0,
+    "make_vocab_size_divisible_by": 8,
+}
+
+
+def _groups() -> dict[str, type]:
+    hints = typing.get_type_hints(Config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(Config)}
+
+
+def _assign(config: Config, values: dict[str, Any]) -> Config:
+    for group, cls in _groups().items():
+        names = {f.name for f in dataclasses.fields(cls)} & values.keys()
+        changed = {name: values[name] for name in names}
+        config = dataclasses.replace(
+            config, **{group: dataclasses.replace(getattr(config, group), **changed)}
+        )
+    return config
+
+
+def flag_of(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
+    options["help"] = f"{f.metadata['help']} (default: {f.default})"
+    if hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
+        options["choices"] = f.metadata["choices"]
+        options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
+    group.add_argument(flag_of(f.name), **options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one flag a field, grouped as the dataclasses are."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_phf.sh",
+        description="On-policy self-distillation (OPSD + PHF) on Megatron-Core.  Without "
+        "--hf-model and --data, an embedded arithmetic task and a tiny model.",
+        allow_abbrev=False,
+    )
+    for name, cls in _groups().items():
+        group = parser.add_argument_group(name)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            _add_argument(group, f, hints[f.name])
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The configuration of a command line; SystemExit(2) names an unknown or malformed flag."""
+    given = vars(build_parser().parse_args(argv))
+    config = _assign(Config(), given)
+    if config.is_embedded:
+        config = _assign(Config(), {**EMBEDDED_DEFAULTS, **given})
+    return config
+
+
+if __name__ == "__main__":
+    build_parser().print_help()

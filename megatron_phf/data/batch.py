@@ -1,0 +1,120 @@
+"""Rollouts as padded microbatches, for the student's and for the teacher's forward pass.
+
+The teacher reads the same response behind another prompt, so that a generated token sits at
+another absolute position in each sequence.  Everything here is indexed by the generated position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_phf.data.replay_file import Rollout
+from megatron_phf.losses import window_batch
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """b sequences of prompt and response, padded on the right to s tokens.
+
+    tokens [b, s]; ``predicting`` [b, r]: positions whose outputs predict the r response tokens;
+    ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
+    ``window_valid`` bool [b, m]: positions of the flow window's own tokens.
+    """
+
+    tokens: Tensor
+    predicting: Tensor
+    scored: Tensor
+    window: Tensor
+    window_valid: Tensor
+
+    def target_ids(self) -> Tensor:
+        """The scored response tokens, flat [n], in the order of ``scored``."""
+        return self.tokens.gather(1, self.predicting + 1)[self.scored]
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        """A copy on ``device``."""
+        return SequenceBatch(*(t.to(device) for t in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The same responses as the student and as the teacher reads them."""
+
+    student: SequenceBatch
+    teacher: SequenceBatch
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """This data-parallel rank's microbatches of one step; all share each side's length."""
+
+    microbatches: list[Microbatch]
+    num_tokens: int
+    num_sequences: int
+
+
+def _sequences(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    length: int,
+    window: tuple[Tensor, Tensor],
+    pad_id: int,
+) -> SequenceBatch:
+    longest = max(len(response) for _, response in pairs)
+    tokens = torch.full((len(pairs), length), pad_id, dtype=torch.long)
+    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
+    lengths = torch.tensor([len(response) for _, response in pairs])[:, None]
+    for row, (prompt, response) in enumerate(pairs):
+        tokens[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    generated = torch.arange(longest)[None].expand(len(pairs), -1)
+    scored = generated < lengths
+    # The output at position t-1 predicts token t: the last prompt token predicts the first one.
+    predicting = (prompt_lengths - 1 + generated).masked_fill(~scored, 0)
+    positions, valid = window
+    return SequenceBatch(tokens, predicting, scored, prompt_lengths + positions, valid)
+
+
+def _padded_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int) -> int:
+    longest = max(len(prompt) + len(response) for prompt, response in pairs)
+    return -(-longest // multiple) * multiple
+
+
+def make_local_batch(
+    rollouts: Sequence[Rollout],
+    micro_batch_size: int,
+    window: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+    *,
+    length_multiple: int = 1,
+    pad_id: int = 0,
+) -> LocalBatch:
+    """Cut this rank's rollouts, in order, into microbatches.
+
+    Args:
+        window: response lengths [b] -> (positions [b, m], valid [b, m]), see ``flow_window``.
+        length_multiple: sequences are padded to a multiple of this (sequence parallelism: TP).
+    """
+    assert len(rollouts) % micro_batch_size == 0, "checked before launch"
+    students = [(r.student_prompt_ids, r.response_ids) for r in rollouts]
+    teachers = [(r.teacher_prompt_ids, r.response_ids) for r in rollouts]
+    # One length a side for all microbatches: pipeline stages exchange tensors of one shape.
+    lengths = [_padded_length(side, length_multiple) for side in (students, teachers)]
+    microbatches = []
+    for start in range(0, len(rollouts), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        positions = window([len(r.response_ids) for r in rollouts[rows]])
+        student = _sequences(students[rows], lengths[0], positions, pad_id)
+        teacher = _sequences(teachers[rows], lengths[1], positions, pad_id)
+        assert torch.equal(student.target_ids(), teacher.target_ids()), (
+            "student and teacher must score the same response tokens"
+        )
+        microbatches.append(Microbatch(student, teacher))
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    return LocalBatch(microbatches, tokens, len(rollouts))
+
+
+def flow_window(size: int, rule: str) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:
+    """The window rule as :func:`make_local_batch` takes it."""
+    return lambda lengths: window_batch(lengths, size, rule)

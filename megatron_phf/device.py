@@ -1,0 +1,243 @@
+"""CPU or CUDA: everything that differs between the two is decided here.
+
+The product is one program on gloo/CPU and NCCL/CUDA.  megatron-core, though, names CUDA in its
+code (``torch.cuda.current_device()``, ``device="cuda"``).  On a machine without CUDA,
+:func:`setup` gives megatron-core's own modules a view of ``torch`` in which those names mean the
+CPU.  Only modules under ``megatron.core`` see that view: patching ``torch`` itself would also
+change what transformers sees (its rotary tables then stay uninitialised).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import resource
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "ones", "rand", "randn", "tensor")
+_FACTORIES += ("zeros", "empty_like", "ones_like", "zeros_like", "full_like", "randint")
+_CUDA_TENSOR_TYPES = {
+    "FloatTensor": torch.float32,
+    "HalfTensor": torch.float16,
+    "BFloat16Tensor": torch.bfloat16,
+    "DoubleTensor": torch.float64,
+    "ByteTensor": torch.uint8,
+    "IntTensor": torch.int32,
+    "LongTensor": torch.int64,
+}
+_CPU = torch.device("cpu")
+# megatron-core imports these only when it first needs them; they must be there to be patched.
+_LATE_MODULES = (
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.transformer.multi_token_prediction",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on CUDA."""
+    return torch.cuda.is_available()
+
+
+def has_module(name: str) -> bool:
+    """Whether the optional package ``name`` (transformer_engine, apex, ...) can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def has_apex() -> bool:
+    """Whether NVIDIA's apex is here: the package of that name on PyPI is another project."""
+    return has_module("apex") and has_module("apex.multi_tensor_apply")
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
+
+
+def default_dtype() -> torch.dtype:
+    """bf16 on CUDA, fp32 on the CPU, where bf16 is slower and proves less."""
+    return torch.bfloat16 if has_cuda() else torch.float32
+
+
+def init_distributed(local_rank: int, timeout_minutes: float) -> None:
+    """Join the default process group that torchrun's environment describes."""
+    kwargs: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    if has_cuda():
+        torch.cuda.set_device(local_rank)
+        kwargs["device_id"] = device()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda() else "gloo", **kwargs)
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a wall clock read next is true."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated device memory on CUDA, resident set on CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def describe() -> str:
+    """One line for the start-up summary."""
+    if not has_cuda():
+        return f"CPU, {torch.get_num_threads()} thread(s) a process, gloo"
+    gib = torch.cuda.get_device_properties(device()).total_memory / 2**30
+    return f"{torch.cuda.get_device_name()}, {gib:.0f} GiB, NCCL"
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch on the host and on the device."""
+    torch.manual_seed(seed)
+    if has_cuda():
+        torch.cuda.manual_seed_all(seed)
+
+
+@contextlib.contextmanager
+def cuda_type_names() -> Iterator[None]:
+    """Let ``tensor.type()`` say ``torch.cuda.*`` within: megatron's optimizers compare strings.
+
+    Needed around their construction and their steps on the CPU; nothing on CUDA.
+    """
+    if has_cuda():
+        yield
+        return
+    original = torch.Tensor.type
+
+    def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return original(self).replace("torch.", "torch.cuda.", 1)
+        return original(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = named  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+class _Stream:
+    """A stream or event of a device that runs everything in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = 0.0
+
+    def record(self, *args: Any) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, other: _Stream) -> float:
+        return (other.seconds - self.seconds) * 1e3
+
+    def query(self) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None  # wait_stream, synchronize, ...: nothing to wait for
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return call
+
+
+def _tensor_type(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    return lambda data: torch.tensor(data, dtype=dtype)
+
+
+class _View(types.ModuleType):
+    """A module seen through replacements; every other name is the real module's."""
+
+    def __init__(self, real: types.ModuleType, replacements: dict[str, Any]) -> None:
+        super().__init__(real.__name__)
+        self.__dict__.update(replacements)
+        self.__dict__["_real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_real"], name)
+
+
+def _cpu_view() -> _View:
+    nothing = {name: lambda *args, **kwargs: None for name in ("set_device", "synchronize")}
+    nothing |= {n: lambda *args, **kwargs: None for n in ("empty_cache", "manual_seed_all")}
+    zero = {name: lambda *args: 0 for name in ("memory_allocated", "max_memory_allocated")}
+    cuda = _View(
+        torch.cuda,
+        {
+            **nothing,
+            **zero,
+            **{name: _tensor_type(dtype) for name, dtype in _CUDA_TENSOR_TYPES.items()},
+            "current_device": lambda: _CPU,
+            "device_count": lambda: 0,
+            "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+            "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
+            "is_initialized": lambda: False,
+            "is_current_stream_capturing": lambda: False,
+            "Stream": _Stream,
+            "Event": _Stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "current_stream": lambda *args: _Stream(),
+            "default_stream": lambda *args: _Stream(),
+        },
+    )
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    return _View(torch, {"cuda": cuda, **factories})
+
+
+def _patch_rng(random_module: types.ModuleType) -> None:
+    """megatron's RNG tracker and recompute read CUDA's generator through two functions."""
+    random_module._get_cuda_rng_state = (  # type: ignore[attr-defined]
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    )
+    random_module._set_cuda_rng_state = (  # type: ignore[attr-defined]
+        lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    )
+
+
+def setup() -> None:
+    """Make megatron-core, and mbridge where imported, run on this machine's device.
+
+    Idempotent.  Call it after the program's imports and before anything of megatron-core runs.
+    """
+    if has_cuda():
+        return
+    for name in _LATE_MODULES:
+        importlib.import_module(name)
+    view = _cpu_view()
+    for name, module in list(sys.modules.items()):
+        if not name.startswith(("megatron.core", "mbridge")):
+            continue
+        if getattr(module, "torch", None) is torch:
+            module.torch = view  # type: ignore[attr-defined]
+        if name == "megatron.core.tensor_parallel.random":
+            _patch_rng(module)
+    # megatron calls these as methods, which no view of a module can reach; without CUDA they
+    # could only raise.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

@@ -1,0 +1,64 @@
+"""Entry of every rank of a training job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from megatron_phf import preflight
+from megatron_phf.config import Config, parse_args
+
+
+def _fail(message: str) -> NoReturn:
+    """Print and leave at once: destructors of process groups may wait for ranks that are gone."""
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+def _first_to_fail() -> bool:
+    """Whether no other rank has failed before: that one names the cause, the rest its echo."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    with contextlib.suppress(RuntimeError):  # the store itself may be gone with its rank
+        return dist.distributed_c10d._get_default_store().add("megatron_phf/failures", 1) == 1
+    return False
+
+
+def _run(config: Config) -> None:
+    from megatron_phf import demo, device, parallel
+    from megatron_phf.train.loop import train
+
+    device.setup()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device.init_distributed(local_rank, config.parallel.distributed_timeout_minutes)
+    parallel.initialize(config.parallel)
+    if config.is_embedded:
+        demo.run(config)
+    else:
+        train(config)
+    parallel.destroy()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check, join the other ranks, run the job.  torchrun's environment says who we are."""
+    config = parse_args(argv)
+    try:
+        preflight.check(config)
+        preflight.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except ValueError as error:
+        # Every rank finds the same; one says so.
+        _fail(f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
+    try:
+        _run(config)
+    except ValueError as error:
+        _fail(f"error: {error}" if _first_to_fail() else "")
+    except Exception:
+        rank = os.environ.get("RANK", "0")
+        _fail(f"rank {rank} failed:\n{traceback.format_exc()}" if _first_to_fail() else "")

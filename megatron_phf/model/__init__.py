@@ -1,0 +1,1 @@
+"""The student and teacher model on Megatron-Core, and its HuggingFace weights."""

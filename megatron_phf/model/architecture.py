@@ -1,0 +1,192 @@
+"""What a HuggingFace ``config.json`` says about a model; refuses what Megatron would get wrong.
+
+Plain JSON, no import of torch or transformers: the checks before launch read it too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_phf.config import Config
+
+ARCHITECTURES = ("qwen3", "qwen2", "llama")
+# The numbers that megatron-core has fixed inside its Llama 3 rope scaling.
+_LLAMA3_ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a decoder; sizes are the whole model's, before any parallel split."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    rope_scaling_factor: float | None  # Llama 3's rope scaling, or none
+    tie_word_embeddings: bool
+    initializer_range: float
+
+    @property
+    def qk_layernorm(self) -> bool:
+        """Qwen3 normalises queries and keys."""
+        return self.model_type == "qwen3"
+
+    @property
+    def add_qkv_bias(self) -> bool:
+        """Qwen2 adds a bias to q, k and v."""
+        return self.model_type == "qwen2"
+
+    def padded_groups(self, tensor_parallel_size: int) -> int:
+        """Key/value groups after padding to a multiple of the tensor-parallel size."""
+        return -(-self.num_query_groups // tensor_parallel_size) * tensor_parallel_size
+
+    def padded_vocab_size(self, divisible_by: int, tensor_parallel_size: int) -> int:
+        """Vocabulary rows, padded so that every tensor-parallel rank holds equally many."""
+        multiple = divisible_by * tensor_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    def num_parameters(self) -> int:
+        """Weights of the whole model, without padding; tied embeddings once."""
+        heads = self.num_attention_heads + 2 * self.num_query_groups
+        attention = self.hidden_size * self.kv_channels * (heads + self.num_attention_heads)
+        attention += self.add_qkv_bias * self.kv_channels * heads
+        norms = 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def _read_json(directory: str) -> dict[str, Any]:
+    path = os.path.join(directory, "config.json")
+    if not os.path.isdir(directory):
+        raise ValueError(f"--hf-model {directory}: no such directory")
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); is --hf-model right?"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); copy the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a model configuration; copy the model again")
+    return content
+
+
+def _rope(path: str, content: dict[str, Any]) -> tuple[float, float | None]:
+    """(rotary base, Llama 3 scaling factor): transformers 4 and 5 keep them in other places."""
+    parameters = content.get("rope_parameters") or {}
+    scaling = content.get("rope_scaling") or parameters
+    base = parameters.get("rope_theta", content.get("rope_theta", 10000.0))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return float(base), None
+    if kind == "llama3" and all(scaling.get(k) == v for k, v in _LLAMA3_ROPE.items()):
+        return float(base), float(scaling["factor"])
+    raise ValueError(f"{path}: rope scaling {kind!r} with these numbers is not supported")
+
+
+def _refuse_unsupported(path: str, content: dict[str, Any]) -> None:
+    model_type = content.get("model_type")
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: model_type {model_type!r} is not supported (only {known})")
+    biases = ["mlp_bias"] + (["attention_bias"] if model_type != "qwen2" else [])
+    wanted: dict[str, Any] = {"hidden_act": "silu", **dict.fromkeys(biases, False)}
+    wanted |= {"use_sliding_window": False}
+    for name, value in wanted.items():
+        if content.get(name, value) != value:
+            raise ValueError(f"{path}: {name}={content[name]!r} is not supported (only {value!r})")
+
+
+def read_architecture(directory: str) -> Architecture:
+    """The architecture of the HuggingFace model in ``directory``.
+
+    Raises:
+        ValueError: no such directory, a damaged ``config.json``, or a feature that the
+            Megatron model would compute differently.
+    """
+    content = _read_json(directory)
+    path = os.path.join(directory, "config.json")
+    _refuse_unsupported(path, content)
+    rotary_base, rope_scaling_factor = _rope(path, content)
+    try:
+        heads = int(content["num_attention_heads"])
+        return Architecture(
+            model_type=content["model_type"],
+            num_layers=int(content["num_hidden_layers"]),
+            hidden_size=int(content["hidden_size"]),
+            ffn_hidden_size=int(content["intermediate_size"]),
+            num_attention_heads=heads,
+            num_query_groups=int(content.get("num_key_value_heads") or heads),
+            kv_channels=int(content.get("head_dim") or int(content["hidden_size"]) // heads),
+            vocab_size=int(content["vocab_size"]),
+            max_position_embeddings=int(content["max_position_embeddings"]),
+            layernorm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
+            rotary_base=rotary_base,
+            rope_scaling_factor=rope_scaling_factor,
+            tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
+            initializer_range=float(content.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]!r} is missing; copy the model again") from error
+
+
+def check_split(arch: Architecture, config: Config) -> None:
+    """Raise ValueError where the parallel sizes do not divide the model, naming the flag."""
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
+    if arch.num_query_groups % tp and not config.model.pad_attention_heads:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's "
+            f"{arch.num_attention_heads} attention heads in {arch.num_query_groups} key/value "
+            "groups; choose a divisor, or add zero heads with --pad-attention-heads"
+        )
+    if arch.ffn_hidden_size % tp:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's "
+            f"{arch.ffn_hidden_size} MLP channels"
+        )
+    _check_stages(arch.num_layers, config)
+    longest = max(config.data.max_prompt_length, config.data.max_teacher_prompt_length)
+    total = longest + config.rollout.max_new_tokens
+    if total > arch.max_position_embeddings:
+        raise ValueError(
+            f"prompt ({longest}) and rollout (--max-new-tokens {config.rollout.max_new_tokens}) "
+            f"can reach {total} tokens, past the model's {arch.max_position_embeddings} "
+            "positions; lower --max-new-tokens, --max-prompt-length or --max-teacher-prompt-length"
+        )
+
+
+def _check_stages(num_layers: int, config: Config) -> None:
+    parallel = config.parallel
+    uneven = (
+        parallel.num_layers_in_first_pipeline_stage,
+        parallel.num_layers_in_last_pipeline_stage,
+    )
+    stages = parallel.pipeline_model_parallel_size - sum(n is not None for n in uneven)
+    left = num_layers - sum(n or 0 for n in uneven)
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    even = (left % stages == 0 if stages else left == 0) and left >= 0
+    chunks = [n for n in (*uneven, left // stages if stages else None) if n is not None]
+    if not even or any(n % virtual or n == 0 for n in chunks):
+        raise ValueError(
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} with "
+            f"{virtual} virtual stage(s) does not divide the model's {num_layers} layers; see also "
+            "--num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage"
+        )

@@ -1,0 +1,128 @@
+"""The flow loss inside transformer layers: targets from the teacher, loss on the student.
+
+A layer's input is h^{l-1} and its output h^l, the two neighbours that L_adj(l-1, l) relates, so
+the whole of L_flow (PHF, arXiv:2606.29340) is a sum of terms that each one layer can compute.  On
+the first layer of a pipeline stage the input is what the previous stage sent, and its gradient
+goes back through the pipeline's own backward: no communication of ours crosses a stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_phf import parallel
+from megatron_phf.losses import (
+    adjacent_loss,
+    direction_loss,
+    directions,
+    flow_layer_weights,
+    geometry_loss,
+    transition_counts,
+)
+from megatron_phf.model.rows import gather_rows
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Pass ``activation`` through; in backward the attached ``loss`` gets the gradient one."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grads[0], torch.ones_like(loss)
+
+
+@dataclass(frozen=True)
+class FlowWindow:
+    """The window of one microbatch in the sequences of one model.
+
+    ``positions`` [b, m]: absolute positions of the window's tokens; ``valid`` bool [b, m]: False
+    where a shorter window is padded; ``gradient_scale``: what one sequence's L_flow is multiplied
+    with in the training objective.
+    """
+
+    positions: Tensor
+    valid: Tensor
+    gradient_scale: float
+
+
+class FlowTap:
+    """What the layers of this process record (teacher) or compare with it (student).
+
+    Keyed by (microbatch, layer): the pipeline interleaves microbatches, and activation recompute
+    visits a layer again when others have gone through it since.
+    """
+
+    def __init__(self, num_layers: int, sequence_parallel: bool) -> None:
+        self._local_weight, self._adjacent_weight = flow_layer_weights(num_layers)
+        self._sequence_parallel = sequence_parallel
+        self._recording = False
+        self._windows: dict[int, FlowWindow] = {}
+        self._targets: dict[tuple[int, int], Tensor] = {}
+        self.values: dict[tuple[int, int], Tensor] = {}
+
+    def start_recording(self, windows: list[FlowWindow]) -> None:
+        """The teacher's pass over microbatches with ``windows`` comes next."""
+        self._targets, self._recording = {}, True
+        self._windows = dict(enumerate(windows))
+
+    def start_comparing(self, windows: list[FlowWindow]) -> None:
+        """The student's pass over the same microbatches comes next."""
+        self.values, self._recording = {}, False
+        self._windows = dict(enumerate(windows))
+
+    def stop(self) -> None:
+        """Forget windows and targets; ``values`` stay until the next comparison."""
+        self._windows, self._targets = {}, {}
+
+    def visit(self, layer: int, microbatch: int, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Called by layer ``layer`` (1-based, global) with its ends; returns its output.
+
+        inputs, outputs: [s, b, h], or this rank's part of the sequence under sequence parallelism.
+        """
+        window = self._windows.get(microbatch)
+        if window is None:
+            return outputs
+        if self._recording:
+            self._record(layer, microbatch, window, inputs, outputs)
+        # The first forward of a recomputed layer has no graph; the loss belongs to the second.
+        elif torch.is_grad_enabled():
+            return self._compare(layer, microbatch, window, inputs, outputs)
+        return outputs
+
+    def _directions(self, hidden: Tensor, window: FlowWindow) -> Tensor:
+        group = parallel.tensor_parallel_group() if self._sequence_parallel else None
+        return directions(gather_rows(hidden, window.positions, group), window.valid)
+
+    def _record(
+        self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
+    ) -> None:
+        if layer > 1 and (microbatch, layer - 1) not in self._targets:
+            self._targets[microbatch, layer - 1] = self._directions(inputs, window)
+        self._targets[microbatch, layer] = self._directions(outputs, window)
+
+    def _compare(
+        self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
+    ) -> Tensor:
+        counts = transition_counts(window.valid)
+        student, teacher = self._directions(outputs, window), self._targets[microbatch, layer]
+        direction = direction_loss(student, teacher, counts)
+        geometry = geometry_loss(student, teacher, counts)
+        adjacent = torch.zeros_like(direction)
+        if layer > 1:
+            before = self._directions(inputs, window)
+            target = self._targets[microbatch, layer - 1]
+            adjacent = adjacent_loss(before, student, target, teacher, counts)
+        values = torch.stack((direction, geometry, adjacent))
+        self.values[microbatch, layer] = values.detach()
+        local = self._local_weight * (values[0] + values[1]) / 2
+        loss = (local + self._adjacent_weight * values[2]).sum() * window.gradient_scale
+        return _AttachLoss.apply(outputs, loss)

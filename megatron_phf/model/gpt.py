@@ -1,0 +1,224 @@
+"""Build the GPT model: its chunks on this pipeline rank, from an :class:`Architecture`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_phf import device, parallel
+from megatron_phf.config import Config
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.attention import CachedSelfAttention, CausalAttention
+from megatron_phf.model.flow_tap import FlowTap
+from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class FlowGPTModel(GPTModel):
+    """A GPT model whose forward ends with the final norm's output, never with logits.
+
+    The output losses project chunks of the rows that they need (``losses.chunked_divergence``).
+    """
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output head, [padded vocabulary / TP, h]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def model_dtype(config: Config) -> torch.dtype:
+    """The dtype of weights and activations."""
+    name = config.model.dtype
+    return device.default_dtype() if name == "auto" else _DTYPES[name]
+
+
+def transformer_impl(config: Config) -> str:
+    """``local`` or ``transformer_engine``."""
+    if config.model.transformer_impl != "auto":
+        return config.model.transformer_impl
+    engine = device.has_cuda() and device.has_module("transformer_engine")
+    return "transformer_engine" if engine else "local"
+
+
+def _recompute(config: Config) -> dict[str, Any]:
+    layout = config.parallel
+    if layout.recompute_granularity != "full":
+        return {"recompute_granularity": layout.recompute_granularity}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+    }
+
+
+def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
+    """megatron-core's configuration of ``arch`` in the parallel layout of ``config``."""
+    layout, dtype = config.parallel, model_dtype(config)
+    tp = layout.tensor_model_parallel_size
+    groups = arch.padded_groups(tp)
+    virtual = layout.num_virtual_stages_per_pipeline_rank
+    on_gpu = device.has_cuda()
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=groups * (arch.num_attention_heads // arch.num_query_groups),
+        num_query_groups=groups,
+        kv_channels=arch.kv_channels,
+        qk_layernorm=arch.qk_layernorm,
+        add_qkv_bias=arch.add_qkv_bias,
+        layernorm_epsilon=arch.layernorm_epsilon,
+        init_method_std=arch.initializer_range,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=layout.sequence_parallel and tp > 1,
+        context_parallel_size=layout.context_parallel_size,
+        num_layers_in_first_pipeline_stage=layout.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
+        transformer_impl=transformer_impl(config),
+        attention_backend=AttnBackend.auto,
+        # These fuse by torch.compile or CUDA extensions, and only pay on a GPU.
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # Interleaved stages exchange shapes through batched sends otherwise, which gloo lacks.
+        batch_p2p_comm=on_gpu and virtual == 1,
+        overlap_p2p_comm=False,
+        deallocate_pipeline_outputs=True,
+        **_recompute(config),
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One decoder layer, with our attention and the flow tap in it."""
+    if config.transformer_impl == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        )
+        spec.submodules.input_layernorm = LocalRMSNorm
+        spec.submodules.pre_mlp_layernorm = LocalRMSNorm
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = CausalAttention
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
+    spec.submodules.self_attention.module = CachedSelfAttention
+    spec.module = FlowTransformerLayer
+    return spec
+
+
+def _block_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+    layer = _layer_spec(config)
+    if config.transformer_impl == "transformer_engine":
+        return layer
+    count = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalRMSNorm)
+
+
+def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
+    """The model chunks of this pipeline rank (one, or one a virtual stage), random weights.
+
+    All copies made from one configuration share nothing; the seed decides the weights.
+    """
+    parallel.seed(config.train.seed)
+    transformer = transformer_config(arch, config)
+    vocab = arch.padded_vocab_size(
+        config.model.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
+    )
+    virtual = transformer.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in [None] if virtual is None else list(range(virtual)):
+        chunk = FlowGPTModel(
+            config=transformer,
+            transformer_layer_spec=_block_spec(transformer, stage),
+            vocab_size=vocab,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            share_embeddings_and_output_weights=arch.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=arch.rotary_base,  # type: ignore[arg-type]
+            rope_scaling=arch.rope_scaling_factor is not None,
+            rope_scaling_factor=arch.rope_scaling_factor or 1.0,
+            vp_stage=stage,
+        )
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunks.append(chunk.to(device.device()))
+    return chunks
+
+
+def set_flow_tap(chunks: list[FlowGPTModel], tap: FlowTap | None) -> None:
+    """Let every layer of ``chunks`` show its ends to ``tap``."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.flow_tap = tap
+
+
+def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) -> Any:
+    """A second model with the same weights, in eval mode, without gradients, DDP or optimizer."""
+    copy = build_model(arch, config)
+    for source, target in zip(chunks, copy, strict=True):
+        target.load_state_dict(source.state_dict())
+        target.eval().requires_grad_(False)
+    return copy
+
+
+@contextlib.contextmanager
+def without_sequence_parallel(chunks: list[FlowGPTModel]) -> Iterator[None]:
+    """Turn sequence parallelism off within: a rollout decodes one token, which has no parts."""
+    names = ("sequence_parallel", "reduce_scatter_embeddings")
+    changed: list[tuple[Any, str]] = []
+    for chunk in chunks:
+        for owner in (chunk.config, *chunk.modules()):
+            changed += [(owner, name) for name in names if getattr(owner, name, False) is True]
+    for owner, name in changed:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in changed:
+            setattr(owner, name, True)
+
+
+def with_dtype(config: Config, dtype: str) -> Config:
+    """``config`` with another dtype (tests and tools)."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))

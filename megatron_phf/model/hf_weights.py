@@ -1,0 +1,228 @@
+"""HuggingFace weights into the Megatron model and back, through ``mbridge``.
+
+mbridge maps names and merges q/k/v and gate/up.  Added here: the names of the ``local`` layer
+spec, zero attention heads where the tensor-parallel size does not divide the model's, and an
+export that is complete or not there at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from mbridge.core.bridge import _MODEL_REGISTRY
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_phf import parallel
+from megatron_phf.config import Config
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.gpt import FlowGPTModel, model_dtype
+
+_SHARD_BYTES = 5 * 2**30
+_LAYER = "model.layers.{layer_number}."
+
+
+class _Bridge:
+    """Mixed into mbridge's class of an architecture (``_bridge``)."""
+
+    arch: Architecture
+
+    def _build_config(self) -> Any:
+        # mbridge would build a TransformerConfig of its own choices; it reads just these.
+        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=None)
+
+    def _adjust_mapping_for_shared_weights(self) -> None:
+        # mbridge writes into its class's dictionary here, for every later model of the process.
+        self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)  # type: ignore[has-type]
+        if self.arch.tie_word_embeddings:
+            self._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight"
+
+    def _get_actual_hf_path(self, weight_path: str) -> str:
+        return weight_path
+
+    def _weight_to_mcore_format(self, name: str, hf_weights: list[Tensor]) -> Tensor:
+        weight = super()._weight_to_mcore_format(name, hf_weights)  # type: ignore[misc]
+        return _pad_heads(name, weight, self._extra_groups(), self.arch)
+
+    def _weight_to_hf_format(self, name: str, weight: Tensor) -> tuple[list[str], list[Tensor]]:
+        weight = _drop_heads(name, weight, self._extra_groups(), self.arch)
+        return super()._weight_to_hf_format(name, weight)  # type: ignore[misc]
+
+    def _extra_groups(self) -> int:
+        padded = self.arch.padded_groups(parallel.tensor_parallel_size())
+        return padded - self.arch.num_query_groups
+
+
+def _head_rows(name: str, extra_groups: int, arch: Architecture) -> tuple[int, int]:
+    """(dimension of the heads, rows that padding adds) of a weight; (0, 0) without heads."""
+    per_group = arch.num_attention_heads // arch.num_query_groups
+    if "self_attention.linear_qkv." in name and "layer_norm" not in name:
+        return 0, extra_groups * (per_group + 2) * arch.kv_channels
+    if "self_attention.linear_proj.weight" in name:
+        return 1, extra_groups * per_group * arch.kv_channels
+    return 0, 0
+
+
+def _pad_heads(name: str, weight: Tensor, extra_groups: int, arch: Architecture) -> Tensor:
+    """Append key/value groups of zeros.
+
+    Exact, in training too: a zero head's value is zero and nothing reads it, so its output, and
+    the gradient of each of its weights, stays zero.
+    """
+    dim, rows = _head_rows(name, extra_groups, arch)
+    if rows == 0:
+        return weight
+    shape = list(weight.shape)
+    shape[dim] = rows
+    return torch.cat((weight, weight.new_zeros(shape)), dim=dim)
+
+
+def _drop_heads(name: str, weight: Tensor, extra_groups: int, arch: Architecture) -> Tensor:
+    dim, rows = _head_rows(name, extra_groups, arch)
+    return weight.narrow(dim, 0, weight.shape[dim] - rows) if rows else weight
+
+
+def _bridge(arch: Architecture, config: Config) -> Any:
+    base = _MODEL_REGISTRY[arch.model_type]
+    norms = {
+        "input_layernorm.weight": [_LAYER + "input_layernorm.weight"],
+        "pre_mlp_layernorm.weight": [_LAYER + "post_attention_layernorm.weight"],
+    }
+    fields = {
+        "arch": arch,
+        "_OTHER_MAPPING": {**base._OTHER_MAPPING, **norms},
+        "_MLP_MAPPING": {**base._MLP_MAPPING, **norms},  # mbridge sends any name with "mlp" there
+    }
+    hf_config = SimpleNamespace(
+        num_attention_heads=arch.num_attention_heads,
+        num_key_value_heads=arch.num_query_groups,
+        hidden_size=arch.hidden_size,
+        head_dim=arch.kv_channels,
+        tie_word_embeddings=arch.tie_word_embeddings,
+    )
+    tp = parallel.tensor_parallel_size()
+    divisible_by = config.model.make_vocab_size_divisible_by
+    bridge = type("FlowBridge", (_Bridge, base), fields)(
+        hf_config, dtype=model_dtype(config), make_vocab_size_divisible_by=divisible_by * tp
+    )
+    bridge.vocab_size = arch.vocab_size
+    bridge.padded_vocab_size = arch.padded_vocab_size(divisible_by, tp)
+    return bridge
+
+
+@torch.no_grad()
+def load_hf_weights(
+    chunks: list[FlowGPTModel], arch: Architecture, config: Config, directory: str
+) -> None:
+    """Fill ``chunks`` with the safetensors of ``directory``; every rank calls it.
+
+    Raises:
+        ValueError: weights are missing or damaged.
+    """
+    try:
+        _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
+    except (KeyError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--hf-model {directory}: its weights do not load ({error}); copy the model again"
+        ) from error
+
+
+def export_hf_weights(
+    chunks: list[FlowGPTModel], arch: Architecture, config: Config
+) -> Iterator[tuple[str, Tensor]]:
+    """(HuggingFace name, whole tensor) on every rank, one at a time; collective."""
+    seen: set[str] = set()
+    for name, weight in _bridge(arch, config).export_weights(chunks):
+        # A tied embedding sits on the first and on the last stage.
+        if name not in seen:
+            seen.add(name)
+            yield name, weight.detach()
+
+
+def _write_shards(weights: Iterable[tuple[str, Tensor]], directory: str) -> None:
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(pending, os.path.join(directory, f"{len(shards)}.part"), {"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, weight in weights:
+        pending[name] = weight.cpu().contiguous()
+        total += weight.nbytes
+        if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
+            flush()
+    if pending:
+        flush()
+    _name_shards(shards, directory, total)
+
+
+def _name_shards(shards: list[list[str]], directory: str, total: int) -> None:
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = ["model.safetensors"] if count == 1 else names
+    for i, name in enumerate(names):
+        os.replace(os.path.join(directory, f"{i}.part"), os.path.join(directory, name))
+    if count > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {w: f for f, shard in zip(names, shards, strict=True) for w in shard},
+        }
+        with open(os.path.join(directory, "model.safetensors.index.json"), "w") as f:
+            json.dump(index, f, indent=1)
+
+
+def _copy_model_files(source: str, target: str, dtype: torch.dtype) -> None:
+    """Configuration, tokenizer and templates: everything of ``source`` that is not weights."""
+    for name in sorted(os.listdir(source)):
+        kept = name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
+        if kept and os.path.isfile(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    path = os.path.join(target, "config.json")
+    with open(path, encoding="utf-8") as f:
+        content = json.load(f)
+    content.pop("torch_dtype", None)
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2)
+
+
+def save_hf(
+    chunks: list[FlowGPTModel], arch: Architecture, config: Config, source: str, target: str
+) -> None:
+    """Export to ``target``, with the configuration and tokenizer of ``source``; every rank calls.
+
+    Written beside and renamed at the end: ``target`` is whole, or as it was.
+
+    Raises:
+        ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
+    """
+    weights = export_hf_weights(chunks, arch, config)
+    problem: str | None = None
+    if parallel.is_first_rank():
+        partial = target.rstrip("/") + ".partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.makedirs(partial)
+            _write_shards(weights, partial)
+            _copy_model_files(source, partial, next(chunks[0].parameters()).dtype)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(target)
+            os.replace(partial, target)
+        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
+            shutil.rmtree(partial, ignore_errors=True)
+            problem = f"--save-hf {target}: cannot be written ({error})"
+    for _ in weights:  # the other ranks, and rank 0 after an error: the export is collective
+        pass
+    problem = parallel.broadcast_object(problem)
+    if problem is not None:
+        raise ValueError(problem)

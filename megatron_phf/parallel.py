@@ -1,0 +1,162 @@
+"""Process groups: their creation, and the few facts and reductions the rest of the code needs.
+
+The only reader of megatron-core's ``parallel_state``.  The model is tensor- and pipeline-parallel;
+"model-parallel group" below means the ranks of one copy of it (TP x PP).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_phf import device
+from megatron_phf.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def initialize(config: ParallelConfig) -> None:
+    """Split the default process group; the sizes were checked before (preflight)."""
+    virtual = config.num_virtual_stages_per_pipeline_rank
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=config.context_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+        create_gloo_process_groups=device.has_cuda(),  # without CUDA every group is gloo already
+    )
+
+
+def seed(value: int) -> None:
+    """Seed torch, and megatron's generators, which differ between model-parallel ranks."""
+    device.seed_all(value)
+    model_parallel_cuda_manual_seed(value)
+
+
+def destroy() -> None:
+    """Leave every process group."""
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Global rank of this process."""
+    return dist.get_rank()
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks to the user."""
+    return dist.get_rank() == 0
+
+
+def is_logging_rank() -> bool:
+    """Whether this process holds the last stage's values and records them (one of the world)."""
+    return is_last_stage() and tensor_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """The ranks that share each weight matrix."""
+    return mpu.get_tensor_model_parallel_group()
+
+
+def tensor_parallel_rank() -> int:
+    """Rank within the tensor-parallel group."""
+    return mpu.get_tensor_model_parallel_rank()
+
+
+def tensor_parallel_size() -> int:
+    """Size of the tensor-parallel group."""
+    return mpu.get_tensor_model_parallel_world_size()
+
+
+def pipeline_rank() -> int:
+    """Pipeline stage of this process."""
+    return mpu.get_pipeline_model_parallel_rank()
+
+
+def pipeline_size() -> int:
+    """Number of pipeline stages."""
+    return mpu.get_pipeline_model_parallel_world_size()
+
+
+def pipeline_ranks() -> list[int]:
+    """Global ranks of the stages of this process's pipeline, first to last."""
+    return dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
+
+
+def is_first_stage() -> bool:
+    """Whether this process embeds the tokens (of its first virtual chunk)."""
+    return mpu.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_last_stage() -> bool:
+    """Whether this process holds the output head (of its last virtual chunk)."""
+    return mpu.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def data_parallel_rank() -> int:
+    """Which share of the global batch this process works on."""
+    return mpu.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Into how many shares the global batch is split."""
+    return mpu.get_data_parallel_world_size()
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
+    """In place: every model-parallel rank gets the last stage's tensor of its TP rank 0."""
+    if tensor_parallel_size() * pipeline_size() == 1:
+        return
+    group = mpu.get_model_parallel_group()
+    # Tensor-parallel ranks are neighbours in megatron's rank order.
+    source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
+    dist.broadcast(tensor, src=source, group=group)
+
+
+def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
+    """In place: the sum over the data-parallel ranks."""
+    if data_parallel_size() > 1:
+        dist.all_reduce(values, group=mpu.get_data_parallel_group())
+    return values
+
+
+def sum_over_model_parallel(values: torch.Tensor) -> torch.Tensor:
+    """In place: the sum over tensor- and pipeline-parallel ranks."""
+    if tensor_parallel_size() * pipeline_size() > 1:
+        dist.all_reduce(values, group=mpu.get_model_parallel_group())
+    return values
+
+
+def gather_over_data_parallel(value: Any) -> list[Any]:
+    """Every data-parallel rank's picklable ``value``, in rank order."""
+    gathered: list[Any] = [None] * data_parallel_size()
+    dist.all_gather_object(gathered, value, group=mpu.get_data_parallel_group())
+    return gathered
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank of the world; every rank must call it."""
+    value = torch.tensor([float(flag)], device=device.device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's picklable ``value`` on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def local_share(items: Sequence[Any]) -> list[Any]:
+    """This data-parallel rank's contiguous share of a global batch (its size divides)."""
+    size = len(items) // data_parallel_size()
+    assert size * data_parallel_size() == len(items), "global batch must divide over DP"
+    return list(items[data_parallel_rank() * size :][:size])

@@ -1,0 +1,167 @@
+"""Everything that can be refused before a process group exists or a weight is read.
+
+Without torch: ``examples/pretrain_phf.sh`` asks under bash before it launches anything, and each
+rank asks again, with torchrun's real world size, before it joins the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+from megatron_phf.config import Config, flag_of, parse_args
+from megatron_phf.data.problems import FieldNames, read_problems
+from megatron_phf.model.architecture import check_split, read_architecture
+
+_AT_LEAST_ONE = {
+    "parallel": (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "context_parallel_size",
+        "recompute_num_layers",
+    ),
+    "train": ("train_iters", "global_batch_size", "micro_batch_size"),
+    "rollout": ("max_new_tokens", "rollout_batch_size"),
+    "data": ("max_prompt_length", "max_teacher_prompt_length"),
+    "method": ("logits_chunk_tokens",),
+    "model": ("make_vocab_size_divisible_by",),
+    "embedded": ("demo_seeds", "eval_problems", "eval_samples"),
+}
+
+
+def _check_numbers(config: Config) -> None:
+    for group, names in _AT_LEAST_ONE.items():
+        for name in names:
+            value = getattr(getattr(config, group), name)
+            if value < 1:
+                raise ValueError(f"{flag_of(name)} {value}: need at least 1")
+    method, train = config.method, config.train
+    ranges = (
+        ("phf_alpha", method.phf_alpha, method.phf_alpha >= 0, "at least 0"),
+        ("phf_window_size", method.phf_window_size, method.phf_window_size >= 2, "at least 2"),
+        ("opsd_beta", method.opsd_beta, 0 <= method.opsd_beta <= 1, "0 to 1"),
+        ("opsd_temperature", method.opsd_temperature, method.opsd_temperature > 0, "above 0"),
+        ("opsd_clip", method.opsd_clip, method.opsd_clip > 0, "above 0"),
+        ("opsd_top_k", method.opsd_top_k, method.opsd_top_k >= 0, "at least 0"),
+        ("ema_decay", method.ema_decay, 0 <= method.ema_decay <= 1, "0 to 1"),
+        ("lr", train.lr, train.lr >= 0, "at least 0"),
+        ("clip_grad", train.clip_grad, train.clip_grad >= 0, "at least 0"),
+        ("seed", train.seed, 0 <= train.seed < 2**32, "0 to 2^32 - 1"),
+    )
+    for name, value, good, text in ranges:
+        if not good:
+            raise ValueError(f"{flag_of(name)} {value}: need {text}")
+
+
+def _check_combinations(config: Config) -> None:
+    parallel, rollout = config.parallel, config.rollout
+    if parallel.context_parallel_size > 1:
+        raise ValueError("--context-parallel-size above 1 is not available yet; use 1")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1")
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    if virtual > 1 and parallel.pipeline_model_parallel_size == 1:
+        raise ValueError(
+            "--num-virtual-stages-per-pipeline-rank above 1 needs "
+            "--pipeline-model-parallel-size above 1"
+        )
+    if (config.model.hf_model is None) != (config.data.data is None):
+        replaying = rollout.rollout_engine == "replay" and config.model.hf_model is not None
+        if not replaying:
+            raise ValueError(
+                "--hf-model and --data belong together (without both: the embedded task)"
+            )
+    if (rollout.rollout_engine == "replay") != (rollout.replay_file is not None):
+        raise ValueError("--replay-file and --rollout-engine replay belong together")
+    if rollout.rollout_engine == "replay" and config.model.hf_model is None:
+        raise ValueError("--rollout-engine replay needs --hf-model, the model of the recording")
+    if config.method.opsd_objective == "policy_gradient" and config.method.opsd_top_k:
+        raise ValueError("--opsd-top-k does not apply to --opsd-objective policy_gradient")
+
+
+def model_parallel_size(config: Config) -> int:
+    """Processes that hold one copy of the model."""
+    parallel = config.parallel
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise ValueError where processes, model-parallel sizes and batch sizes do not fit."""
+    parallel, train = config.parallel, config.train
+    model_parallel = model_parallel_size(config)
+    if world_size % model_parallel:
+        raise ValueError(
+            f"{world_size} process(es) do not divide into models of "
+            f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}; start a "
+            f"multiple of {model_parallel} (torchrun --nproc-per-node)"
+        )
+    replicas = world_size // model_parallel
+    if train.global_batch_size % (replicas * train.micro_batch_size):
+        raise ValueError(
+            f"--global-batch-size {train.global_batch_size} is not a multiple of "
+            f"--micro-batch-size {train.micro_batch_size} x {replicas} data-parallel rank(s)"
+        )
+    microbatches = train.global_batch_size // (replicas * train.micro_batch_size)
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.num_virtual_stages_per_pipeline_rank > 1 and microbatches % stages:
+        raise ValueError(
+            f"{microbatches} microbatch(es) a step: virtual stages need a multiple of "
+            f"--pipeline-model-parallel-size {stages}; change --global-batch-size"
+        )
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for anything wrong that does not depend on the number of processes."""
+    _check_numbers(config)
+    _check_combinations(config)
+    if config.model.hf_model is not None:
+        check_split(read_architecture(config.model.hf_model), config)
+    data = config.data
+    if data.data is not None and config.rollout.rollout_engine != "replay":
+        read_problems(
+            data.data, FieldNames(data.problem_field, data.solution_field, data.answer_field)
+        )
+    for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
+        if path is not None and not os.path.isfile(path):
+            raise ValueError(f"{path}: no such file")
+
+
+def _num_gpus() -> int:
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
+
+
+def process_count(config: Config, num_gpus: int) -> int:
+    """Processes for one machine: a GPU each, else two on the CPU; whole models in any case."""
+    model_parallel = model_parallel_size(config)
+    wanted = max(num_gpus or 2, model_parallel)
+    return wanted - wanted % model_parallel
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check a command line; prints the process count for torchrun, or one error and status 2."""
+    config = parse_args(argv)
+    try:
+        check(config)
+        count = process_count(config, _num_gpus())
+        check_world_size(config, count)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(count))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

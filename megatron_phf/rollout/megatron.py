@@ -1,0 +1,177 @@
+"""Rollouts from the student itself, in process: KV-cached, tensor- and pipeline-parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megatron_phf import device, parallel
+from megatron_phf.model.attention import KVCache
+from megatron_phf.model.gpt import FlowGPTModel, without_sequence_parallel
+from megatron_phf.rollout.sampling import SamplingParams, sample, uniforms
+
+# A compaction copies the cache once; worth it when it frees this share of the rows.
+_COMPACT_BELOW = 0.75
+
+
+class MegatronRollouts:
+    """Samples from model chunks that live in this process (see ``RolloutEngine``)."""
+
+    def __init__(self, chunks: list[FlowGPTModel], vocab_size: int, batch_size: int) -> None:
+        self._chunks = chunks
+        self._vocab_size = vocab_size
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        sample_ids: Sequence[int],
+    ) -> list[list[int]]:
+        """See ``RolloutEngine.generate``."""
+        assert len(prompts) == len(sample_ids) and all(prompts), "prompts have at least one token"
+        # Neighbours in length share a batch: less padding in front of the shorter.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        responses: list[list[int]] = [[] for _ in prompts]
+        with without_sequence_parallel(self._chunks):
+            for start in range(0, len(order), self._batch_size):
+                rows = order[start : start + self._batch_size]
+                table = uniforms(
+                    sampling.seed, [sample_ids[i] for i in rows], sampling.max_new_tokens
+                )
+                batch = _Batch(self, [prompts[i] for i in rows], sampling, table)
+                for i, response in zip(rows, batch.run(), strict=True):
+                    responses[i] = response
+        return responses
+
+    def forward(self, tokens: Tensor, positions: Tensor, cache: list[KVCache]) -> Tensor | None:
+        """tokens and positions [b, s] through all stages; logits [b, vocabulary] of the last
+
+        column on the last stage, None elsewhere.
+        """
+        hidden: Tensor | None = None
+        for index, chunk in enumerate(self._chunks):
+            if not chunk.pre_process:
+                hidden = self._receive(tokens.shape, chunk)
+            hidden = self._stage(chunk, tokens, positions, hidden, cache[index])
+            if chunk.post_process:
+                return self._logits(chunk, hidden[-1])
+            dist.send(hidden.contiguous(), self._neighbour(+1), self._pipeline_group())
+        return None
+
+    def _stage(
+        self,
+        chunk: FlowGPTModel,
+        tokens: Tensor,
+        positions: Tensor,
+        hidden: Tensor | None,
+        cache: KVCache,
+    ) -> Tensor:
+        if chunk.pre_process:
+            hidden = chunk.embedding(input_ids=tokens, position_ids=positions)
+        assert hidden is not None
+        cache.begin(chunk.rotary_pos_emb.inv_freq, positions, hidden.dtype)
+        for layer in chunk.decoder.layers:
+            hidden, _ = layer(hidden_states=hidden, attention_mask=None, inference_context=cache)
+        cache.finish()
+        return chunk.decoder.final_layernorm(hidden) if chunk.post_process else hidden
+
+    def _logits(self, chunk: FlowGPTModel, hidden: Tensor) -> Tensor:
+        """hidden [b, h] -> logits [b, vocabulary], whole on every tensor-parallel rank."""
+        local = (hidden @ chunk.output_weight().T).contiguous()
+        parts = [torch.empty_like(local) for _ in range(parallel.tensor_parallel_size())]
+        dist.all_gather(parts, local, group=parallel.tensor_parallel_group())
+        return torch.cat(parts, dim=-1)[:, : self._vocab_size]
+
+    @staticmethod
+    def _pipeline_group() -> dist.ProcessGroup:
+        return mpu.get_pipeline_model_parallel_group()
+
+    @staticmethod
+    def _neighbour(step: int) -> int:
+        ranks = parallel.pipeline_ranks()
+        return ranks[(parallel.pipeline_rank() + step) % len(ranks)]
+
+    def _receive(self, shape: torch.Size, chunk: FlowGPTModel) -> Tensor:
+        config = chunk.config
+        hidden = torch.empty(
+            (shape[1], shape[0], config.hidden_size),
+            dtype=config.pipeline_dtype,
+            device=device.device(),
+        )
+        dist.recv(hidden, self._neighbour(-1), self._pipeline_group())
+        return hidden
+
+    def new_caches(self, capacity: int, seen: Tensor) -> list[KVCache]:
+        """One empty cache a model chunk."""
+        return [KVCache(capacity, seen) for _ in self._chunks]
+
+
+class _Batch:
+    """One batch of rollouts from its prompts to its last token."""
+
+    def __init__(
+        self,
+        engine: MegatronRollouts,
+        prompts: list[Sequence[int]],
+        sampling: SamplingParams,
+        uniform: Tensor,
+    ) -> None:
+        self._engine, self._sampling, self._uniform = engine, sampling, uniform
+        where = device.device()
+        longest = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
+        seen = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+            seen[row, longest - len(prompt) :] = True
+        self._tokens = tokens.to(where)
+        self._positions = (seen.long().cumsum(-1) - 1).clamp(min=0).to(where)
+        self._caches = engine.new_caches(longest + sampling.max_new_tokens, seen.to(where))
+        self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long)
+        self._rows = torch.arange(len(prompts))  # of the rows still in the batch
+        self._responses: list[list[int]] = [[] for _ in prompts]
+
+    def run(self) -> list[list[int]]:
+        """Generate until every row has stopped."""
+        active = torch.ones(len(self._rows), dtype=torch.bool)
+        for step in range(self._sampling.max_new_tokens):
+            chosen = self._next_tokens(step)
+            for i in active.nonzero().flatten().tolist():
+                self._responses[int(self._rows[i])].append(int(chosen[i]))
+            active &= ~torch.isin(chosen, self._stop_ids)
+            if not active.any():
+                break
+            active, chosen = self._compact(active, chosen)
+            self._tokens = chosen[:, None].to(self._tokens.device)
+            self._positions = self._positions[:, -1:] + 1
+            for cache in self._caches:
+                cache.seen[:, cache.length] = True
+        return self._responses
+
+    def _next_tokens(self, step: int) -> Tensor:
+        """The tokens [b] that come next, on the host, equal on all model-parallel ranks."""
+        logits = self._engine.forward(self._tokens, self._positions, self._caches)
+        chosen = torch.empty(len(self._rows), dtype=torch.long, device=self._tokens.device)
+        if logits is not None:
+            chosen = sample(logits, self._uniform[self._rows, step], self._sampling)
+        # One rank decides: equal logits on all ranks are not promised on every device.
+        parallel.broadcast_from_last_stage(chosen)
+        return chosen.cpu()
+
+    def _compact(self, active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Let finished rows leave once they are many."""
+        if active.float().mean() > _COMPACT_BELOW:
+            return active, chosen
+        keep = active.nonzero().flatten()
+        self._rows = self._rows[keep]
+        on_device = keep.to(self._tokens.device)
+        self._positions = self._positions[on_device]
+        for cache in self._caches:
+            cache.keep(on_device)
+        return torch.ones(len(keep), dtype=torch.bool), chosen[keep]

@@ -1,0 +1,1 @@
+"""The training job: one step, the loop around it, and what it reports."""

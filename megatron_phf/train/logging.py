@@ -1,0 +1,110 @@
+"""What the user sees of a run: one line a step, a progress bar, metric files, TensorBoard, W&B."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_phf import parallel
+from megatron_phf.config import Config
+from megatron_phf.train.metrics import StepMetrics
+
+
+def _line(iteration: int, total: int, values: dict[str, Any]) -> str:
+    flow = "" if values["flow"] is None else f" | flow {values['flow']:.4f}"
+    seconds = sum(values["seconds"].values())
+    return (
+        f"step {iteration:>{len(str(total))}}/{total} | loss {values['loss']:.5f}"
+        f" | opsd {values['opsd']:.5f}{flow} | grad norm {values['grad_norm']:.3g}"
+        f" | lr {values['learning_rate']:.2e} | {values['clip_mode']} clip"
+        f" {100 * values['clipped_fraction']:.3g}% | {values['rollout_tokens']} tokens"
+        f" | {values['tokens_per_second']:.0f} tok/s | {seconds:.2f} s"
+    )
+
+
+def say(text: str) -> None:
+    """Print on rank 0 alone, above a progress bar if there is one."""
+    if parallel.is_first_rank():
+        tqdm.write(text)
+
+
+class RunLogger:
+    """Records the steps of one run on rank 0; does nothing elsewhere."""
+
+    def __init__(self, config: Config, total: int, name: str = "train") -> None:
+        self._active = parallel.is_first_rank()
+        self._total = total
+        self._metrics: Any = None
+        self._board: Any = None
+        self._wandb: Any = None
+        self._bar: Any = None
+        if self._active:
+            self._open(config, name)
+
+    def _open(self, config: Config, name: str) -> None:
+        output = config.output
+        os.makedirs(output.output_dir, exist_ok=True)
+        if output.metrics_file is not None:
+            os.makedirs(os.path.dirname(os.path.abspath(output.metrics_file)), exist_ok=True)
+            self._metrics = open(output.metrics_file, "w", encoding="utf-8")  # noqa: SIM115
+        if output.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(os.path.join(output.output_dir, "tensorboard", name))
+        if output.wandb_project is not None:
+            self._wandb = _start_wandb(output.wandb_project, config, name)
+        if output.progress:
+            self._bar = tqdm(total=self._total, desc=name, unit="step", dynamic_ncols=True)
+
+    def step(self, iteration: int, metrics: StepMetrics) -> None:
+        """Record one step."""
+        if not self._active:
+            return
+        values = {"step": iteration, **metrics.as_json()}
+        tqdm.write(_line(iteration, self._total, values))
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.flush()
+        scalars = _scalars(values)
+        if self._board is not None:
+            for key, value in scalars.items():
+                self._board.add_scalar(key, value, iteration)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=iteration)
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def close(self) -> None:
+        """Flush everything."""
+        for sink in (self._metrics, self._board, self._bar):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}/{name}": v for name, v in value.items()}
+        elif isinstance(value, list):
+            flat |= {f"{key}/{i + 1:03d}": v for i, v in enumerate(value)}
+        elif isinstance(value, int | float) and key != "step":
+            flat[key] = value
+    return flat
+
+
+def _start_wandb(project: str, config: Config, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("--wandb-project needs the package wandb: pip install wandb") from error
+    return wandb.init(project=project, name=name, config=_plain(config))
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {group: dict(vars(values)) for group, values in vars(config).items()}

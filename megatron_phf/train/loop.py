@@ -1,0 +1,148 @@
+"""The training job on a HuggingFace model: from its files to the exported student."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron_phf import device
+from megatron_phf.config import Config
+from megatron_phf.data.problems import FieldNames, read_problems
+from megatron_phf.data.prompts import PromptPair, PromptTemplates, build_prompt_pairs, load_template
+from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
+from megatron_phf.model.architecture import Architecture, read_architecture
+from megatron_phf.model.gpt import FlowGPTModel, build_model
+from megatron_phf.model.hf_weights import load_hf_weights, save_hf
+from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.teacher import make_teacher
+from megatron_phf.train.logging import RunLogger, say
+from megatron_phf.train.metrics import PhaseTimer, StepMetrics
+from megatron_phf.train.optimizer import StudentOptimizer
+from megatron_phf.train.source import OnPolicySource, RecordingSource, ReplaySource, RolloutSource
+from megatron_phf.train.step import Distiller
+from megatron_phf.train.summary import aligned_example, run_summary
+
+
+def load_student(arch: Architecture, config: Config, directory: str) -> list[FlowGPTModel]:
+    """This rank's part of the model in ``directory``."""
+    chunks = build_model(arch, config)
+    load_hf_weights(chunks, arch, config, directory)
+    return chunks
+
+
+def make_distiller(arch: Architecture, config: Config, student: list[FlowGPTModel]) -> Distiller:
+    """Teacher and optimizer around ``student``."""
+    teacher = make_teacher(student, arch, config)
+    return Distiller(config, arch, student, teacher, StudentOptimizer(student, config))
+
+
+def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """The rollouts' sampling."""
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        top_k=rollout.rollout_top_k,
+        max_new_tokens=rollout.max_new_tokens,
+        stop_ids=stop_ids,
+        seed=config.train.seed,
+    )
+
+
+def prompt_templates(config: Config) -> PromptTemplates:
+    """The user's prompt templates, or the defaults."""
+    data = config.data
+    given = {
+        side: load_template(path, f"--{side}-template")
+        for side in ("student", "teacher")
+        if (path := getattr(data, f"{side}_template")) is not None
+    }
+    return PromptTemplates(
+        **given, student_thinking=data.student_thinking, teacher_thinking=data.teacher_thinking
+    )
+
+
+def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
+    """The prompts of ``--data``; says how many were dropped for their length."""
+    data = config.data
+    assert data.data is not None
+    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
+    problems = read_problems(data.data, fields)
+    pairs, dropped = build_prompt_pairs(
+        tokenizer,
+        problems,
+        prompt_templates(config),
+        data.max_prompt_length,
+        data.max_teacher_prompt_length,
+        data.overlong_prompts,
+    )
+    say(f"data     {len(pairs)} problems from {data.data}, {dropped} dropped as too long")
+    return pairs
+
+
+def train_steps(
+    distiller: Distiller, source: RolloutSource, logger: RunLogger, tokenizer: Any | None = None
+) -> list[StepMetrics]:
+    """Run ``train_iters`` steps; each reads as the method does (see ``Distiller.step``)."""
+    history = []
+    for iteration in range(1, distiller.config.train.train_iters + 1):
+        timer = PhaseTimer()
+        with timer.phase("rollout"):
+            rollouts = source.rollouts(iteration)
+        if iteration == 1:
+            say(aligned_example(rollouts[0], tokenizer))
+        metrics = distiller.step(iteration, rollouts, timer)
+        total = sum(timer.seconds.values())
+        metrics = dataclasses.replace(
+            metrics,
+            extra={
+                "seconds": timer.seconds,
+                "tokens_per_second": metrics.rollout_tokens / total,
+                "peak_memory_bytes": device.peak_memory_bytes(),
+            },
+        )
+        logger.step(iteration, metrics)
+        history.append(metrics)
+    return history
+
+
+def _make_source(
+    config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any
+) -> RolloutSource:
+    rollout = config.rollout
+    source: RolloutSource
+    if rollout.rollout_engine == "replay":
+        assert rollout.replay_file is not None
+        source = ReplaySource(rollout.replay_file, arch.vocab_size, config)
+    else:
+        pairs = read_prompts(config, tokenizer)
+        check_token_ids(max(max(p.teacher_ids) for p in pairs), arch.vocab_size)
+        engine = MegatronRollouts(student, arch.vocab_size, rollout.rollout_batch_size)
+        sampling = sampling_params(config, stop_token_ids(tokenizer, config.model.hf_model))
+        source = OnPolicySource(engine, pairs, sampling, config.train.global_batch_size)
+    if rollout.record_rollouts is not None:
+        source = RecordingSource(source, rollout.record_rollouts)
+    return source
+
+
+def train(config: Config) -> list[StepMetrics]:
+    """Train the student of ``--hf-model`` and export it where asked; the steps' metrics."""
+    directory = config.model.hf_model
+    assert directory is not None
+    arch = read_architecture(directory)
+    replay = config.rollout.rollout_engine == "replay"
+    tokenizer = None if replay else load_tokenizer(directory)
+    say(run_summary(arch, config))
+    student = load_student(arch, config, directory)
+    source = _make_source(config, arch, student, tokenizer)
+    distiller = make_distiller(arch, config, student)
+    logger = RunLogger(config, config.train.train_iters)
+    try:
+        history = train_steps(distiller, source, logger, tokenizer)
+    finally:
+        logger.close()
+    if config.output.save_hf is not None:
+        save_hf(student, arch, config, directory, config.output.save_hf)
+        say(f"exported to {config.output.save_hf}")
+    return history

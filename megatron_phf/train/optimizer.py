@@ -1,0 +1,88 @@
+"""megatron-core's DDP, optimizer and learning-rate schedule around the student."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_phf import device
+from megatron_phf.config import Config, TrainConfig
+from megatron_phf.model.gpt import FlowGPTModel, model_dtype
+
+
+class StudentOptimizer:
+    """AdamW on the student's chunks; gradients in fp32, reduced over data-parallel ranks."""
+
+    def __init__(self, chunks: list[FlowGPTModel], config: Config) -> None:
+        train, dtype = config.train, model_dtype(config)
+        distributed = config.parallel.use_distributed_optimizer
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
+        )
+        transformer = chunks[0].config
+        self.wrapped = [DistributedDataParallel(transformer, ddp, chunk) for chunk in chunks]
+        transformer.finalize_model_grads_func = finalize_model_grads
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=train.lr,
+            min_lr=train.min_lr,
+            weight_decay=train.weight_decay,
+            adam_beta1=train.adam_beta1,
+            adam_beta2=train.adam_beta2,
+            adam_eps=train.adam_eps,
+            # Megatron reports a gradient norm only where it clips.
+            clip_grad=train.clip_grad or math.inf,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed,
+        )
+        with device.cuda_type_names():
+            self.optimizer = get_megatron_optimizer(options, self.wrapped)
+        self._schedule = _schedule(self.optimizer, train)
+
+    def zero_grad(self) -> None:
+        """Before the first microbatch of a step."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def gradients_finite(self) -> bool:
+        """Whether every gradient of this rank is finite (after the reduction)."""
+        sums = [b.grad_data.sum() for chunk in self.wrapped for b in _buffers(chunk)]
+        return all(bool(torch.isfinite(total)) for total in sums)
+
+    def step(self) -> tuple[float, float]:
+        """Clip and update the weights; (learning rate used, gradient norm before clipping)."""
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        with device.cuda_type_names():
+            _, grad_norm, _ = self.optimizer.step()
+        self._schedule.step(increment=1)
+        return float(learning_rate), float(grad_norm)
+
+
+def _buffers(chunk: DistributedDataParallel) -> list:  # type: ignore[type-arg]
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _schedule(optimizer: object, train: TrainConfig) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.lr_warmup_iters,
+        lr_decay_steps=max(train.train_iters, train.lr_warmup_iters + 1),
+        lr_decay_style=train.lr_decay_style,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=train.train_iters,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,66 @@
+"""Run microbatches through the pipeline with megatron-core's schedules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_phf.data.batch import SequenceBatch
+
+# (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
+LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
+
+
+def run_pipeline(
+    chunks: Sequence[torch.nn.Module],
+    batches: Sequence[SequenceBatch],
+    loss: LossFunction,
+    *,
+    forward_only: bool,
+) -> list[Any]:
+    """Forward (and backward) of every microbatch; what ``loss`` reported, on the last stage.
+
+    The losses of the microbatches are added up as they are.  (megatron-core divides each by the
+    number of microbatches, and DDP averages gradients over data-parallel ranks: the caller's
+    normaliser takes both into account, see ``train.step.normalizer``.)
+    """
+    iterators = [iter(enumerate(batches)) for _ in chunks]
+
+    def forward_step(
+        iterator: Iterator[tuple[int, SequenceBatch]], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
+        index, batch = next(iterator)
+        # The microbatch's number rides along to the layers (see FlowTransformerLayer).
+        extra = {"context_mask": torch.tensor(index)}
+        hidden = model(batch.tokens, None, None, extra_block_kwargs=extra)
+        return hidden, lambda output: loss(index, output)
+
+    b, s = batches[0].tokens.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=s,
+        micro_batch_size=b,
+        forward_only=forward_only,
+    )
+
+
+@contextlib.contextmanager
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """No gradients and eval mode within (no activation recompute); the modes as before after."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)

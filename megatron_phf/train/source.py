@@ -1,0 +1,95 @@
+"""Where a step's rollouts come from, on this data-parallel rank: on-policy, or a replay file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from megatron_phf import parallel
+from megatron_phf.config import Config
+from megatron_phf.data.prompts import PromptPair
+from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
+from megatron_phf.rollout import RolloutEngine
+from megatron_phf.rollout.sampling import SamplingParams
+
+
+class RolloutSource(Protocol):
+    """Gives each step this data-parallel rank's share of the global batch."""
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """The share of step ``iteration`` (1-based), the same whatever came before."""
+        ...
+
+
+class OnPolicySource:
+    """The student samples: problems in a seeded order, each epoch another permutation."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        pairs: Sequence[PromptPair],
+        sampling: SamplingParams,
+        global_batch_size: int,
+    ) -> None:
+        self._engine, self._pairs, self._sampling = engine, pairs, sampling
+        self._batch = global_batch_size
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        first = (iteration - 1) * self._batch
+        sample_ids = parallel.local_share(range(first, first + self._batch))
+        pairs = [self._pairs[self._problem_of(i)] for i in sample_ids]
+        prompts = [pair.student_ids for pair in pairs]
+        responses = self._engine.generate(prompts, self._sampling, sample_ids)
+        return [
+            Rollout(pair.student_ids, pair.teacher_ids, tuple(response))
+            for pair, response in zip(pairs, responses, strict=True)
+        ]
+
+    def _problem_of(self, sample_id: int) -> int:
+        epoch, position = divmod(sample_id, len(self._pairs))
+        generator = np.random.Generator(np.random.Philox(key=[self._sampling.seed, 2**32 + epoch]))
+        return int(generator.permutation(len(self._pairs))[position])
+
+
+class ReplaySource:
+    """Recorded rollouts, in file order: step i trains on the i-th global batch of the file."""
+
+    def __init__(self, path: str, vocab_size: int, config: Config) -> None:
+        self._rollouts = read_rollouts(path, vocab_size)
+        self._batch = config.train.global_batch_size
+        steps = len(self._rollouts) // self._batch
+        if config.train.train_iters > steps:
+            raise ValueError(
+                f"--replay-file {path}: {len(self._rollouts)} rollouts make {steps} step(s) of "
+                f"--global-batch-size {self._batch}, fewer than --train-iters "
+                f"{config.train.train_iters}; lower one of them"
+            )
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        first = (iteration - 1) * self._batch
+        return parallel.local_share(self._rollouts[first : first + self._batch])
+
+
+class RecordingSource:
+    """Another source, every rollout of which is also appended to a replay file."""
+
+    def __init__(self, source: RolloutSource, path: str) -> None:
+        self._source, self._path = source, path
+        if parallel.is_first_rank():
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            open(path, "w").close()
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        local = self._source.rollouts(iteration)
+        shares = parallel.gather_over_data_parallel([rollout_to_json(r) for r in local])
+        if parallel.is_first_rank():
+            with open(self._path, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(r) + "\n" for share in shares for r in share)
+        return local

@@ -1,0 +1,94 @@
+"""The start-up summary: model, layout, memory estimate, one aligned example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_phf import device, parallel
+from megatron_phf.config import Config
+from megatron_phf.data.replay_file import Rollout
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.gpt import model_dtype, transformer_impl
+
+_GIB = 2**30
+_SHOWN_TOKENS = 12
+
+
+def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
+    """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
+
+    Weights are split over TP x PP.  Gradients are fp32; Adam keeps two fp32 moments and, for bf16
+    weights, an fp32 copy, all three split over DP with the distributed optimizer.  ``targets``:
+    fp32 teacher directions of a full window, for each sequence of the local batch and each local
+    layer, and the teacher's final hidden states of as many new tokens as allowed.
+    """
+    width = model_dtype(config).itemsize
+    parallel_config = config.parallel
+    split = (
+        parallel_config.tensor_model_parallel_size * parallel_config.pipeline_model_parallel_size
+    )
+    weights = arch.num_parameters() / split
+    replicas = parallel.data_parallel_size()
+    shard = replicas if parallel_config.use_distributed_optimizer else 1
+    moments = 8 if width == 4 else 12
+    teachers = {"live": 0, "frozen": width, "ema": width if width == 4 else width + 4}
+    sequences = config.train.global_batch_size / replicas
+    window = min(config.method.phf_window_size, config.rollout.max_new_tokens) - 1
+    layers = arch.num_layers / parallel_config.pipeline_model_parallel_size + 1
+    directions = sequences * window * layers * arch.hidden_size * 4
+    rows = sequences * config.rollout.max_new_tokens * arch.hidden_size * width
+    return {
+        "weights": weights * width / _GIB,
+        "gradients": weights * 4 / _GIB,
+        "optimizer": weights * moments / shard / _GIB,
+        "teacher": weights * teachers[config.method.teacher] / _GIB,
+        "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
+    }
+
+
+def run_summary(arch: Architecture, config: Config) -> str:
+    """The block printed before the first step."""
+    p, t, m = config.parallel, config.train, config.method
+    memory = memory_estimate(arch, config)
+    parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
+    virtual = p.num_virtual_stages_per_pipeline_rank
+    return "\n".join(
+        (
+            f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
+            f"{arch.num_parameters() / 1e6:.1f} M parameters, "
+            f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
+            f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
+            f" (virtual {virtual}) x DP {parallel.data_parallel_size()}, sequence parallel "
+            f"{'on' if p.sequence_parallel else 'off'}, distributed optimizer "
+            f"{'on' if p.use_distributed_optimizer else 'off'}",
+            f"device   {device.describe()}",
+            f"batch    {t.global_batch_size} rollouts a step, microbatches of {t.micro_batch_size}",
+            f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
+            f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, clip "
+            f"{m.opsd_clip_mode} {m.opsd_clip}; teacher {m.teacher}",
+            f"memory   {sum(memory.values()):.2f} GiB a rank estimated, activations aside ({parts})",
+        )
+    )
+
+
+def _text(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+def aligned_example(rollout: Rollout, tokenizer: Any | None) -> str:
+    """One rollout as both models read it: prompts, and where each response token sits in each."""
+    student, teacher = rollout.student_prompt_ids, rollout.teacher_prompt_ids
+    lines = ["--- one aligned example ---"]
+    if tokenizer is not None:
+        lines += [f"student prompt: {_text(tokenizer, student)!r}"]
+        lines += [f"teacher prompt: {_text(tokenizer, teacher)!r}"]
+        lines += [f"response:       {_text(tokenizer, rollout.response_ids)!r}"]
+    lines += ["generated  token id  text            student position  teacher position"]
+    for i, token in enumerate(rollout.response_ids[:_SHOWN_TOKENS]):
+        text = "" if tokenizer is None else repr(_text(tokenizer, (token,)))
+        lines.append(
+            f"{i:>9}  {token:>8}  {text:<14}  {len(student) + i:>16}  {len(teacher) + i:>16}"
+        )
+    if len(rollout.response_ids) > _SHOWN_TOKENS:
+        lines.append(f"      ...  ({len(rollout.response_ids)} tokens in all)")
+    return "\n".join(lines)

