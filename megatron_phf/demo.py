@@ -55,9 +55,7 @@ class _Demo:
         self.stop_ids = stop_token_ids(self.tokenizer, initial)
         seed = config.train.seed
         self.train = self._pairs(make_problems("train", _TRAIN_PROBLEMS, seed))
-        self.held_out = self._pairs(
-            make_problems("heldout", config.embedded.eval_problems, seed)
-        )
+        self.held_out = self._pairs(make_problems("heldout", config.embedded.eval_problems, seed))
 
     def _pairs(self, problems: Any) -> list[PromptPair]:
         data = self.config.data
@@ -197,9 +195,7 @@ def _summary(
 
 def _verdict(summary: dict[str, Any]) -> str:
     k = summary["eval_samples"]
-    base, opsd, phf = (
-        100 * summary[f"{name}_average_at_{k}"] for name in ("base", "opsd", "phf")
-    )
+    base, opsd, phf = (100 * summary[f"{name}_average_at_{k}"] for name in ("base", "opsd", "phf"))
     return (
         f"\nheld-out Average@{k}, mean of {len(summary['seeds'])} seed(s):\n"
         f"  base model {base:5.1f} %\n  OPSD       {opsd:5.1f} %\n  OPSD + PHF {phf:5.1f} %"

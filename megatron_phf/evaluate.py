@@ -52,9 +52,7 @@ def evaluate(
     return _collect(graded, len(pairs), k)
 
 
-def _collect(
-    graded: list[tuple[int, int, bool, str]], num_problems: int, k: int
-) -> Evaluation:
+def _collect(graded: list[tuple[int, int, bool, str]], num_problems: int, k: int) -> Evaluation:
     correct = [[False] * k for _ in range(num_problems)]
     sample = ""
     gathered: list[list[tuple[int, int, bool, str]]] = [[]] * dist.get_world_size()

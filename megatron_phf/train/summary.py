@@ -66,7 +66,7 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
             f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, clip "
             f"{m.opsd_clip_mode} {m.opsd_clip}; teacher {m.teacher}",
-            f"memory   {sum(memory.values()):.2f} GiB a rank estimated, activations aside ({parts})",
+            f"memory   {sum(memory.values()):.2f} GiB a rank, activations aside ({parts})",
         )
     )
 

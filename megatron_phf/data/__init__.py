@@ -1,0 +1,1 @@
+"""Problems, prompts, batches, recorded rollouts, and the embedded task."""

@@ -1,0 +1,117 @@
+"""Problems with verified reference solutions, from JSON Lines.  Plain Python, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem; ``index`` counts the problems of its file from 0."""
+
+    problem: str
+    solution: str
+    answer: str | None
+    index: int
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """How the file calls the three fields."""
+
+    problem: str = "problem"
+    solution: str = "solution"
+    answer: str = "answer"
+
+
+def read_jsonl(path: str, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line that is not blank.
+
+    Raises:
+        ValueError: the file cannot be read (names ``flag``), or a line is no JSON object (names
+            ``path:line``).
+    """
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, start=1):
+                if line.strip():
+                    yield number, _parse(line, number, path)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+
+
+def _parse(line: bytes, number: int, path: str) -> dict[str, Any]:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        content = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{number}: not UTF-8; convert the file") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}:{number}: not JSON ({error}); each line must be one JSON object"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}:{number}: not a JSON object but {type(content).__name__}")
+    return content
+
+
+def _text(content: dict[str, Any], role: str, name: str, where: str) -> str:
+    if name not in content:
+        present = ", ".join(content) or "none"
+        raise ValueError(
+            f"{where}: no field {name!r} (fields here: {present}); name it with --{role}-field"
+        )
+    value = content[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {name!r} is not a string but {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{where}: field {name!r} is empty; fill it or remove the line")
+    return value
+
+
+def _answer(content: dict[str, Any], name: str, where: str) -> str | None:
+    value = content.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(
+        f"{where}: field {name!r} is neither string nor number but {type(value).__name__}"
+    )
+
+
+def read_problems(path: str, fields: FieldNames | None = None) -> list[Problem]:
+    """All problems of a JSONL file (UTF-8, blank lines skipped); the answer is optional.
+
+    Raises:
+        ValueError: names the file and line of the first mistake, and the remedy.
+    """
+    names = fields or FieldNames()
+    problems: list[Problem] = []
+    for number, content in read_jsonl(path, "--data"):
+        where = f"{path}:{number}"
+        problems.append(
+            Problem(
+                problem=_text(content, "problem", names.problem, where),
+                solution=_text(content, "solution", names.solution, where),
+                answer=_answer(content, names.answer, where),
+                index=len(problems),
+            )
+        )
+    if not problems:
+        raise ValueError(f"--data {path}: no problems in it")
+    return problems
+
+
+def write_jsonl(path: str, objects: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line: the whole file appears, or the old one stays."""
+    partial = path + ".tmp"
+    with open(partial, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(partial, path)

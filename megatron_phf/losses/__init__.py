@@ -1,0 +1,51 @@
+"""The losses of OPSD and PHF on plain tensors; this package imports torch alone.
+
+In any trainer, with logits [n, v] of the scored response tokens and hidden states [b, m, h] of
+each layer at the window::
+
+    positions, valid = window_batch(response_lengths)          # generated positions [b, m]
+    output = generalized_jsd(student_logits, teacher_logits, DivergenceSpec(beta=0.5))
+    flow = flow_loss(student_hidden, teacher_hidden, valid)    # one [b, m, h] a layer
+    loss = output.per_token.mean() + 0.05 * flow.loss
+"""
+
+from megatron_phf.losses.chunked import ChunkedDivergence, chunked_divergence
+from megatron_phf.losses.divergence import (
+    CLIP_MODES,
+    DivergenceOutput,
+    DivergenceSpec,
+    generalized_jsd,
+    policy_gradient_loss,
+)
+from megatron_phf.losses.flow import (
+    FlowTerms,
+    adjacent_loss,
+    direction_loss,
+    directions,
+    flow_layer_weights,
+    flow_loss,
+    geometry_loss,
+    transition_counts,
+)
+from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
+
+__all__ = [
+    "CLIP_MODES",
+    "WINDOW_RULES",
+    "ChunkedDivergence",
+    "DivergenceOutput",
+    "DivergenceSpec",
+    "FlowTerms",
+    "adjacent_loss",
+    "chunked_divergence",
+    "direction_loss",
+    "directions",
+    "flow_layer_weights",
+    "flow_loss",
+    "generalized_jsd",
+    "geometry_loss",
+    "policy_gradient_loss",
+    "select_window",
+    "transition_counts",
+    "window_batch",
+]

@@ -1,0 +1,149 @@
+"""One chunk of tokens over a (sharded) vocabulary: values and the gradient in its logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_phf.losses.divergence import DivergenceSpec, entry_contributions
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's ``size`` entries from global id ``start``, of ``total`` in all (no padding)."""
+
+    group: dist.ProcessGroup | None
+    start: int
+    size: int
+    total: int
+
+    def sum(self, x: Tensor) -> Tensor:
+        """In place: the sum over the shards."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """In place: the maximum over the shards."""
+        if self.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def log_softmax_(self, logits: Tensor) -> Tensor:
+        """In place: logits [c, v] -> log probabilities over all shards (-inf stays)."""
+        floor = logits.new_full((logits.shape[0], 1), torch.finfo(logits.dtype).min)
+        # A shard that is all padding has no entries, hence no maximum of its own.
+        top = self.max(logits.amax(-1, keepdim=True) if self.size else floor)
+        total = self.sum((logits.sub_(top)).exp().sum(-1, keepdim=True))
+        return logits.sub_(total.log_())
+
+    def top_k_mask(self, logits: Tensor, k: int) -> Tensor:
+        """logits [c, v] -> bool [c, v]: in the k largest of all shards, ties to the lowest id."""
+        # A stable sort breaks ties by position; topk promises nothing about them.
+        values, index = logits.sort(dim=-1, descending=True, stable=True)
+        missing = max(k - logits.shape[-1], 0)
+        values = F.pad(values[:, :k], (0, missing), value=-math.inf).contiguous()
+        rank = 0
+        if self.group is not None:
+            parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
+            dist.all_gather(parts, values, group=self.group)
+            values, rank = torch.cat(parts, dim=-1), dist.get_rank(self.group)
+        # Shards come in the order of their ids, so that this sort too prefers the lowest id.
+        winners = values.sort(dim=-1, descending=True, stable=True).indices[:, :k] - rank * k
+        here = (winners >= 0) & (winners < k - missing)
+        rows, columns = here.nonzero().unbind(-1)
+        mask = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+        mask[rows, index[rows, winners[rows, columns]]] = True
+        return mask
+
+
+def _slope(log_s: Tensor, log_t: Tensor, beta: float, terms: Tensor) -> Tensor:
+    """d term / d log p_S of each entry."""
+    if beta == 0:
+        return -log_t.exp()
+    p_s = log_s.exp()
+    if beta == 1:
+        return terms + p_s
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    return (1 - beta) * p_s * (log_s - log_m)
+
+
+def divergence_chunk(
+    student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Tempered logits [c, v] (overwritten) -> values [3, c] (divergence, clipped, entropy), and
+
+    the gradient of each token's divergence in its tempered student logits [c, v].
+    """
+    absent = ~shard.top_k_mask(teacher, spec.top_k) if spec.top_k else None
+    if absent is not None:
+        student.masked_fill_(absent, -math.inf)
+        teacher.masked_fill_(absent, -math.inf)
+    log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
+    if absent is not None:  # any finite number will do: their terms are masked out below
+        log_s.masked_fill_(absent, 0.0)
+        log_t.masked_fill_(absent, 0.0)
+    terms = entry_contributions(log_s, log_t, spec.beta)
+    entropy = -(log_t.exp().mul_(log_t))
+    slope = _slope(log_s, log_t, spec.beta, terms) if with_gradient else None
+    for x in (terms, entropy, slope):
+        if x is not None and absent is not None:
+            x.masked_fill_(absent, 0.0)
+    above = terms > spec.clip if spec.clip_mode == "entry" else None
+    if above is not None:
+        terms.clamp_(max=spec.clip)
+        if slope is not None:
+            slope.masked_fill_(above, 0.0)
+    parts = [terms.sum(-1), entropy.sum(-1)]
+    parts.append(parts[0].new_zeros(parts[0].shape) if above is None else above.sum(-1).to(terms))
+    parts += [] if slope is None else [slope.sum(-1)]
+    sums = shard.sum(torch.stack(parts))  # one message for all of them
+    values, token_above = _values(sums, min(spec.top_k or shard.total, shard.total), spec)
+    if slope is None:
+        return values, None
+    p_s = log_s.exp_()
+    if absent is not None:
+        p_s.masked_fill_(absent, 0.0)
+    gradient = slope.sub_(p_s.mul_(sums[3][:, None]))
+    if token_above is not None:
+        gradient.masked_fill_(token_above[:, None], 0.0)
+    return values, gradient
+
+
+def _values(sums: Tensor, entries: int, spec: DivergenceSpec) -> tuple[Tensor, Tensor | None]:
+    divergence, entropy, above = sums[0], sums[1], sums[2]
+    if spec.clip_mode == "entry":
+        return torch.stack((divergence, above / entries, entropy)), None
+    if spec.clip_mode == "none":
+        return torch.stack((divergence, above, entropy)), None
+    token_above = divergence > spec.clip
+    clamped = divergence.clamp(max=spec.clip)
+    return torch.stack((clamped, token_above.to(clamped), entropy)), token_above
+
+
+def policy_chunk(
+    student: Tensor, teacher: Tensor, targets: Tensor, shard: VocabShard, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`divergence_chunk` for -A log p_S(y), A = log p_T(y) - log p_S(y) held constant."""
+    log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
+    entropy = -(log_t.exp() * log_t).sum(-1)
+    local = targets - shard.start
+    here = (local >= 0) & (local < shard.size)
+    rows = here.nonzero()[:, 0]
+    picked = [
+        log_s.new_zeros(len(targets)).index_put((rows,), x[rows, local[rows]])
+        for x in (log_s, log_t)
+    ]
+    sums = shard.sum(torch.stack((*picked, entropy)))
+    advantage = sums[1] - sums[0]
+    values = torch.stack((-advantage * sums[0], torch.zeros_like(advantage), sums[2]))
+    if not with_gradient:
+        return values, None
+    gradient = log_s.exp_().mul_(advantage[:, None])
+    gradient[rows, local[rows]] -= advantage[rows]
+    return values, gradient

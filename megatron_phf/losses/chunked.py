@@ -1,0 +1,176 @@
+"""Output head and divergence in one, a chunk of tokens at a time: logits never pile up.
+
+Projecting n tokens to a vocabulary of v entries takes n v numbers for each model and several more
+for the divergence; here they exist for ``chunk_tokens`` tokens at a time.  The gradient of a chunk
+is computed while its logits exist, so that backward only scales what was kept: the gradients of
+the rows [n, h] and of the weight [v, h].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_phf.losses._vocab_parallel import VocabShard, divergence_chunk, policy_chunk
+from megatron_phf.losses.divergence import DivergenceSpec
+
+OBJECTIVES = ("jsd", "policy_gradient")
+
+
+class ChunkedDivergence(NamedTuple):
+    """``loss`` [] with gradient; the rest [n], detached, as in ``DivergenceOutput``."""
+
+    loss: Tensor
+    per_token: Tensor
+    clipped: Tensor
+    teacher_entropy: Tensor
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Everything that is not differentiated."""
+
+    teacher_rows: Tensor
+    teacher_weight: Tensor
+    token_weights: Tensor
+    spec: DivergenceSpec
+    shard: VocabShard
+    chunk_tokens: int
+    target_ids: Tensor | None
+    objective: str
+
+
+class _Gradients:
+    """Gradients of one loss, added up over chunks (None where not wanted)."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> None:
+        self._weight = weight
+        self.rows = torch.zeros_like(rows) if wanted[0] else None
+        # bf16 sums over many chunks would lose the small ones.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+
+    def add(self, part: slice, rows: Tensor, d_logits: Tensor) -> None:
+        """d_logits [c, v] of the tokens ``part`` with the inputs ``rows`` [c, h]."""
+        d_logits = d_logits.to(self._weight.dtype)
+        real = d_logits.shape[1]
+        if self.rows is not None:
+            torch.mm(d_logits, self._weight[:real], out=self.rows[part])
+        if self.weight is None:
+            return
+        if self.weight.dtype is d_logits.dtype:
+            self.weight[:real].addmm_(d_logits.T, rows)
+        else:
+            self.weight[:real] += d_logits.T @ rows
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, problem: _Problem) -> Any:
+        wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        gradients = _Gradients(rows, weight, wanted)
+        outputs = []
+        for start in range(0, rows.shape[0], problem.chunk_tokens):
+            part = slice(start, min(start + problem.chunk_tokens, rows.shape[0]))
+            values, d_logits = _run_chunk(rows[part], weight, part, problem, any(wanted))
+            outputs.append(values)
+            if d_logits is not None:
+                gradients.add(part, rows[part], d_logits)
+        if gradients.rows is not None and problem.shard.group is not None:
+            # Each rank has the part that its vocabulary rows contribute.
+            dist.all_reduce(gradients.rows, group=problem.shard.group)
+        empty = problem.token_weights.new_zeros(3, 0)
+        values = torch.cat([empty, *outputs], dim=1)
+        ctx.save_for_backward(gradients.rows, gradients.weight)
+        ctx.dtypes = (rows.dtype, weight.dtype)
+        ctx.mark_non_differentiable(values)
+        return (values[0] * problem.token_weights).sum(), values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        d_rows, d_weight = (None if g is None else (g * grads[0]).to(d) for g, d in pairs)
+        return d_rows, d_weight, None
+
+
+def _run_chunk(
+    rows: Tensor, weight: Tensor, part: slice, problem: _Problem, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Values [3, c] and, if wanted, the weighted loss's gradient in the raw logits [c, real]."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    temperature = problem.spec.temperature
+    real = problem.shard.size  # padding comes last: without its columns it has no probability
+    student = (rows @ weight[:real].T).to(wide).div_(temperature)
+    teacher = problem.teacher_rows[part] @ problem.teacher_weight[:real].T
+    teacher = teacher.to(wide).div_(temperature)
+    if problem.objective == "jsd":
+        values, gradient = divergence_chunk(
+            student, teacher, problem.spec, problem.shard, with_gradient
+        )
+    else:
+        assert problem.target_ids is not None
+        values, gradient = policy_chunk(
+            student, teacher, problem.target_ids[part], problem.shard, with_gradient
+        )
+    if gradient is not None:
+        gradient.mul_((problem.token_weights[part] / temperature)[:, None])
+    return values.to(problem.token_weights.dtype), gradient
+
+
+def chunked_divergence(
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    student_weight: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    spec: DivergenceSpec,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 256,
+    target_ids: Tensor | None = None,
+    objective: str = "jsd",
+) -> ChunkedDivergence:
+    """rows [n, h_S], [n, h_T]; weights [v_local, h_S], [v_local, h_T]; token_weights [n] -> loss.
+
+    ``loss`` = sum over tokens of weight x divergence (``generalized_jsd``) or, with objective
+    ``policy_gradient``, x the sampled-token loss of ``target_ids`` [n] (global ids).  Its gradient
+    goes to student_rows and student_weight.
+
+    Args:
+        group: tensor-parallel group over which the vocabulary is sharded; rows are then equal on
+            all its ranks, and so is the gradient of the rows afterwards.
+        vocab_start: global id of this rank's first row of the weights.
+        vocab_size: entries from this id on are padding: probability 0, no gradient.
+        chunk_tokens: tokens whose logits exist at the same time.
+
+    Raises:
+        ValueError: an unknown objective, or ``policy_gradient`` without target_ids.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    if objective == "policy_gradient" and target_ids is None:
+        raise ValueError("objective 'policy_gradient' needs target_ids")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens {chunk_tokens}: need at least 1")
+    world = 1 if group is None else dist.get_world_size(group)
+    total = vocab_size if vocab_size is not None else student_weight.shape[0] * world
+    size = min(max(total - vocab_start, 0), student_weight.shape[0])
+    shard = VocabShard(group, vocab_start, size, total)
+    problem = _Problem(
+        teacher_rows.detach(),
+        teacher_weight.detach(),
+        token_weights,
+        spec,
+        shard,
+        chunk_tokens,
+        target_ids,
+        objective,
+    )
+    loss, values = _Chunked.apply(student_rows, student_weight, problem)
+    return ChunkedDivergence(loss, values[0], values[1], values[2])
