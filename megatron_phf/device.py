@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import resource
 import sys
 import time
@@ -217,6 +218,10 @@ def _patch_rng(random_module: types.ModuleType) -> None:
     )
     random_module._set_cuda_rng_state = (  # type: ignore[attr-defined]
         lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    )
+    # It warns when the host's generator moves while the device's is in use: here they are one.
+    logging.getLogger(random_module.__name__).addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
     )
 
 

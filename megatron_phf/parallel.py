@@ -29,7 +29,6 @@ def initialize(config: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.context_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
-        create_gloo_process_groups=device.has_cuda(),  # without CUDA every group is gloo already
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_phf import parallel
@@ -125,4 +126,6 @@ class FlowTap:
         self.values[microbatch, layer] = values.detach()
         local = self._local_weight * (values[0] + values[1]) / 2
         loss = (local + self._adjacent_weight * values[2]).sum() * window.gradient_scale
-        return _AttachLoss.apply(outputs, loss)
+        # Pipeline stages free their output's data once it is sent, which a view would not allow.
+        attached = _AttachLoss.apply(outputs, loss)
+        return make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)

@@ -57,7 +57,10 @@ class RunLogger:
         if output.wandb_project is not None:
             self._wandb = _start_wandb(output.wandb_project, config, name)
         if output.progress:
-            self._bar = tqdm(total=self._total, desc=name, unit="step", dynamic_ncols=True)
+            # disable=None: no bar in a file, where each refresh would be a line of its own
+            self._bar = tqdm(
+                total=self._total, desc=name, unit="step", dynamic_ncols=True, disable=None
+            )
 
     def step(self, iteration: int, metrics: StepMetrics) -> None:
         """Record one step."""

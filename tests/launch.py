@@ -1,0 +1,41 @@
+"""Start processes as users do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+
+
+def environment() -> dict[str, str]:
+    """One thread a process; this interpreter's scripts first on PATH; nothing from a hub."""
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(command: list[str], timeout: float = 300, **kwargs) -> subprocess.CompletedProcess:
+    """The finished command, its output captured as text."""
+    return subprocess.run(
+        command,
+        cwd=REPO,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **kwargs,
+    )
+
+
+def torchrun(processes: int, script: str, *arguments: str, timeout: float = 300):
+    """``torchrun --standalone --nproc-per-node N script arguments``."""
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run([*head, "--nproc-per-node", str(processes), script, *arguments], timeout=timeout)

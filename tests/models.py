@@ -1,0 +1,69 @@
+"""Tiny random HuggingFace models and replay files for the tests."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+_CLASSES = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def make_model(path: str, architecture: str = "qwen3", **settings) -> str:
+    """Write a model directory with random weights, norms and biases too; returns ``path``."""
+    torch.manual_seed(7)
+    values = {
+        "vocab_size": 250,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.15,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        **settings,
+    }
+    config_class, model_class = _CLASSES[architecture]
+    model = model_class(config_class(**values))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.add_(0.2 * torch.randn_like(p))
+            if name.endswith("bias"):
+                p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(path)
+    return path
+
+
+def make_replay(path: str, response_lengths: list[int], vocab_size: int = 250, seed: int = 3) -> str:
+    """Write random rollouts with prompts of uneven lengths; returns ``path``."""
+    generator = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [generator.randrange(vocab_size) for _ in range(generator.randint(low, high))]
+
+    with open(path, "w") as f:
+        for n in response_lengths:
+            sample = {
+                "student_prompt_ids": ids(1, 9),
+                "teacher_prompt_ids": ids(4, 20),
+                "response_ids": ids(n, n),
+            }
+            f.write(json.dumps(sample) + "\n")
+    return path

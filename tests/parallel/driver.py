@@ -1,0 +1,98 @@
+"""Run cases of the product in real processes, and save what each gives.
+
+    torchrun --nproc-per-node N tests/parallel/driver.py CASES.json OUTPUT_DIR
+
+CASES.json: a list of {"name", "argv", "steps"}; ``steps`` 0 is one forward and backward pass of
+the first global batch, of which metrics and gradients (HuggingFace names) are saved; else so many
+optimizer steps, of which metrics and final weights are saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+
+import torch
+from megatron.core import parallel_state as mpu
+from safetensors.torch import save_file
+
+from megatron_phf import device, parallel, preflight
+from megatron_phf.config import Config, parse_args
+from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights
+from megatron_phf.train.loop import load_student, make_distiller
+from megatron_phf.train.metrics import PhaseTimer, summarize
+from megatron_phf.train.source import ReplaySource
+from megatron_phf.train.step import Distiller
+
+
+def export(distiller: Distiller, path: str) -> None:
+    """Save the student's weights as they are."""
+    weights = export_hf_weights(distiller.student, distiller.arch, distiller.config)
+    tensors = {name: weight.float().cpu().contiguous() for name, weight in weights}
+    if parallel.is_first_rank():
+        save_file(tensors, path)
+
+
+def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
+    """Forward and backward of one batch; export the gradients as if they were weights."""
+    batch = distiller._local_batch(source.rollouts(1))
+    outputs = distiller._forward_backward(batch, distiller._teacher_targets(batch))
+    with torch.no_grad():
+        for chunk in distiller.student:
+            for p in chunk.parameters():
+                p.data = p.main_grad.to(p.dtype)
+    values = distiller.tap.values
+    metrics = summarize(outputs, values, distiller.arch.num_layers, distiller.config, 0.0, 0.0)
+    export(distiller, path)
+    return metrics.as_json()
+
+
+def steps(distiller: Distiller, source: ReplaySource, count: int, path: str) -> list[dict]:
+    """Train ``count`` steps; export the weights."""
+    history = [
+        distiller.step(i, source.rollouts(i), PhaseTimer()).as_json() for i in range(1, count + 1)
+    ]
+    export(distiller, path)
+    return history
+
+
+def run_case(config: Config, case: dict, path: str) -> object:
+    """One case in the layout of its flags."""
+    preflight.check(config)
+    preflight.check_world_size(config, torch.distributed.get_world_size())
+    parallel.initialize(config.parallel)
+    arch = read_architecture(config.model.hf_model)
+    student = load_student(arch, config, config.model.hf_model)
+    source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
+    distiller = make_distiller(arch, config, student)
+    if case.get("teacher_model"):
+        load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
+    if case["steps"]:
+        return steps(distiller, source, case["steps"], path)
+    return gradients(distiller, source, path)
+
+
+def main() -> None:
+    """All cases; a failed one is recorded and ends the run."""
+    cases, output = json.load(open(sys.argv[1])), sys.argv[2]
+    device.setup()
+    device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
+    for case in cases:
+        base = os.path.join(output, case["name"])
+        try:
+            result = run_case(parse_args(case["argv"]), case, base + ".safetensors")
+        except Exception:
+            print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
+            os._exit(1)
+        if torch.distributed.get_rank() == 0:
+            with open(base + ".json", "w") as f:
+                json.dump(result, f)
+        mpu.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

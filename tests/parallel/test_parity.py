@@ -1,0 +1,157 @@
+"""The product equals the reference in value and gradient, whatever the parallel layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import reference
+from tests.launch import torchrun
+from tests.models import make_model, make_replay
+
+LENGTHS = [1, 2, 20, 7, 31, 3, 12, 9]  # shorter and longer than the window of 8
+TOLERANCE = 1e-5
+METRICS = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
+LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")
+OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
+
+TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+SP = ["--sequence-parallel"]
+VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
+MB2 = ["--micro-batch-size", "2"]
+FULL = ["--recompute-granularity", "full", "--recompute-num-layers"]
+BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block"]
+
+# name -> (processes, model, layout flags, options of the method)
+CASES = {
+    "one": (1, "qwen3", [], {}),
+    "tp2": (2, "qwen3", TP2, {}),
+    "pp2": (2, "qwen3", PP2, {}),
+    "tp2_pp2": (4, "qwen3", TP2 + PP2, {}),
+    "tp2_sp": (2, "qwen3", [*TP2, *SP, *MB2], {}),
+    "dp2": (2, "qwen3", MB2, {}),
+    "dp2_tp2": (4, "qwen3", TP2 + MB2, {}),
+    "pp2_vpp2": (2, "qwen3", PP2 + VPP2, {}),
+    "pp4": (4, "qwen3", ["--pipeline-model-parallel-size", "4"], {}),
+    "pp2_full": (2, "qwen3", [*PP2, *FULL, "1"], {}),
+    "pp2_full_two": (2, "qwen3", [*PP2, *FULL, "2", *MB2], {}),
+    "pp2_vpp2_block": (2, "qwen3", [*PP2, *VPP2, *BLOCK], {}),
+    "tp2_sp_selective": (2, "qwen3", [*TP2, *SP, "--recompute-granularity", "selective"], {}),
+    "tp2_pp2_sp_full": (4, "qwen3", [*TP2, *PP2, *SP, *FULL, "1"], {}),
+    "untied_uneven": (
+        2,
+        "untied",
+        [*PP2, "--num-layers-in-first-pipeline-stage", "4"],
+        {"beta": 0.5, "clip_mode": "token", "clip": 0.2},
+    ),
+    "untied_tp2_pp2": (4, "untied", TP2 + PP2, {"beta": 1.0, "clip_mode": "none"}),
+    "llama_top_k": (2, "llama", TP2, {"top_k": 5, "beta": 0.3, "clip": 0.02}),
+    "llama_pp2": (2, "llama", PP2, {"objective": "policy_gradient"}),
+    "padded_heads": (2, "odd", [*TP2, "--pad-attention-heads"], {"window_rule": "contiguous"}),
+    "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
+}
+MODELS = {
+    "qwen3": {"architecture": "qwen3"},
+    "untied": {"architecture": "qwen3", "num_hidden_layers": 6, "tie_word_embeddings": False},
+    "llama": {"architecture": "llama"},
+    "qwen2": {"architecture": "qwen2"},
+    "odd": {
+        "architecture": "llama",
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+    },
+}
+
+
+def options(given: dict) -> reference.Options:
+    return reference.Options(**{"alpha": 0.7, "window_size": 8, **given})
+
+
+def flags(o: reference.Options, model: str, replay: str, batch: int) -> list[str]:
+    values = {
+        "hf-model": model,
+        "replay-file": replay,
+        "rollout-engine": "replay",
+        "global-batch-size": batch,
+        "dtype": "fp32",
+        "phf-alpha": o.alpha,
+        "phf-window-size": o.window_size,
+        "phf-window-rule": o.window_rule,
+        "opsd-beta": o.beta,
+        "opsd-temperature": o.temperature,
+        "opsd-clip-mode": o.clip_mode,
+        "opsd-clip": o.clip,
+        "opsd-top-k": o.top_k,
+        "opsd-objective": o.objective,
+        "logits-chunk-tokens": 16,
+        "train-iters": 1,
+        "max-prompt-length": 32,
+        "max-teacher-prompt-length": 32,
+        "max-new-tokens": 64,
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("parity")
+    for name, settings in MODELS.items():
+        make_model(str(directory / name), **settings)
+    make_replay(str(directory / "replay.jsonl"), LENGTHS)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def results(files: Path) -> Path:
+    """Every case's output: one launch for each number of processes."""
+    output = files / "out"
+    output.mkdir()
+    for processes in sorted({case[0] for case in CASES.values()}):
+        cases = [
+            {
+                "name": name,
+                "steps": 0,
+                "argv": flags(
+                    options(given), str(files / model), str(files / "replay.jsonl"), len(LENGTHS)
+                )
+                + layout,
+            }
+            for name, (count, model, layout, given) in CASES.items()
+            if count == processes
+        ]
+        path = files / f"cases{processes}.json"
+        path.write_text(json.dumps(cases))
+        done = torchrun(processes, "tests/parallel/driver.py", str(path), str(output))
+        assert done.returncode == 0, done.stdout[-3000:] or done.stderr[-3000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def references(files: Path) -> dict:
+    samples, known = reference.read_replay(str(files / "replay.jsonl")), {}
+    for _, model, _, given in CASES.values():
+        key = (model, options(given))
+        if key not in known:
+            known[key] = reference.compute(str(files / model), samples, key[1])
+    return known
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, results: Path, references: dict) -> None:
+    _, model, _, given = CASES[name]
+    expected = references[model, options(given)]
+    metrics = json.loads((results / f"{name}.json").read_text())
+    for key in METRICS + LISTS + OTHERS:
+        assert metrics[key] == pytest.approx(expected.metrics[key], rel=TOLERANCE, abs=1e-7), key
+    found = load_file(results / f"{name}.safetensors")
+    assert found.keys() == expected.gradients.keys()
+    for parameter, gradient in expected.gradients.items():
+        error = (found[parameter] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 2 * TOLERANCE, (parameter, float(error))
+    norm = sum(g.double().square().sum() for g in found.values()) ** 0.5
+    assert float(norm) == pytest.approx(expected.metrics["grad_norm"], rel=TOLERANCE)

@@ -1,0 +1,235 @@
+"""OPSD + PHF in plain PyTorch and transformers: what the product must equal.
+
+One process, one sequence at a time, no padding, autograd for every gradient, hidden states by
+hooks on HuggingFace's own layers.  Shares no code with megatron_phf and imports nothing of it.
+
+    python tests/reference.py --hf-model DIR --replay-file F.jsonl --alpha 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True)
+class Options:
+    """The method's settings; ``clip_mode`` entry, token or none."""
+
+    alpha: float = 0.05
+    beta: float = 0.0
+    temperature: float = 1.1
+    clip_mode: str = "entry"
+    clip: float = 0.05
+    top_k: int = 0
+    window_size: int = 128
+    window_rule: str = "even"
+    objective: str = "jsd"
+
+
+@dataclass
+class Result:
+    """Means over the global batch; gradients by HuggingFace name."""
+
+    metrics: dict
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def load_model(directory: str, dtype: torch.dtype = torch.float32):
+    """The model with transformers' eager attention, in eval mode."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor]]:
+    """logits [s, v] and each layer's output [s, h], before the final norm."""
+    outputs: list[Tensor] = []
+
+    def hook(module, args, output):
+        outputs.append((output[0] if isinstance(output, tuple) else output)[0])
+
+    handles = [layer.register_forward_hook(hook) for layer in model.model.layers]
+    logits = model(torch.tensor([ids])).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits, outputs
+
+
+def window(n: int, size: int, rule: str) -> list[int]:
+    """Generated positions that the flow loss looks at."""
+    if n <= size:
+        return list(range(n))
+    if rule == "contiguous":
+        return list(range(size))
+    return [int(i * (n - 1) / (size - 1) + 0.5) for i in range(size)]
+
+
+def divergence(student: Tensor, teacher: Tensor, o: Options) -> tuple[Tensor, float, float]:
+    """Logits [v] of one token -> (divergence [], clipped fraction, teacher entropy)."""
+    student, teacher = student / o.temperature, teacher / o.temperature
+    if o.top_k:
+        kept = torch.topk(teacher, o.top_k).indices
+        student, teacher = student[kept], teacher[kept]
+    p_s, p_t = torch.softmax(student, 0), torch.softmax(teacher, 0)
+    if o.beta == 0:
+        terms = p_t * (p_t.log() - p_s.log())
+    elif o.beta == 1:
+        terms = p_s * (p_s.log() - p_t.log())
+    else:
+        m = (1 - o.beta) * p_s + o.beta * p_t
+        terms = o.beta * p_t * (p_t.log() - m.log()) + (1 - o.beta) * p_s * (p_s.log() - m.log())
+    entropy = float(-(p_t * p_t.log()).sum())
+    if o.clip_mode == "entry":
+        clipped = float((terms > o.clip).double().mean())
+        return torch.minimum(terms, torch.tensor(o.clip).to(terms)).sum(), clipped, entropy
+    total = terms.sum()
+    if o.clip_mode == "token":
+        over = bool(total > o.clip)
+        return (torch.tensor(o.clip).to(total) if over else total), float(over), entropy
+    return total, 0.0, entropy
+
+
+def sampled_token(student: Tensor, teacher: Tensor, token: int, o: Options):
+    """OPSD's policy-gradient form for one token."""
+    log_s = torch.log_softmax(student / o.temperature, 0)[token]
+    log_p = torch.log_softmax(teacher / o.temperature, 0)
+    advantage = (log_p[token] - log_s).detach()
+    return -advantage * log_s, 0.0, float(-(log_p.exp() * log_p).sum())
+
+
+def unit_transitions(hidden: Tensor) -> Tensor:
+    """[m, h] -> [m-1, h]."""
+    rows = []
+    for i in range(hidden.shape[0] - 1):
+        delta = hidden[i + 1].float() - hidden[i].float()
+        rows.append(delta / delta.norm())
+    return torch.stack(rows)
+
+
+def flow_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list, list]:
+    """Hidden states at the window, [m, h] a layer -> direction, geometry, adjacent values."""
+    if student[0].shape[0] < 2:
+        zero = torch.zeros(())
+        return [zero] * len(student), [zero] * len(student), [zero] * (len(student) - 1)
+    s, t = [unit_transitions(h) for h in student], [unit_transitions(h) for h in teacher]
+    n = s[0].shape[0]
+    direction = [sum(1 - (a * b).sum() for a, b in zip(x, y, strict=True)) / n
+                 for x, y in zip(s, t, strict=True)]  # fmt: skip
+    geometry = [((x @ x.T - y @ y.T) ** 2).sum() / n**2 for x, y in zip(s, t, strict=True)]
+    adjacent = [
+        ((s[i] @ s[i + 1].T - t[i] @ t[i + 1].T) ** 2).sum() / n**2 for i in range(len(s) - 1)
+    ]
+    return direction, geometry, adjacent
+
+
+def sequence_terms(student, teacher, sample: dict, o: Options):
+    """(list of per-token (loss, clipped, entropy), flow terms) of one replay line."""
+    response = sample["response_ids"]
+    prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
+    logits, hidden = run(student, prompt + response)
+    with torch.no_grad():
+        teacher_logits, teacher_hidden = run(teacher, privileged + response)
+    tokens = []
+    for i, token in enumerate(response):
+        pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
+        if o.objective == "jsd":
+            tokens.append(divergence(*pair, o))
+        else:
+            tokens.append(sampled_token(*pair, token, o))
+    w = window(len(response), o.window_size, o.window_rule)
+    at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
+    flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden])
+    return tokens, flow
+
+
+def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor, dict]:
+    """The total loss of a global batch, with graph, and its metrics."""
+    tokens, flows = [], []
+    for sample in samples:
+        more, flow = sequence_terms(student, teacher, sample, o)
+        tokens += more
+        flows.append(flow)
+    opsd = sum(t[0] for t in tokens) / len(tokens)
+    means = [[sum(f[k][i] for f in flows) / len(flows) for i in range(len(flows[0][k]))]
+             for k in range(3)]  # fmt: skip
+    direction, geometry, adjacent = means
+    local = sum((d + g) / 2 for d, g in zip(direction, geometry, strict=True)) / len(direction)
+    flow = (local + sum(adjacent) / len(adjacent)) / 2
+    loss = opsd + o.alpha * flow
+    metrics = {
+        "loss": float(loss),
+        "opsd": float(opsd),
+        "flow": float(flow),
+        "flow_direction_per_layer": [float(x) for x in direction],
+        "flow_geometry_per_layer": [float(x) for x in geometry],
+        "flow_adjacent_per_pair": [float(x) for x in adjacent],
+        "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
+        "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
+        "rollout_tokens": len(tokens),
+    }
+    for name, values in zip(("direction", "geometry", "adjacent"), means, strict=True):
+        metrics[f"flow_{name}"] = float(sum(values) / len(values))
+    return loss, metrics
+
+
+def read_replay(path: str) -> list[dict]:
+    """The lines of a replay file."""
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.strip()]
+
+
+def compute(directory: str, samples: list[dict], o: Options, dtype=torch.float32) -> Result:
+    """Value of every metric and gradient of every parameter; the teacher has the same weights."""
+    student, teacher = load_model(directory, dtype), load_model(directory, dtype)
+    loss, metrics = objective(student, teacher, samples, o)
+    loss.backward()
+    gradients = {n: p.grad for n, p in student.named_parameters()}
+    metrics["grad_norm"] = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
+    return Result(metrics, gradients)
+
+
+def train(directory: str, samples: list[dict], o: Options, steps: int, lr: float, clip_grad: float,
+          teacher_kind: str, ema_decay: float) -> tuple[list[dict], dict[str, Tensor]]:  # fmt: skip
+    """``steps`` AdamW steps (no weight decay, constant rate), equal parts of ``samples`` each."""
+    student, teacher = load_model(directory), load_model(directory)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+    size, history = len(samples) // steps, []
+    for i in range(steps):
+        if teacher_kind == "live":
+            teacher.load_state_dict(student.state_dict())
+        optimizer.zero_grad()
+        loss, metrics = objective(student, teacher, samples[i * size : (i + 1) * size], o)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+        optimizer.step()
+        if teacher_kind == "ema":
+            with torch.no_grad():
+                for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                    t.mul_(ema_decay).add_(s, alpha=1 - ema_decay)
+        history.append({**metrics, "grad_norm": float(norm)})
+    return history, {n: p.detach() for n, p in student.named_parameters()}
+
+
+def main() -> None:
+    """Print the metrics of one global batch as JSON."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hf-model", required=True)
+    parser.add_argument("--replay-file", required=True)
+    for f in dataclasses.fields(Options):
+        flag = "--" + f.name.replace("_", "-")
+        parser.add_argument(flag, type=type(f.default), default=f.default)
+    given = vars(parser.parse_args())
+    directory, replay = given.pop("hf_model"), given.pop("replay_file")
+    print(json.dumps(compute(directory, read_replay(replay), Options(**given)).metrics))
+
+
+if __name__ == "__main__":
+    main()
