@@ -24,8 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_FACTORIES = ("arange", "as_tensor", "empty", "eye", "full", "ones", "rand", "randn", "tensor")
-_FACTORIES += ("zeros", "empty_like", "ones_like", "zeros_like", "full_like", "randint")
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "ones"),
+    *("ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
 _CUDA_TENSOR_TYPES = {
     "FloatTensor": torch.float32,
     "HalfTensor": torch.float16,
@@ -58,11 +60,6 @@ def has_cuda() -> bool:
 def has_module(name: str) -> bool:
     """Whether the optional package ``name`` (transformer_engine, apex, ...) can be imported."""
     return importlib.util.find_spec(name) is not None
-
-
-def has_apex() -> bool:
-    """Whether NVIDIA's apex is here: the package of that name on PyPI is another project."""
-    return has_module("apex") and has_module("apex.multi_tensor_apply")
 
 
 def device() -> torch.device:
@@ -128,11 +125,11 @@ def cuda_type_names() -> Iterator[None]:
             return original(self).replace("torch.", "torch.cuda.", 1)
         return original(self, dtype, *args, **kwargs)
 
-    torch.Tensor.type = named  # type: ignore[assignment, method-assign]
+    torch.Tensor.type = named
     try:
         yield
     finally:
-        torch.Tensor.type = original  # type: ignore[method-assign]
+        torch.Tensor.type = original
 
 
 class _Stream:
@@ -244,5 +241,5 @@ def setup() -> None:
             _patch_rng(module)
     # megatron calls these as methods, which no view of a module can reach; without CUDA they
     # could only raise.
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self

@@ -44,19 +44,9 @@ def destroy() -> None:
     dist.destroy_process_group()
 
 
-def rank() -> int:
-    """Global rank of this process."""
-    return dist.get_rank()
-
-
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks to the user."""
     return dist.get_rank() == 0
-
-
-def is_logging_rank() -> bool:
-    """Whether this process holds the last stage's values and records them (one of the world)."""
-    return is_last_stage() and tensor_parallel_rank() == 0 and mpu.get_data_parallel_rank() == 0
 
 
 def tensor_parallel_group() -> dist.ProcessGroup:
@@ -123,13 +113,6 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     """In place: the sum over the data-parallel ranks."""
     if data_parallel_size() > 1:
         dist.all_reduce(values, group=mpu.get_data_parallel_group())
-    return values
-
-
-def sum_over_model_parallel(values: torch.Tensor) -> torch.Tensor:
-    """In place: the sum over tensor- and pipeline-parallel ranks."""
-    if tensor_parallel_size() * pipeline_size() > 1:
-        dist.all_reduce(values, group=mpu.get_model_parallel_group())
     return values
 
 

@@ -51,7 +51,9 @@ def make_model(path: str, architecture: str = "qwen3", **settings) -> str:
     return path
 
 
-def make_replay(path: str, response_lengths: list[int], vocab_size: int = 250, seed: int = 3) -> str:
+def make_replay(
+    path: str, response_lengths: list[int], vocab_size: int = 250, seed: int = 3
+) -> str:
     """Write random rollouts with prompts of uneven lengths; returns ``path``."""
     generator = random.Random(seed)
 

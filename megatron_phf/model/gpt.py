@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,7 +174,7 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=arch.rotary_base,  # type: ignore[arg-type]
+            rotary_base=arch.rotary_base,
             rope_scaling=arch.rope_scaling_factor is not None,
             rope_scaling_factor=arch.rope_scaling_factor or 1.0,
             vp_stage=stage,
@@ -217,8 +216,3 @@ def without_sequence_parallel(chunks: list[FlowGPTModel]) -> Iterator[None]:
     finally:
         for owner, name in changed:
             setattr(owner, name, True)
-
-
-def with_dtype(config: Config, dtype: str) -> Config:
-    """``config`` with another dtype (tests and tools)."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))

@@ -68,7 +68,7 @@ class StudentOptimizer:
         return float(learning_rate), float(grad_norm)
 
 
-def _buffers(chunk: DistributedDataParallel) -> list:  # type: ignore[type-arg]
+def _buffers(chunk: DistributedDataParallel) -> list:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -77,7 +78,7 @@ def run_case(config: Config, case: dict, path: str) -> object:
 
 def main() -> None:
     """All cases; a failed one is recorded and ends the run."""
-    cases, output = json.load(open(sys.argv[1])), sys.argv[2]
+    cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     device.setup()
     device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
     for case in cases:
