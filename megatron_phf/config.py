@@ -165,7 +165,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "clip_grad": 1.0,
     "opsd_beta": 0.5,
     "opsd_clip_mode": "none",
-    "max_new_tokens": 24,
+    "max_new_tokens": 40,
     "max_prompt_length": 64,
     "max_teacher_prompt_length": 96,
     "rollout_top_k": 0,

@@ -89,11 +89,11 @@ def divergence(student: Tensor, teacher: Tensor, o: Options) -> tuple[Tensor, fl
     entropy = float(-(p_t * p_t.log()).sum())
     if o.clip_mode == "entry":
         clipped = float((terms > o.clip).double().mean())
-        return torch.minimum(terms, torch.tensor(o.clip).to(terms)).sum(), clipped, entropy
+        return terms.clamp(max=o.clip).sum(), clipped, entropy
     total = terms.sum()
     if o.clip_mode == "token":
         over = bool(total > o.clip)
-        return (torch.tensor(o.clip).to(total) if over else total), float(over), entropy
+        return total.clamp(max=o.clip), float(over), entropy
     return total, 0.0, entropy
 
 

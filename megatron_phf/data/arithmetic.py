@@ -1,6 +1,6 @@
 """The embedded task: chains of single-digit additions and subtractions modulo 10.
 
-A problem like ``3+4-9+2`` has the worked solution ``7,8,0;\\boxed{0}``.  Everything, the tiny model
+A problem like ``3+4-9`` has the worked solution ``3+4=7;7-9=8;\\boxed{8}``.  Everything, the tiny model
 and its tokenizer too, is made on the spot from a seed.
 """
 
@@ -16,7 +16,7 @@ from megatron_phf.data.prompts import PromptTemplates
 ARITHMETIC_TEMPLATES = PromptTemplates(student="{problem}=", teacher="{problem}|{solution}=")
 OPERATIONS = 5
 _SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
-_SYMBOLS = (*"0123456789+-,;=|}", "\\boxed{")
+_SYMBOLS = (*"0123456789+-;=|}", "\\boxed{")
 _VOCAB_SIZE = 32
 _CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
@@ -29,12 +29,14 @@ def _is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
 
-def _solve(first: int, steps: list[tuple[str, int]]) -> list[int]:
-    value, values = first, []
+def _solve(first: int, steps: list[tuple[str, int]]) -> tuple[str, int]:
+    """The worked solution, one step after the other, and the final value."""
+    value, lines = first, ""
     for sign, digit in steps:
-        value = (value + digit if sign == "+" else value - digit) % 10
-        values.append(value)
-    return values
+        result = (value + digit if sign == "+" else value - digit) % 10
+        lines += f"{value}{sign}{digit}={result};"
+        value = result
+    return f"{lines}\\boxed{{{value}}}", value
 
 
 def make_problems(split: str, count: int, seed: int, operations: int = OPERATIONS) -> list[Problem]:
@@ -50,9 +52,8 @@ def make_problems(split: str, count: int, seed: int, operations: int = OPERATION
         if text in seen or _is_held_out(text) != (split == "heldout"):
             continue
         seen.add(text)
-        values = _solve(first, steps)
-        solution = ",".join(map(str, values)) + f";\\boxed{{{values[-1]}}}"
-        problems.append(Problem(text, solution, str(values[-1]), len(problems)))
+        solution, answer = _solve(first, steps)
+        problems.append(Problem(text, solution, str(answer), len(problems)))
     return problems
 
 

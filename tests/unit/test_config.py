@@ -1,0 +1,163 @@
+"""Flags, their defaults, and everything that is refused before a process group exists."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_phf import preflight
+from megatron_phf.config import Config, build_parser, parse_args
+from tests.models import make_model, make_replay
+
+GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = parse_args(["--hf-model", "m", "--data", "d"])
+    assert config == Config().replaced(hf_model="m", data="d")
+    assert (config.method.phf_alpha, config.method.phf_window_size) == (0.05, 128)
+    assert (config.train.train_iters, config.train.global_batch_size) == (100, 32)
+    assert (config.train.lr, config.train.clip_grad) == (5e-6, 0.1)
+    rollout = config.rollout
+    assert (rollout.rollout_temperature, rollout.rollout_top_p, rollout.rollout_top_k) == (
+        1.1,
+        0.95,
+        20,
+    )
+
+
+def test_embedded_defaults_give_way_to_flags() -> None:
+    assert parse_args([]).is_embedded
+    assert parse_args([]).train.lr != Config().train.lr
+    assert parse_args(["--lr", "0.5"]).train.lr == 0.5
+
+
+def test_every_flag_has_a_help_text() -> None:
+    for action in build_parser()._actions:
+        assert action.help
+
+
+def test_booleans_and_none() -> None:
+    config = parse_args(["--sequence-parallel", "--no-tensorboard"])
+    assert config.parallel.sequence_parallel
+    assert not config.output.tensorboard
+    assert config.parallel.recompute_granularity is None
+
+
+@pytest.mark.parametrize("argv", [["--no-such-flag"], ["--lr", "fast"], ["--teacher", "best"]])
+def test_malformed_command_lines(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv)
+    assert stop.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_help_and_checks_need_no_torch() -> None:
+    code = "import sys; import megatron_phf.preflight; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("preflight")
+    (directory / "data.jsonl").write_text(GOOD)
+    (directory / "bad.jsonl").write_text(GOOD + "{\n")
+    damaged = directory / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    other = directory / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "gpt2"}')
+    scaled = make_model(str(directory / "scaled"))
+    config = json.loads(Path(scaled, "config.json").read_text())
+    config["rope_parameters"]["rope_type"] = "yarn"
+    Path(scaled, "config.json").write_text(json.dumps(config))
+    return {
+        "MODEL": make_model(str(directory / "model")),
+        "DATA": str(directory / "data.jsonl"),
+        "BAD": str(directory / "bad.jsonl"),
+        "DAMAGED": str(damaged),
+        "OTHER": str(other),
+        "SCALED": scaled,
+        "EMPTY": str(tmp_path_factory.mktemp("empty")),
+        "REPLAY": make_replay(str(directory / "replay.jsonl"), [2, 3]),
+    }
+
+
+SHORT = "--max-new-tokens 64 --max-prompt-length 64 --max-teacher-prompt-length 128 "
+REAL = "--hf-model MODEL --data DATA " + SHORT
+MISTAKES = {
+    "--train-iters 0": "--train-iters 0: need at least 1",
+    "--opsd-beta 1.5": "--opsd-beta 1.5: need 0 to 1",
+    "--phf-window-size 1": "--phf-window-size 1: need at least 2",
+    "--phf-alpha -1": "--phf-alpha -1.0: need at least 0",
+    "--context-parallel-size 2": "--context-parallel-size above 1",
+    "--sequence-parallel": "--sequence-parallel needs --tensor-model-parallel-size",
+    "--num-virtual-stages-per-pipeline-rank 2": "needs --pipeline-model-parallel-size above 1",
+    "--hf-model MODEL": "--hf-model and --data belong together",
+    "--data DATA": "--hf-model and --data belong together",
+    "--rollout-engine replay": "--replay-file and --rollout-engine replay belong together",
+    "--rollout-engine replay --replay-file REPLAY": "replay needs --hf-model",
+    "--opsd-objective policy_gradient --opsd-top-k 3": "--opsd-top-k does not apply",
+    "--data DATA --hf-model /nowhere": "--hf-model /nowhere: no such directory",
+    "--data DATA --hf-model EMPTY": "config.json: cannot be read",
+    "--data DATA --hf-model DAMAGED": "config.json: is not JSON",
+    "--data DATA --hf-model OTHER": "model_type 'gpt2' is not supported",
+    "--data DATA --hf-model SCALED": "rope scaling 'yarn'",
+    "--data BAD --hf-model MODEL " + SHORT: "bad.jsonl:2: not JSON",
+    "--data DATA --hf-model MODEL": "past the model's 512 positions; lower --max-new-tokens",
+    REAL + "--tensor-model-parallel-size 3": "3 does not divide the model's 8 attention heads",
+    REAL + "--tensor-model-parallel-size 3 --pad-attention-heads": "128 MLP channels",
+    REAL + "--pipeline-model-parallel-size 3": "does not divide the model's 4 layers",
+    REAL + "--num-layers-in-first-pipeline-stage 3 --pipeline-model-parallel-size 3": "divide",
+    REAL + "--student-template /nowhere.txt": "/nowhere.txt: no such file",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_mistakes_are_refused_before_launch(command: str, files: dict[str, str], capsys) -> None:
+    assert preflight.main([files.get(word, word) for word in command.split()]) == 2
+    output = capsys.readouterr()
+    assert MISTAKES[command] in output.err
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+def test_a_good_command_line_gives_the_process_count(files: dict[str, str], capsys) -> None:
+    words = [files.get(word, word) for word in REAL.split()]
+    assert preflight.main([*words, "--tensor-model-parallel-size", "4"]) == 0
+    assert capsys.readouterr().out == "4\n"
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "gpus", "count"), [(1, 1, 0, 2), (2, 2, 0, 4), (1, 1, 8, 8), (3, 1, 8, 6)]
+)
+def test_process_count(tp: int, pp: int, gpus: int, count: int) -> None:
+    config = Config().replaced(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    assert preflight.process_count(config, gpus) == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "world", "message"),
+    [
+        ({"tensor_model_parallel_size": 2}, 3, "start a multiple of 2"),
+        ({"global_batch_size": 6}, 4, "--global-batch-size 6 is not a multiple of"),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_virtual_stages_per_pipeline_rank": 2,
+                "global_batch_size": 3,
+            },
+            2,
+            "virtual stages need a multiple of --pipeline-model-parallel-size 2",
+        ),
+    ],
+)
+def test_world_sizes(settings: dict, world: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preflight.check_world_size(Config().replaced(**settings), world)

@@ -1,0 +1,213 @@
+"""The output losses: hand-computed values, limits, clips, top-k, gradients; chunked = whole."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_phf.losses import (
+    DivergenceSpec,
+    chunked_divergence,
+    generalized_jsd,
+    policy_gradient_loss,
+)
+from tests import reference
+
+seeds = st.integers(0, 2**31 - 1)
+specs = st.builds(
+    DivergenceSpec,
+    beta=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    temperature=st.sampled_from([0.7, 1.0, 1.1]),
+    clip_mode=st.sampled_from(["entry", "token", "none"]),
+    clip=st.sampled_from([0.01, 0.05, 0.5]),
+    top_k=st.sampled_from([0, 1, 3, 50]),
+)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def logits(seed: int, n: int = 4, v: int = 7) -> tuple[Tensor, Tensor]:
+    return 2 * normal(seed, n, v), 2 * normal(seed + 1, n, v)
+
+
+def plain(**settings) -> DivergenceSpec:
+    return DivergenceSpec(**{"temperature": 1.0, "clip_mode": "none", **settings})
+
+
+def test_value_by_hand() -> None:
+    student = torch.tensor([[0.5, 0.5]]).log()
+    teacher = torch.tensor([[0.9, 0.1]]).log()
+    forward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    reverse = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    m = (0.7, 0.3)
+    middle = 0.5 * sum(p * math.log(p / q) for p, q in zip((0.9, 0.1), m, strict=True))
+    middle += 0.5 * sum(p * math.log(p / q) for p, q in zip((0.5, 0.5), m, strict=True))
+    for beta, expected in ((0.0, forward), (1.0, reverse), (0.5, middle)):
+        found = generalized_jsd(student, teacher, plain(beta=beta))
+        assert float(found.per_token) == pytest.approx(expected, rel=1e-6)
+        assert float(found.clipped) == 0
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert float(found.teacher_entropy) == pytest.approx(entropy, rel=1e-6)
+
+
+def test_clips_by_hand() -> None:
+    student = torch.tensor([[0.5, 0.5]]).log()
+    teacher = torch.tensor([[0.9, 0.1]]).log()
+    large, small = 0.9 * math.log(1.8), 0.1 * math.log(0.2)  # 0.529 and -0.161
+    entry = generalized_jsd(student, teacher, plain(clip_mode="entry", clip=0.3))
+    assert float(entry.per_token) == pytest.approx(0.3 + small)  # the negative one stays
+    assert float(entry.clipped) == 0.5
+    token = generalized_jsd(student, teacher, plain(clip_mode="token", clip=0.3))
+    assert float(token.per_token) == pytest.approx(0.3)
+    assert float(token.clipped) == 1
+    whole = generalized_jsd(student, teacher, plain(clip_mode="token", clip=0.4))
+    assert float(whole.per_token) == pytest.approx(large + small)
+    assert float(whole.clipped) == 0
+
+
+@given(seeds, specs)
+@settings(max_examples=60, deadline=None)
+def test_equals_reference(seed: int, spec: DivergenceSpec) -> None:
+    student, teacher = logits(seed)
+    found = generalized_jsd(student, teacher, spec)
+    options = reference.Options(
+        beta=spec.beta, temperature=spec.temperature, clip_mode=spec.clip_mode, clip=spec.clip,
+        top_k=min(spec.top_k, 7),
+    )  # fmt: skip
+    for i in range(len(student)):
+        value, clipped, entropy = reference.divergence(student[i], teacher[i], options)
+        assert float(found.per_token[i]) == pytest.approx(float(value), abs=1e-9)
+        assert float(found.clipped[i]) == pytest.approx(clipped)
+        assert float(found.teacher_entropy[i]) == pytest.approx(entropy, abs=1e-9)
+
+
+@given(seeds, st.sampled_from([0.0, 1.0]) | st.floats(0.01, 0.99))
+@settings(max_examples=40, deadline=None)
+def test_a_divergence(seed: int, beta: float) -> None:
+    student, teacher = logits(seed)
+    found = generalized_jsd(student, teacher, plain(beta=beta)).per_token
+    assert (found > -1e-12).all()
+    assert generalized_jsd(teacher, teacher, plain(beta=beta)).per_token.abs().max() < 1e-12
+    # Exchanging the models is exchanging beta for 1 - beta.
+    other = generalized_jsd(teacher, student, plain(beta=1 - beta)).per_token
+    assert torch.allclose(found, other, atol=1e-10)
+    # A constant added to the logits of a token is no change.
+    shifted = generalized_jsd(student + 3, teacher - 2, plain(beta=beta)).per_token
+    assert torch.allclose(found, shifted, atol=1e-10)
+
+
+def test_excluded_entries_count_for_neither() -> None:
+    student, teacher = logits(3)
+    whole = generalized_jsd(student[:, :5], teacher[:, :5], plain(beta=0.5)).per_token
+    student[:, 5:] = teacher[:, 5:] = -math.inf
+    student.requires_grad_()
+    found = generalized_jsd(student, teacher, plain(beta=0.5)).per_token
+    assert torch.allclose(found, whole)
+    found.sum().backward()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("mode", ["none", "entry", "token"])
+def test_gradients_in_float64(beta: float, mode: str) -> None:
+    student, teacher = logits(11)
+    spec = DivergenceSpec(beta=beta, clip_mode=mode, clip=0.08)
+
+    def loss(x: Tensor) -> Tensor:
+        return generalized_jsd(x, teacher, spec).per_token
+
+    assert torch.autograd.gradcheck(loss, student.requires_grad_())
+
+
+def test_policy_gradient() -> None:
+    student, teacher = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-0.5, -3.0])
+    loss = policy_gradient_loss(student, teacher)
+    assert loss.tolist() == [0.5, -2.0]  # -A log p_S: A = 0.5 and -1
+    loss.sum().backward()
+    assert student.grad.tolist() == [-0.5, 1.0]  # -A: raise where the teacher is surer
+
+
+def chunked(rows, teacher_rows, weight, teacher_weight, spec, **settings):
+    weights = settings.pop("token_weights", torch.ones(len(rows), dtype=rows.dtype))
+    return chunked_divergence(rows, teacher_rows, weight, teacher_weight, weights, spec, **settings)
+
+
+@given(seeds, specs, st.integers(1, 9), st.integers(0, 8))
+@settings(max_examples=60, deadline=None)
+def test_chunked_equals_whole(seed: int, spec: DivergenceSpec, chunk: int, padding: int) -> None:
+    n, h, v = 7, 3, 9
+    rows, teacher_rows = normal(seed, n, h).requires_grad_(), normal(seed + 1, n, h)
+    weight, teacher_weight = (normal(seed + i, v, h) for i in (2, 3))
+    weight.requires_grad_()
+    token_weights = normal(seed + 4, n)
+    real = v - padding
+    whole = generalized_jsd(rows @ weight[:real].T, teacher_rows @ teacher_weight[:real].T, spec)
+    expected = torch.autograd.grad((whole.per_token * token_weights).sum(), (rows, weight))
+    found = chunked(
+        rows, teacher_rows, weight, teacher_weight, spec,
+        chunk_tokens=chunk, vocab_size=real, token_weights=token_weights,
+    )  # fmt: skip
+    assert torch.allclose(found.per_token, whole.per_token, atol=1e-9)
+    assert torch.allclose(found.clipped, whole.clipped.double())
+    assert torch.allclose(found.teacher_entropy, whole.teacher_entropy, atol=1e-9)
+    for ours, wanted in zip(torch.autograd.grad(found.loss, (rows, weight)), expected, strict=True):
+        assert torch.allclose(ours, wanted, atol=1e-9)
+
+
+def test_chunked_policy_gradient_equals_whole() -> None:
+    rows, teacher_rows = normal(1, 6, 3).requires_grad_(), normal(2, 6, 3)
+    weight, targets = normal(3, 8, 3).requires_grad_(), torch.tensor([0, 7, 3, 3, 1, 6])
+    spec = DivergenceSpec(temperature=1.3)
+
+    def logprobs(x: Tensor) -> Tensor:
+        scores = (x @ weight.T / 1.3).log_softmax(-1)
+        return scores.gather(1, targets[:, None])[:, 0]
+
+    whole = policy_gradient_loss(logprobs(rows), logprobs(teacher_rows))
+    expected = torch.autograd.grad(whole.sum(), (rows, weight))
+    found = chunked(rows, teacher_rows, weight, weight, spec, chunk_tokens=4,
+                    objective="policy_gradient", target_ids=targets)  # fmt: skip
+    assert torch.allclose(found.per_token, whole)
+    for ours, wanted in zip(torch.autograd.grad(found.loss, (rows, weight)), expected, strict=True):
+        assert torch.allclose(ours, wanted)
+
+
+def test_chunked_gradcheck_and_no_tokens() -> None:
+    rows, weight = normal(1, 3, 2).requires_grad_(), normal(2, 5, 2).requires_grad_()
+    teacher, teacher_weight = normal(3, 3, 2), normal(4, 5, 2)
+
+    def loss(r: Tensor, w: Tensor) -> Tensor:
+        return chunked(r, teacher, w, teacher_weight, plain(beta=0.4), chunk_tokens=2).loss
+
+    assert torch.autograd.gradcheck(loss, (rows, weight))
+    nothing = chunked(rows[:0], teacher[:0], weight, weight, plain()).loss
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert weight.grad.abs().max() == 0
+
+
+def test_bad_settings() -> None:
+    for bad, message in (
+        ({"beta": 1.5}, "beta 1.5"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"clip_mode": "hard"}, "choose one of entry, token, none"),
+        ({"clip": 0.0}, "clip 0.0"),
+        ({"top_k": -1}, "top_k -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DivergenceSpec(**bad)
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="needs target_ids"):
+        chunked(x, x, x, x, plain(), objective="policy_gradient")
+    with pytest.raises(ValueError, match="objective 'sft'"):
+        chunked(x, x, x, x, plain(), objective="sft")
+    with pytest.raises(ValueError, match="chunk_tokens 0"):
+        chunked(x, x, x, x, plain(), chunk_tokens=0)

@@ -1,0 +1,209 @@
+"""L_flow: hand-computed values, every invariance of the method, edge cases, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_phf.losses import (
+    adjacent_loss,
+    direction_loss,
+    directions,
+    flow_layer_weights,
+    flow_loss,
+    geometry_loss,
+    transition_counts,
+)
+from tests import reference
+
+seeds = st.integers(0, 2**31 - 1)
+LAYERS, M, H = 3, 6, 5
+
+
+def hidden(seed: int, batch: int = 2, layers: int = LAYERS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(batch, M, H, generator=generator, dtype=torch.float64) for _ in range(layers)
+    ]
+
+
+def all_valid(batch: int = 2) -> Tensor:
+    return torch.ones(batch, M, dtype=torch.bool)
+
+
+def terms(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
+    """Every value of L_flow in one vector."""
+    flow = flow_loss(student, teacher, all_valid(student[0].shape[0]))
+    parts = (flow.direction_per_layer, flow.geometry_per_layer, flow.adjacent_per_pair)
+    return torch.cat((flow.loss[None], *parts))
+
+
+def rotation(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(H, H, generator=generator, dtype=torch.float64))[0]
+
+
+def rescaled(x: Tensor, factors: Tensor) -> Tensor:
+    """The path whose transition i is that of ``x`` times ``factors`` [m-1]."""
+    steps = (x[:, 1:] - x[:, :-1]) * factors[:, None]
+    return torch.cat((x[:, :1], x[:, :1] + steps.cumsum(1)), dim=1)
+
+
+def test_value_by_hand() -> None:
+    # Student goes right, then up; teacher right, then right: m = 3, two transitions.
+    student = [torch.tensor([[[0.0, 0.0], [2.0, 0.0], [2.0, 5.0]]])] * 2
+    teacher = [torch.tensor([[[0.0, 0.0], [1.0, 0.0], [4.0, 0.0]]])] * 2
+    flow = flow_loss(student, teacher, torch.ones(1, 3, dtype=torch.bool))
+    # cosines 1 and 0; Gram matrices I and all ones: two entries of 1 differ, over 2^2.
+    assert flow.direction_per_layer.tolist() == [0.5, 0.5]
+    assert flow.geometry_per_layer.tolist() == [0.5, 0.5]
+    assert flow.adjacent_per_pair.tolist() == [0.5]
+    assert float(flow.loss) == ((0.5 + 0.5) / 2 + 0.5) / 2
+    assert (float(flow.direction), float(flow.geometry), float(flow.adjacent)) == (0.5, 0.5, 0.5)
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_equals_reference(seed: int) -> None:
+    student, teacher = hidden(seed, batch=1), hidden(seed + 1, batch=1)
+    flow = flow_loss(student, teacher, all_valid(1))
+    expected = reference.flow_terms([h[0] for h in student], [h[0] for h in teacher])
+    values = (flow.direction_per_layer, flow.geometry_per_layer, flow.adjacent_per_pair)
+    for found, wanted in zip(values, expected, strict=True):
+        assert torch.allclose(found.float(), torch.stack(wanted).float(), rtol=1e-5, atol=1e-6)
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_zero_where_equal(seed: int) -> None:
+    assert terms(hidden(seed), hidden(seed)).abs().max() < 1e-12
+
+
+@given(seeds, st.floats(-100, 100))
+@settings(max_examples=25, deadline=None)
+def test_a_constant_vector_changes_nothing(seed: int, size: float) -> None:
+    student, teacher = hidden(seed), hidden(seed + 1)
+    shifts = hidden(seed + 2, batch=1)
+    moved = [x + size * shift[:, :1] for x, shift in zip(student, shifts, strict=True)]
+    assert torch.allclose(terms(moved, teacher), terms(student, teacher), atol=1e-9)
+    moved = [x + size * shift[:, :1] for x, shift in zip(teacher, shifts, strict=True)]
+    assert torch.allclose(terms(student, moved), terms(student, teacher), atol=1e-9)
+
+
+@given(seeds, st.lists(st.floats(1e-3, 1e3), min_size=M - 1, max_size=M - 1))
+@settings(max_examples=25, deadline=None)
+def test_the_length_of_a_transition_changes_nothing(seed: int, factors: list[float]) -> None:
+    student, teacher = hidden(seed), hidden(seed + 1)
+    scale = torch.tensor(factors, dtype=torch.float64)
+    stretched = [rescaled(x, scale) for x in student]
+    assert torch.allclose(terms(stretched, teacher), terms(student, teacher), atol=1e-6)
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_geometry_ignores_rotations_direction_only_equal_ones(seed: int) -> None:
+    student, teacher = hidden(seed), hidden(seed + 1)
+    a, b = rotation(seed + 2), rotation(seed + 3)
+    before = flow_loss(student, teacher, all_valid())
+    apart = flow_loss([x @ a for x in student], [x @ b for x in teacher], all_valid())
+    together = flow_loss([x @ a for x in student], [x @ a for x in teacher], all_valid())
+    assert torch.allclose(apart.geometry_per_layer, before.geometry_per_layer, atol=1e-9)
+    assert not torch.allclose(apart.direction_per_layer, before.direction_per_layer, atol=1e-3)
+    assert torch.allclose(together.direction_per_layer, before.direction_per_layer, atol=1e-9)
+    # One map for both layers of a pair leaves the products D_l D_{l+1}^T as they are.
+    assert torch.allclose(apart.adjacent_per_pair, before.adjacent_per_pair, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_short_windows_contribute_zero_and_are_counted(tokens: int) -> None:
+    student = [x.requires_grad_() for x in hidden(1)]
+    valid = all_valid()
+    valid[1, tokens:] = False
+    flow = flow_loss(student, hidden(2), valid)
+    alone = flow_loss([x[:1] for x in student], [x[:1] for x in hidden(2)], valid[:1])
+    assert flow.short_sequences == 1
+    assert torch.allclose(flow.loss, alone.loss / 2)  # it stays in the mean
+    flow.loss.backward()
+    assert all(float(x.grad[1].abs().max()) == 0 for x in student)
+
+
+def test_padding_does_not_matter() -> None:
+    student, teacher = hidden(3), hidden(4)
+    valid = all_valid()
+    valid[1, 4:] = False
+    flow = flow_loss(student, teacher, valid)
+    cut = [
+        flow_loss([x[i : i + 1, :n] for x in student], [x[i : i + 1, :n] for x in teacher],
+                  torch.ones(1, n, dtype=torch.bool)).loss
+        for i, n in ((0, M), (1, 4))
+    ]  # fmt: skip
+    assert torch.allclose(flow.loss, sum(cut) / 2)
+
+
+def test_a_zero_transition_has_direction_zero_and_no_gradient() -> None:
+    x = torch.randn(1, 4, 3, dtype=torch.float64)
+    x[0, 2] = x[0, 1]
+    x.requires_grad_()
+    found = directions(x, torch.ones(1, 4, dtype=torch.bool))
+    assert found[0, 1].tolist() == [0.0, 0.0, 0.0]
+    # In the direction term it counts as the formula has it: 1 - 0.
+    assert float(direction_loss(found, found, torch.tensor([3])).detach()) == pytest.approx(1 / 3)
+    (gradient,) = torch.autograd.grad(found[0, 1].sum(), x, retain_graph=True)
+    assert gradient.abs().max() == 0
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert torch.isfinite(gradient).all()
+
+
+def test_gradients_in_float64() -> None:
+    teacher, valid = hidden(6), all_valid()
+    valid[1, 3:] = False
+    student = tuple(x.requires_grad_() for x in hidden(5))
+
+    def loss(*layers: Tensor) -> Tensor:
+        return flow_loss(list(layers), teacher, valid).loss
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+def test_the_teacher_gets_no_gradient() -> None:
+    teacher = [x.requires_grad_() for x in hidden(6)]
+    student = [x.requires_grad_() for x in hidden(5)]
+    flow_loss(student, teacher, all_valid()).loss.backward()
+    assert all(x.grad is None for x in teacher)
+
+
+def test_bf16_is_computed_in_fp32() -> None:
+    student = [x.to(torch.bfloat16) for x in hidden(7)]
+    flow = flow_loss(student, [x.to(torch.bfloat16) for x in hidden(8)], all_valid())
+    assert flow.loss.dtype is torch.float32
+    exact = flow_loss([x.double() for x in student], [x.to(torch.bfloat16).double()
+                      for x in hidden(8)], all_valid())  # fmt: skip
+    assert float(flow.loss) == pytest.approx(float(exact.loss), rel=1e-5)
+
+
+def test_geometry_of_different_hidden_sizes() -> None:
+    valid = all_valid(1)
+    a = directions(torch.randn(1, M, 4), valid)
+    b = directions(torch.randn(1, M, 9), valid)
+    counts = transition_counts(valid)
+    assert geometry_loss(a, b, counts).shape == (1,)
+    assert adjacent_loss(a, a, b, b, counts) == geometry_loss(a, b, counts)
+
+
+def test_layer_weights_rebuild_the_loss() -> None:
+    flow = flow_loss(hidden(1), hidden(2), all_valid())
+    local, pair = flow_layer_weights(LAYERS)
+    layers = (flow.direction_per_layer + flow.geometry_per_layer).sum() / 2
+    assert torch.allclose(flow.loss, local * layers + pair * flow.adjacent_per_pair.sum())
+    assert flow_layer_weights(1) == (0.5, 0.0)
+    assert (
+        len(flow_loss(hidden(1, layers=1), hidden(2, layers=1), all_valid()).adjacent_per_pair) == 0
+    )
+
+
+def test_different_numbers_of_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 student and 3 teacher layers"):
+        flow_loss(hidden(1)[:2], hidden(2), all_valid())

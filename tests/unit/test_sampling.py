@@ -1,0 +1,77 @@
+"""Sampling: the exact filtered distribution, and random numbers that depend on the id alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+from megatron_phf.rollout.sampling import SamplingParams, filtered_probabilities, sample, uniforms
+
+
+def params(**settings) -> SamplingParams:
+    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 4, "stop_ids": (0,)}
+    return SamplingParams(**{**values, "seed": 5, **settings})
+
+
+LOGITS = torch.tensor([[1.0, 0.2, 2.0, -1.0, 0.5, 1.5, -3.0, 0.0]])
+
+
+def exact(logits: torch.Tensor, p: SamplingParams) -> torch.Tensor:
+    """The distribution by its definition, one entry at a time."""
+    probability = (logits.double() / p.temperature).softmax(-1)
+    order = probability.argsort(descending=True).tolist()
+    kept = order[: p.top_k or len(order)]
+    share = {i: float(probability[i]) for i in kept}
+    total, mass, nucleus = sum(share.values()), 0.0, []
+    for i in kept:
+        if mass >= p.top_p:
+            break
+        nucleus.append(i)
+        mass += share[i] / total
+    result = torch.zeros_like(probability)
+    result[nucleus] = probability[nucleus]
+    return result / result.sum()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 1.7}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.7},
+     {"temperature": 0.4, "top_k": 6, "top_p": 0.9}],
+)  # fmt: skip
+def test_the_sampled_distribution_is_the_filtered_one(settings: dict) -> None:
+    p, draws = params(**settings), 20_000
+    expected = exact(LOGITS[0], p)
+    chosen = sample(LOGITS.expand(draws, -1), uniforms(5, [0], draws)[0], p)
+    counts = torch.bincount(chosen, minlength=LOGITS.shape[1]).double()
+    assert counts[expected == 0].sum() == 0
+    support = expected > 0
+    if support.sum() > 1:
+        test = stats.chisquare(counts[support], expected[support] * draws)
+        assert test.pvalue > 1e-3  # the numbers are fixed: passes always or never
+
+
+def test_greedy_and_the_ends_of_the_unit_interval() -> None:
+    assert sample(LOGITS, torch.tensor([0.3]), params(temperature=0.0)).tolist() == [2]
+    both = sample(LOGITS.expand(2, -1), torch.tensor([0.0, 1 - 1e-16]).double(), params(top_k=3))
+    assert both.tolist() == [2, 0]  # the most and the least probable of the three
+    ids = filtered_probabilities(LOGITS, params(top_k=3))[1]
+    assert ids.tolist() == [[2, 5, 0]]
+
+
+def test_uniforms_depend_on_seed_and_id_alone() -> None:
+    table = uniforms(7, [3, 11, 4], 6)
+    assert torch.equal(uniforms(7, [11], 6)[0], table[1])
+    assert torch.equal(uniforms(7, [4, 3], 9)[:, :6], table[[2, 0]])
+    assert not torch.equal(uniforms(8, [3], 6)[0], table[0])
+    assert ((table >= 0) & (table < 1)).all()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}]
+)
+def test_bad_settings(bad: dict) -> None:
+    with pytest.raises(ValueError, match="--rollout-temperature"):
+        params(**bad)
+    with pytest.raises(ValueError, match="--max-new-tokens 0"):
+        params(max_new_tokens=0)
