@@ -72,7 +72,9 @@ class RolloutConfig:
     rollout_engine: str = _flag("megatron", "where rollouts come from", ("megatron", "replay"))
     replay_file: str | None = _flag(None, "recorded rollouts for --rollout-engine replay")
     record_rollouts: str | None = _flag(None, "write every rollout to this replay file")
-    max_new_tokens: int = _flag(1024, "tokens a rollout at most")
+    max_new_tokens: int = _flag(
+        1024, "tokens a rollout at most (fewer where the model's positions end)"
+    )
     rollout_temperature: float = _flag(1.1, "sampling temperature; 0 is greedy")
     rollout_top_p: float = _flag(0.95, "nucleus sampling")
     rollout_top_k: int = _flag(20, "top-k sampling; 0 is off")
@@ -128,9 +130,9 @@ class OutputConfig:
 class EmbeddedConfig:
     """Only read by the embedded default (neither --hf-model nor --data)."""
 
-    demo_seeds: int = _flag(2, "embedded task: seeds of each method")
+    demo_seeds: int = _flag(3, "embedded task: seeds of each method")
     warm_start_iters: int = _flag(600, "embedded task: supervised steps before")
-    warm_start_lr: float = _flag(3e-3, "embedded task: their peak learning rate")
+    warm_start_lr: float = _flag(1e-3, "embedded task: their peak learning rate")
     eval_problems: int = _flag(60, "embedded task: held-out problems")
     eval_samples: int = _flag(12, "embedded task: samples a problem (the k of Average@k)")
 
@@ -161,7 +163,9 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/demo",
     "train_iters": 150,
     "micro_batch_size": 16,
-    "lr": 1e-3,
+    "lr": 5e-4,
+    "lr_warmup_iters": 20,
+    "phf_alpha": 0.5,
     "clip_grad": 1.0,
     "opsd_beta": 0.5,
     "opsd_clip_mode": "none",

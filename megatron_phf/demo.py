@@ -101,7 +101,8 @@ class _Demo:
         student = load_student(self.arch, config, self.base)
         engine = MegatronRollouts(student, self.arch.vocab_size, config.rollout.rollout_batch_size)
         sampling = sampling_params(config, self.stop_ids)
-        source = OnPolicySource(engine, self.train, sampling, config.train.global_batch_size)
+        batch, positions = config.train.global_batch_size, self.arch.max_position_embeddings
+        source = OnPolicySource(engine, self.train, sampling, batch, positions)
         distiller = make_distiller(self.arch, config, student)
         metrics_file = os.path.join(self.directory, f"{name}.jsonl")
         logger = RunLogger(

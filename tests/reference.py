@@ -165,8 +165,8 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
     flow = (local + sum(adjacent) / len(adjacent)) / 2
     loss = opsd + o.alpha * flow
     metrics = {
-        "loss": float(loss),
-        "opsd": float(opsd),
+        "loss": loss.item(),
+        "opsd": opsd.item(),
         "flow": float(flow),
         "flow_direction_per_layer": [float(x) for x in direction],
         "flow_geometry_per_layer": [float(x) for x in geometry],
@@ -196,11 +196,11 @@ def compute(directory: str, samples: list[dict], o: Options, dtype=torch.float32
     return Result(metrics, gradients)
 
 
-def train(directory: str, samples: list[dict], o: Options, steps: int, lr: float, clip_grad: float,
-          teacher_kind: str, ema_decay: float) -> tuple[list[dict], dict[str, Tensor]]:  # fmt: skip
+def train(directory: str, samples: list[dict], o: Options, steps: int, lr: float, eps: float,
+          clip_grad: float, teacher_kind: str, ema_decay: float) -> tuple[list[dict], dict[str, Tensor]]:  # fmt: skip
     """``steps`` AdamW steps (no weight decay, constant rate), equal parts of ``samples`` each."""
     student, teacher = load_model(directory), load_model(directory)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, eps=eps, weight_decay=0.0)
     size, history = len(samples) // steps, []
     for i in range(steps):
         if teacher_kind == "live":

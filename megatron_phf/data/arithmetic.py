@@ -1,7 +1,7 @@
 """The embedded task: chains of single-digit additions and subtractions modulo 10.
 
-A problem like ``3+4-9`` has the worked solution ``3+4=7;7-9=8;\\boxed{8}``.  Everything, the tiny model
-and its tokenizer too, is made on the spot from a seed.
+A problem like ``3+4-9`` has the worked solution ``3+4=7;7-9=8;\\boxed{8}``.  Everything, the
+tiny model and its tokenizer too, is made on the spot from a seed.
 """
 
 from __future__ import annotations

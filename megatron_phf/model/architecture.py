@@ -164,12 +164,11 @@ def check_split(arch: Architecture, config: Config) -> None:
         )
     _check_stages(arch.num_layers, config)
     longest = max(config.data.max_prompt_length, config.data.max_teacher_prompt_length)
-    total = longest + config.rollout.max_new_tokens
-    if total > arch.max_position_embeddings:
+    if longest >= arch.max_position_embeddings:
         raise ValueError(
-            f"prompt ({longest}) and rollout (--max-new-tokens {config.rollout.max_new_tokens}) "
-            f"can reach {total} tokens, past the model's {arch.max_position_embeddings} "
-            "positions; lower --max-new-tokens, --max-prompt-length or --max-teacher-prompt-length"
+            f"a prompt of {longest} tokens leaves no room for a rollout in the model's "
+            f"{arch.max_position_embeddings} positions; lower --max-prompt-length and "
+            "--max-teacher-prompt-length"
         )
 
 

@@ -16,8 +16,11 @@ class RolloutEngine(Protocol):
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         sample_ids: Sequence[int],
+        limits: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Token ids generated after each prompt, the stop token included where one came.
+
+        ``limits``: tokens of each response at most, where fewer than ``max_new_tokens``.
 
         ``sample_ids`` name the samples in the whole run: the random numbers of a sample depend on
         the seed and its id alone, not on the batch or the layout around it.

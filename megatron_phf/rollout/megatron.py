@@ -32,19 +32,23 @@ class MegatronRollouts:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         sample_ids: Sequence[int],
+        limits: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """See ``RolloutEngine.generate``."""
         assert len(prompts) == len(sample_ids) and all(prompts), "prompts have at least one token"
+        most = sampling.max_new_tokens
+        limits = [most] * len(prompts) if limits is None else [min(n, most) for n in limits]
+        assert min(limits, default=1) >= 1, "a rollout has at least one token"
         # Neighbours in length share a batch: less padding in front of the shorter.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         with without_sequence_parallel(self._chunks):
             for start in range(0, len(order), self._batch_size):
                 rows = order[start : start + self._batch_size]
-                table = uniforms(
-                    sampling.seed, [sample_ids[i] for i in rows], sampling.max_new_tokens
-                )
-                batch = _Batch(self, [prompts[i] for i in rows], sampling, table)
+                lengths = torch.tensor([limits[i] for i in rows])
+                ids = [sample_ids[i] for i in rows]
+                table = uniforms(sampling.seed, ids, int(lengths.max()))
+                batch = _Batch(self, [prompts[i] for i in rows], sampling, table, lengths)
                 for i, response in zip(rows, batch.run(), strict=True):
                     responses[i] = response
         return responses
@@ -121,8 +125,10 @@ class _Batch:
         prompts: list[Sequence[int]],
         sampling: SamplingParams,
         uniform: Tensor,
+        limits: Tensor,
     ) -> None:
-        self._engine, self._sampling, self._uniform = engine, sampling, uniform
+        self._engine, self._sampling = engine, sampling
+        self._uniform, self._limits = uniform, limits
         where = device.device()
         longest = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -132,7 +138,7 @@ class _Batch:
             seen[row, longest - len(prompt) :] = True
         self._tokens = tokens.to(where)
         self._positions = (seen.long().cumsum(-1) - 1).clamp(min=0).to(where)
-        self._caches = engine.new_caches(longest + sampling.max_new_tokens, seen.to(where))
+        self._caches = engine.new_caches(longest + int(limits.max()), seen.to(where))
         self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long)
         self._rows = torch.arange(len(prompts))  # of the rows still in the batch
         self._responses: list[list[int]] = [[] for _ in prompts]
@@ -140,11 +146,11 @@ class _Batch:
     def run(self) -> list[list[int]]:
         """Generate until every row has stopped."""
         active = torch.ones(len(self._rows), dtype=torch.bool)
-        for step in range(self._sampling.max_new_tokens):
+        for step in range(int(self._limits.max())):
             chosen = self._next_tokens(step)
             for i in active.nonzero().flatten().tolist():
                 self._responses[int(self._rows[i])].append(int(chosen[i]))
-            active &= ~torch.isin(chosen, self._stop_ids)
+            active &= ~torch.isin(chosen, self._stop_ids) & (self._limits[self._rows] > step + 1)
             if not active.any():
                 break
             active, chosen = self._compact(active, chosen)

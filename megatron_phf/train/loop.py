@@ -120,7 +120,8 @@ def _make_source(
         check_token_ids(max(max(p.teacher_ids) for p in pairs), arch.vocab_size)
         engine = MegatronRollouts(student, arch.vocab_size, rollout.rollout_batch_size)
         sampling = sampling_params(config, stop_token_ids(tokenizer, config.model.hf_model))
-        source = OnPolicySource(engine, pairs, sampling, config.train.global_batch_size)
+        batch = config.train.global_batch_size
+        source = OnPolicySource(engine, pairs, sampling, batch, arch.max_position_embeddings)
     if rollout.record_rollouts is not None:
         source = RecordingSource(source, rollout.record_rollouts)
     return source

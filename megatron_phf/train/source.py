@@ -34,9 +34,10 @@ class OnPolicySource:
         pairs: Sequence[PromptPair],
         sampling: SamplingParams,
         global_batch_size: int,
+        max_positions: int,
     ) -> None:
         self._engine, self._pairs, self._sampling = engine, pairs, sampling
-        self._batch = global_batch_size
+        self._batch, self._max_positions = global_batch_size, max_positions
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
@@ -44,7 +45,12 @@ class OnPolicySource:
         sample_ids = parallel.local_share(range(first, first + self._batch))
         pairs = [self._pairs[self._problem_of(i)] for i in sample_ids]
         prompts = [pair.student_ids for pair in pairs]
-        responses = self._engine.generate(prompts, self._sampling, sample_ids)
+        # Both models must be able to read the whole response behind their prompt.
+        room = [
+            self._max_positions - max(len(pair.student_ids), len(pair.teacher_ids))
+            for pair in pairs
+        ]
+        responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
         return [
             Rollout(pair.student_ids, pair.teacher_ids, tuple(response))
             for pair, response in zip(pairs, responses, strict=True)

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node N tests/parallel/driver.py CASES.json OUTPUT_DIR
 
-CASES.json: a list of {"name", "argv", "steps"}; ``steps`` 0 is one forward and backward pass of
-the first global batch, of which metrics and gradients (HuggingFace names) are saved; else so many
-optimizer steps, of which metrics and final weights are saved.
+CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forward and backward
+pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
+``steps`` optimizer steps; metrics and final weights.  ``rollouts``: tokens for ``prompts`` by the
+sampling of ``sampling``, and the model exported again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from safetensors.torch import save_file
 from megatron_phf import device, parallel, preflight
 from megatron_phf.config import Config, parse_args
 from megatron_phf.model.architecture import read_architecture
-from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights
+from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
+from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.loop import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer, summarize
 from megatron_phf.train.source import ReplaySource
@@ -60,6 +63,18 @@ def steps(distiller: Distiller, source: ReplaySource, count: int, path: str) -> 
     return history
 
 
+def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[int]]:
+    """Generate for ``prompts``, twice; the export goes beside ``path``."""
+    arch = read_architecture(config.model.hf_model)
+    engine = MegatronRollouts(student, arch.vocab_size, case["batch_size"])
+    sampling = SamplingParams(**case["sampling"])
+    ids = range(len(case["prompts"]))
+    first = engine.generate(case["prompts"], sampling, ids, case.get("limits"))
+    assert first == engine.generate(case["prompts"], sampling, ids, case.get("limits"))
+    save_hf(student, arch, config, config.model.hf_model, path.removesuffix(".safetensors"))
+    return first
+
+
 def run_case(config: Config, case: dict, path: str) -> object:
     """One case in the layout of its flags."""
     preflight.check(config)
@@ -67,11 +82,13 @@ def run_case(config: Config, case: dict, path: str) -> object:
     parallel.initialize(config.parallel)
     arch = read_architecture(config.model.hf_model)
     student = load_student(arch, config, config.model.hf_model)
+    if case["kind"] == "rollouts":
+        return rollouts(student, config, case, path)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
     distiller = make_distiller(arch, config, student)
     if case.get("teacher_model"):
         load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
-    if case["steps"]:
+    if case["kind"] == "train":
         return steps(distiller, source, case["steps"], path)
     return gradients(distiller, source, path)
 

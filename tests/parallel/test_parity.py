@@ -6,18 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from tests import reference
-from tests.launch import torchrun
 from tests.models import make_model, make_replay
+from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 
 LENGTHS = [1, 2, 20, 7, 31, 3, 12, 9]  # shorter and longer than the window of 8
 TOLERANCE = 1e-5
-METRICS = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
-LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")
-OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
-
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 SP = ["--sequence-parallel"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
@@ -72,31 +67,6 @@ def options(given: dict) -> reference.Options:
     return reference.Options(**{"alpha": 0.7, "window_size": 8, **given})
 
 
-def flags(o: reference.Options, model: str, replay: str, batch: int) -> list[str]:
-    values = {
-        "hf-model": model,
-        "replay-file": replay,
-        "rollout-engine": "replay",
-        "global-batch-size": batch,
-        "dtype": "fp32",
-        "phf-alpha": o.alpha,
-        "phf-window-size": o.window_size,
-        "phf-window-rule": o.window_rule,
-        "opsd-beta": o.beta,
-        "opsd-temperature": o.temperature,
-        "opsd-clip-mode": o.clip_mode,
-        "opsd-clip": o.clip,
-        "opsd-top-k": o.top_k,
-        "opsd-objective": o.objective,
-        "logits-chunk-tokens": 16,
-        "train-iters": 1,
-        "max-prompt-length": 32,
-        "max-teacher-prompt-length": 32,
-        "max-new-tokens": 64,
-    }
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("parity")
@@ -115,7 +85,7 @@ def results(files: Path) -> Path:
         cases = [
             {
                 "name": name,
-                "steps": 0,
+                "kind": "gradients",
                 "argv": flags(
                     options(given), str(files / model), str(files / "replay.jsonl"), len(LENGTHS)
                 )
@@ -124,10 +94,7 @@ def results(files: Path) -> Path:
             for name, (count, model, layout, given) in CASES.items()
             if count == processes
         ]
-        path = files / f"cases{processes}.json"
-        path.write_text(json.dumps(cases))
-        done = torchrun(processes, "tests/parallel/driver.py", str(path), str(output))
-        assert done.returncode == 0, done.stdout[-3000:] or done.stderr[-3000:]
+        launch(processes, cases, output)
     return output
 
 
@@ -146,12 +113,7 @@ def test_equals_reference(name: str, results: Path, references: dict) -> None:
     _, model, _, given = CASES[name]
     expected = references[model, options(given)]
     metrics = json.loads((results / f"{name}.json").read_text())
-    for key in METRICS + LISTS + OTHERS:
-        assert metrics[key] == pytest.approx(expected.metrics[key], rel=TOLERANCE, abs=1e-7), key
-    found = load_file(results / f"{name}.safetensors")
-    assert found.keys() == expected.gradients.keys()
-    for parameter, gradient in expected.gradients.items():
-        error = (found[parameter] - gradient).norm() / gradient.norm().clamp(min=1e-6)
-        assert error < 2 * TOLERANCE, (parameter, float(error))
+    compare_metrics(metrics, expected.metrics, TOLERANCE)
+    found = compare_tensors(results / f"{name}.safetensors", expected.gradients, 2 * TOLERANCE)
     norm = sum(g.double().square().sum() for g in found.values()) ** 0.5
     assert float(norm) == pytest.approx(expected.metrics["grad_norm"], rel=TOLERANCE)

@@ -109,7 +109,7 @@ MISTAKES = {
     "--data DATA --hf-model OTHER": "model_type 'gpt2' is not supported",
     "--data DATA --hf-model SCALED": "rope scaling 'yarn'",
     "--data BAD --hf-model MODEL " + SHORT: "bad.jsonl:2: not JSON",
-    "--data DATA --hf-model MODEL": "past the model's 512 positions; lower --max-new-tokens",
+    "--data DATA --hf-model MODEL": "no room for a rollout in the model's 512 positions; lower",
     REAL + "--tensor-model-parallel-size 3": "3 does not divide the model's 8 attention heads",
     REAL + "--tensor-model-parallel-size 3 --pad-attention-heads": "128 MLP channels",
     REAL + "--pipeline-model-parallel-size 3": "does not divide the model's 4 layers",

@@ -1,0 +1,69 @@
+"""Write cases for the driver, launch it, and compare what it saved with a reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import reference
+from tests.launch import torchrun
+
+METRICS = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
+LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")
+OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
+
+
+def launch(processes: int, cases: list[dict], directory: Path, timeout: float = 600) -> None:
+    """Run ``cases`` on ``processes`` ranks; each leaves NAME.json and NAME.safetensors."""
+    path = directory / f"cases{processes}.json"
+    path.write_text(json.dumps(cases))
+    done = torchrun(
+        processes, "tests/parallel/driver.py", str(path), str(directory), timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def flags(o: reference.Options, model: str, replay: str, batch: int, **more: object) -> list[str]:
+    """The product's command line for the reference's options."""
+    values = {
+        "hf-model": model,
+        "replay-file": replay,
+        "rollout-engine": "replay",
+        "global-batch-size": batch,
+        "dtype": "fp32",
+        "phf-alpha": o.alpha,
+        "phf-window-size": o.window_size,
+        "phf-window-rule": o.window_rule,
+        "opsd-beta": o.beta,
+        "opsd-temperature": o.temperature,
+        "opsd-clip-mode": o.clip_mode,
+        "opsd-clip": o.clip,
+        "opsd-top-k": o.top_k,
+        "opsd-objective": o.objective,
+        "logits-chunk-tokens": 16,
+        "train-iters": 1,
+        "max-prompt-length": 32,
+        "max-teacher-prompt-length": 32,
+        "max-new-tokens": 64,
+        **more,
+    }
+    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+
+
+def compare_metrics(found: dict, expected: dict, tolerance: float) -> None:
+    """Every value the reference computes, lists entry by entry."""
+    for key in METRICS + LISTS + OTHERS:
+        assert found[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance / 100), key
+
+
+def compare_tensors(path: Path, expected: dict, tolerance: float) -> dict:
+    """Each tensor within ``tolerance`` of its norm; returns those of ``path``."""
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        error = (found[name] - wanted).norm() / wanted.norm().clamp(min=1e-6)
+        assert error < tolerance, (name, float(error))
+    return found
