@@ -131,7 +131,8 @@ class EmbeddedConfig:
     """Only read by the embedded default (neither --hf-model nor --data)."""
 
     demo_seeds: int = _flag(3, "embedded task: seeds of each method")
-    warm_start_iters: int = _flag(600, "embedded task: supervised steps before")
+    warm_start_iters: int = _flag(800, "embedded task: supervised steps before, at most")
+    warm_start_loss: float = _flag(0.03, "embedded task: they end at this mean loss, nats a token")
     warm_start_lr: float = _flag(1e-3, "embedded task: their peak learning rate")
     eval_problems: int = _flag(60, "embedded task: held-out problems")
     eval_samples: int = _flag(12, "embedded task: samples a problem (the k of Average@k)")

@@ -69,8 +69,8 @@ class _Demo:
         assert dropped == 0
         return pairs
 
-    def warm_started(self) -> list[FlowGPTModel]:
-        """The base model, also exported, so that every run below starts from the same file."""
+    def warm_started(self) -> tuple[list[FlowGPTModel], int]:
+        """The base model, exported too (every run below starts from that), and its steps."""
         student = load_student(self.arch, self.config, self.initial)
         stop = self.tokenizer.eos_token_id
         examples = [
@@ -80,7 +80,7 @@ class _Demo:
         if losses:
             say(f"warm start: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         save_hf(student, self.arch, self.config, self.initial, self.base)
-        return student
+        return student, len(losses)
 
     def _solution(self, pair: PromptPair) -> list[int]:
         return self.tokenizer.encode(pair.problem.solution, add_special_tokens=False)
@@ -96,7 +96,9 @@ class _Demo:
             engine, self.tokenizer, self.held_out, sampling, self.config.embedded.eval_samples
         )
 
-    def train_and_evaluate(self, name: str, config: Config) -> tuple[Evaluation, float, list[Any]]:
+    def train_and_evaluate(
+        self, name: str, config: Config, show_example: bool
+    ) -> tuple[Evaluation, float, list[Any]]:
         """One run from the base model: its evaluation, seconds of training, and its steps."""
         student = load_student(self.arch, config, self.base)
         engine = MegatronRollouts(student, self.arch.vocab_size, config.rollout.rollout_batch_size)
@@ -110,7 +112,7 @@ class _Demo:
         )
         start = time.perf_counter()
         try:
-            history = train_steps(distiller, source, logger, self.tokenizer)
+            history = train_steps(distiller, source, logger, self.tokenizer, show_example)
         finally:
             logger.close()
         seconds = time.perf_counter() - start
@@ -134,7 +136,7 @@ def run(config: Config) -> dict[str, Any]:
     begin = time.perf_counter()
     demo = _Demo(config)
     say(run_summary(demo.arch, config))
-    student = demo.warm_started()
+    student, warm_steps = demo.warm_started()
     warm_seconds = time.perf_counter() - begin
     base = demo.evaluate(student)
     say(f"base model: {_describe(base)}")
@@ -146,12 +148,13 @@ def run(config: Config) -> dict[str, Any]:
     for seed in seeds:
         for name, arm in arms.items():
             result, seconds, steps = demo.train_and_evaluate(
-                f"{name}_seed{seed}", arm.replaced(seed=seed)
+                f"{name}_seed{seed}", arm.replaced(seed=seed), show_example=not runs["opsd"]
             )
             say(f"{name} seed {seed}: {_describe(result)} after {seconds:.0f} s")
             runs[name].append({"seed": seed, **_record(result, seconds)})
             curves[name].append(steps)
     summary = _summary(config, demo.arch, base, runs, seeds)
+    summary["steps"]["warm_start"] = warm_steps
     summary["seconds"] = {
         "warm_start": round(warm_seconds, 1),
         "total": round(time.perf_counter() - begin, 1),
@@ -183,7 +186,6 @@ def _summary(
         "runs": runs,
         "seeds": seeds,
         "steps": {
-            "warm_start": config.embedded.warm_start_iters,
             "on_policy": config.train.train_iters,
             "global_batch_size": config.train.global_batch_size,
         },

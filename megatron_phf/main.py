@@ -6,10 +6,18 @@ import contextlib
 import os
 import sys
 import traceback
+import warnings
 from typing import NoReturn
 
 from megatron_phf import preflight
 from megatron_phf.config import Config, parse_args
+
+# What megatron-core says on every rank of a machine without its optional packages.
+_EXPECTED_WARNINGS = (
+    ".*Apex (is|are) not installed.*",
+    "full scope is deprecated.*",
+    ".*async grad allreduce.*CUDA_DEVICE_MAX_CONNECTIONS.*",
+)
 
 
 def _fail(message: str) -> NoReturn:
@@ -32,6 +40,10 @@ def _first_to_fail() -> bool:
 
 
 def _run(config: Config) -> None:
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message, category=UserWarning)
+    # Megatron's overlap of communication and computation counts on one hardware queue.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_phf import demo, device, parallel
     from megatron_phf.train.loop import train
 

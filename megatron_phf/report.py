@@ -22,15 +22,23 @@ def _accuracy(axes: Any, summary: dict[str, Any]) -> None:
     axes.set_title(f"Accuracy (bar: mean, dots: {len(summary['seeds'])} seed(s))")
 
 
+def _smooth(values: list[float], width: int = 9) -> list[float]:
+    """Mean of the values at most ``width`` // 2 steps away."""
+    near = [values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in near]
+
+
 def _curves(axes: Any, curves: dict[str, list[list[Any]]], key: str, title: str) -> None:
     for name, runs in curves.items():
-        for i, steps in enumerate(runs):
-            values = [step[key] for step in steps]
-            if None in values:
-                continue
-            label = _NAMES[name] if i == 0 else None
-            axes.plot(range(1, len(values) + 1), values, color=_COLOURS[name], lw=1.2, label=label)
-    axes.set_title(title)
+        seeds = [[step[key] for step in steps] for steps in runs]
+        if not seeds or None in seeds[0]:
+            continue
+        steps = range(1, len(seeds[0]) + 1)
+        for values in seeds:
+            axes.plot(steps, values, color=_COLOURS[name], lw=0.6, alpha=0.35)
+        mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
+        axes.plot(steps, _smooth(mean), color=_COLOURS[name], lw=2, label=_NAMES[name])
+    axes.set_title(f"{title} (thin: seeds; bold: smoothed mean)", fontsize=10)
     axes.set_xlabel("optimizer step")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

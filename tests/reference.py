@@ -196,8 +196,17 @@ def compute(directory: str, samples: list[dict], o: Options, dtype=torch.float32
     return Result(metrics, gradients)
 
 
-def train(directory: str, samples: list[dict], o: Options, steps: int, lr: float, eps: float,
-          clip_grad: float, teacher_kind: str, ema_decay: float) -> tuple[list[dict], dict[str, Tensor]]:  # fmt: skip
+def train(
+    directory: str,
+    samples: list[dict],
+    o: Options,
+    steps: int,
+    lr: float,
+    eps: float,
+    clip_grad: float,
+    teacher_kind: str,
+    ema_decay: float,
+) -> tuple[list[dict], dict[str, Tensor]]:
     """``steps`` AdamW steps (no weight decay, constant rate), equal parts of ``samples`` each."""
     student, teacher = load_model(directory), load_model(directory)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, eps=eps, weight_decay=0.0)

@@ -82,6 +82,7 @@ def make_hf_directory(path: str, seed: int, num_layers: int = 3, hidden_size: in
     """A complete HuggingFace directory of a tiny Qwen3 model with random weights."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     tokenizer = make_tokenizer()
     config = Qwen3Config(
@@ -99,6 +100,7 @@ def make_hf_directory(path: str, seed: int, num_layers: int = 3, hidden_size: in
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
+    disable_progress_bar()  # one file of a megabyte
     os.makedirs(path, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

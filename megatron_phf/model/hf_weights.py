@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from mbridge.core.bridge import _MODEL_REGISTRY
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -128,7 +129,7 @@ def load_hf_weights(
     """
     try:
         _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
-    except (KeyError, OSError, ValueError, RuntimeError) as error:
+    except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"--hf-model {directory}: its weights do not load ({error}); copy the model again"
         ) from error

@@ -68,6 +68,22 @@ class MegatronRollouts:
             dist.send(hidden.contiguous(), self._neighbour(+1), self._pipeline_group())
         return None
 
+    @torch.no_grad()
+    def next_token_logits(self, sequences: Tensor) -> Tensor:
+        """sequences [b, s] -> logits [b, vocabulary] after each, on every model-parallel rank."""
+        tokens = sequences.to(device.device())
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        with without_sequence_parallel(self._chunks):
+            caches = self.new_caches(tokens.shape[1], torch.ones_like(tokens, dtype=torch.bool))
+            logits = self.forward(tokens, positions, caches)
+        dtype = self._chunks[0].config.params_dtype
+        shape = (tokens.shape[0], self._vocab_size)
+        result = torch.empty(shape, dtype=dtype, device=tokens.device)
+        if logits is not None:
+            result.copy_(logits)
+        parallel.broadcast_from_last_stage(result)
+        return result
+
     def _stage(
         self,
         chunk: FlowGPTModel,

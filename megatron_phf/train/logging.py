@@ -16,11 +16,12 @@ from megatron_phf.train.metrics import StepMetrics
 def _line(iteration: int, total: int, values: dict[str, Any]) -> str:
     flow = "" if values["flow"] is None else f" | flow {values['flow']:.4f}"
     seconds = sum(values["seconds"].values())
+    mode, fraction = values["clip_mode"], values["clipped_fraction"]
+    clip = "no clip" if mode == "none" else f"{mode} clip {100 * fraction:.3g}%"
     return (
         f"step {iteration:>{len(str(total))}}/{total} | loss {values['loss']:.5f}"
         f" | opsd {values['opsd']:.5f}{flow} | grad norm {values['grad_norm']:.3g}"
-        f" | lr {values['learning_rate']:.2e} | {values['clip_mode']} clip"
-        f" {100 * values['clipped_fraction']:.3g}% | {values['rollout_tokens']} tokens"
+        f" | lr {values['learning_rate']:.2e} | {clip} | {values['rollout_tokens']} tokens"
         f" | {values['tokens_per_second']:.0f} tok/s | {seconds:.2f} s"
     )
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
-from megatron_phf import device
+import torch
+from safetensors.torch import save_file
+
+from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import PromptPair, PromptTemplates, build_prompt_pairs, load_template
@@ -82,7 +86,11 @@ def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
 
 
 def train_steps(
-    distiller: Distiller, source: RolloutSource, logger: RunLogger, tokenizer: Any | None = None
+    distiller: Distiller,
+    source: RolloutSource,
+    logger: RunLogger,
+    tokenizer: Any | None = None,
+    show_example: bool = True,
 ) -> list[StepMetrics]:
     """Run ``train_iters`` steps; each reads as the method does (see ``Distiller.step``)."""
     history = []
@@ -90,7 +98,7 @@ def train_steps(
         timer = PhaseTimer()
         with timer.phase("rollout"):
             rollouts = source.rollouts(iteration)
-        if iteration == 1:
+        if iteration == 1 and show_example:
             say(aligned_example(rollouts[0], tokenizer))
         metrics = distiller.step(iteration, rollouts, timer)
         total = sum(timer.seconds.values())
@@ -127,6 +135,20 @@ def _make_source(
     return source
 
 
+def _export(
+    student: list[FlowGPTModel], arch: Architecture, config: Config, source: str, target: str
+) -> None:
+    """Save the student, and what it computes: ``tools/check_export.py`` compares the two."""
+    save_hf(student, arch, config, source, target)
+    tokens = torch.randint(arch.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    engine = MegatronRollouts(student, arch.vocab_size, len(tokens))
+    logits = engine.next_token_logits(tokens).float().cpu()
+    probe = os.path.join(config.output.output_dir, "export_probe.safetensors")
+    if parallel.is_first_rank():
+        save_file({"tokens": tokens, "logits": logits}, probe)
+    say(f"exported to {target}; compare its logits: python tools/check_export.py {target} {probe}")
+
+
 def train(config: Config) -> list[StepMetrics]:
     """Train the student of ``--hf-model`` and export it where asked; the steps' metrics."""
     directory = config.model.hf_model
@@ -144,6 +166,5 @@ def train(config: Config) -> list[StepMetrics]:
     finally:
         logger.close()
     if config.output.save_hf is not None:
-        save_hf(student, arch, config, directory, config.output.save_hf)
-        say(f"exported to {config.output.save_hf}")
+        _export(student, arch, config, directory, config.output.save_hf)
     return history

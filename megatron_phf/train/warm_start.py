@@ -18,6 +18,8 @@ from megatron_phf.model.rows import gather_rows
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
 
+_AVERAGED_STEPS = 10
+
 
 def cross_entropy(
     chunk: FlowGPTModel, hidden: Tensor, batch: SequenceBatch, vocab_size: int
@@ -84,7 +86,11 @@ def warm_start(
     config: Config,
     examples: Sequence[Rollout],
 ) -> list[float]:
-    """Train ``student`` for ``warm_start_iters`` steps; the loss of each, nats a token."""
+    """Train ``student`` until ``warm_start_loss`` or ``warm_start_iters``; each step's loss.
+
+    The task is learned suddenly: a fixed number of steps would start the methods from anywhere
+    between chance and perfection, by the rounding of the machine.
+    """
     settings = config.embedded
     recipe = config.replaced(
         lr=settings.warm_start_lr,
@@ -101,4 +107,7 @@ def warm_start(
         losses.append(
             supervised_step(student, optimizer, local, arch, recipe.train.micro_batch_size)
         )
+        recent = losses[-_AVERAGED_STEPS:]
+        if len(recent) == _AVERAGED_STEPS and sum(recent) / len(recent) < settings.warm_start_loss:
+            break
     return losses

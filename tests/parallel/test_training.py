@@ -75,9 +75,16 @@ def references(files: Path) -> dict:
     for _, _, teacher, clip in CASES.values():
         if (teacher, clip) not in known:
             known[teacher, clip] = reference.train(
-                str(files / "model"), samples, OPTIONS, STEPS, RATE, EPSILON, clip or 1e9, teacher,
-                DECAY,
-            )  # fmt: skip
+                str(files / "model"),
+                samples,
+                OPTIONS,
+                steps=STEPS,
+                lr=RATE,
+                eps=EPSILON,
+                clip_grad=clip or 1e9,
+                teacher_kind=teacher,
+                ema_decay=DECAY,
+            )
     return known
 
 

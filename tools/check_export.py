@@ -1,0 +1,62 @@
+"""Does an exported model compute in transformers what the student computed in Megatron?
+
+    python tools/check_export.py runs/train/hf runs/train/export_probe.safetensors
+
+The probe (token sequences, and the student's next-token logits for them) is written by the training
+job beside every export.  Exit status 1 where the largest difference exceeds ``--tolerance``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def largest_difference(model_directory: str, probe_file: str) -> tuple[float, float]:
+    """(largest absolute difference of the logits, their standard deviation).
+
+    Raises:
+        ValueError: model or probe cannot be read.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    try:
+        probe = load_file(probe_file)
+        tokens, expected = probe["tokens"], probe["logits"]
+    except Exception as error:  # safetensors has errors of its own
+        raise ValueError(f"{probe_file}: no export probe ({error})") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model_directory}: transformers cannot load it ({error})") from error
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits[:, -1].float()
+    return float((logits - expected).abs().max()), float(expected.std())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the comparison; 0 within the tolerance, 1 beyond it, 2 where a file is unreadable."""
+    parser = argparse.ArgumentParser(description="Compare an export's logits with the student's.")
+    parser.add_argument("model", help="exported HuggingFace directory")
+    parser.add_argument("probe", help="export_probe.safetensors of the same run")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-3, help="of the logits; for bf16 try 0.25"
+    )
+    args = parser.parse_args(argv)
+    try:
+        difference, deviation = largest_difference(args.model, args.probe)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    good = difference <= args.tolerance
+    print(
+        f"{'equal' if good else 'DIFFERENT'}: largest difference of the logits {difference:.2e} "
+        f"(their standard deviation {deviation:.2f}, tolerance {args.tolerance:g})"
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
