@@ -167,16 +167,16 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),
-        "flow": float(flow),
-        "flow_direction_per_layer": [float(x) for x in direction],
-        "flow_geometry_per_layer": [float(x) for x in geometry],
-        "flow_adjacent_per_pair": [float(x) for x in adjacent],
+        "flow": flow.item(),
+        "flow_direction_per_layer": [x.item() for x in direction],
+        "flow_geometry_per_layer": [x.item() for x in geometry],
+        "flow_adjacent_per_pair": [x.item() for x in adjacent],
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
     for name, values in zip(("direction", "geometry", "adjacent"), means, strict=True):
-        metrics[f"flow_{name}"] = float(sum(values) / len(values))
+        metrics[f"flow_{name}"] = (sum(values) / len(values)).item()
     return loss, metrics
 
 

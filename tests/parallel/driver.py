@@ -86,6 +86,9 @@ def run_case(config: Config, case: dict, path: str) -> object:
         return rollouts(student, config, case, path)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
     distiller = make_distiller(arch, config, student)
+    if config.method.teacher != "live":  # nothing of the optimizer or of DDP may cling to it
+        frozen = [p for chunk in distiller.teacher.chunks for p in chunk.parameters()]
+        assert not any(p.requires_grad or hasattr(p, "main_grad") for p in frozen)
     if case.get("teacher_model"):
         load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
     if case["kind"] == "train":
