@@ -1,4 +1,4 @@
-# make demo | test | lint: each sets up its own environment in .venv first.
+# make demo | test | test-matrix | lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
 # GPUs the plain package brings CUDA; on one without, any CPU build of this version will do.
@@ -7,13 +7,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test test-matrix lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every combination of three layout settings, up to 16 processes: about 20 minutes on 2 CPU cores.
+test-matrix: $(READY)
+	mkdir -p runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel/test_matrix.py -s --matrix-strength 3 \
+		--matrix-processes 16 --matrix-report runs/matrix.json
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

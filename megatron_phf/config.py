@@ -44,6 +44,10 @@ class ParallelConfig:
     use_distributed_optimizer: bool = _flag(False, "shard the optimizer state over DP")
     num_layers_in_first_pipeline_stage: int | None = _flag(None, "uneven split: first stage")
     num_layers_in_last_pipeline_stage: int | None = _flag(None, "uneven split: last stage")
+    account_for_embedding_in_pipeline_split: bool = _flag(
+        False, "the embedding takes a layer's place in the split over stages"
+    )
+    account_for_loss_in_pipeline_split: bool = _flag(False, "so does the output head")
     recompute_granularity: str | None = _flag(None, "activation recompute", ("full", "selective"))
     recompute_method: str = _flag("uniform", "of full recompute", ("uniform", "block"))
     recompute_num_layers: int = _flag(1, "of full recompute")

@@ -38,7 +38,7 @@ def _curves(axes: Any, curves: dict[str, list[list[Any]]], key: str, title: str)
             axes.plot(steps, values, color=_COLOURS[name], lw=0.6, alpha=0.35)
         mean = [sum(column) / len(column) for column in zip(*seeds, strict=True)]
         axes.plot(steps, _smooth(mean), color=_COLOURS[name], lw=2, label=_NAMES[name])
-    axes.set_title(f"{title} (thin: seeds; bold: smoothed mean)", fontsize=10)
+    axes.set_title(f"{title} (bold: mean)", fontsize=11)
     axes.set_xlabel("optimizer step")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
@@ -68,8 +68,8 @@ def plot_demo(path: str, summary: dict[str, Any], curves: dict[str, list[list[An
 
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     _accuracy(axes[0][0], summary)
-    _curves(axes[0][1], curves, "opsd", "Output divergence to the teacher, nats a token")
-    _curves(axes[1][0], curves, "flow", "Flow loss (only computed with PHF)")
+    _curves(axes[0][1], curves, "opsd", "Output divergence, nats a token")
+    _curves(axes[1][0], curves, "flow", "Flow loss")
     _flow_map(figure, axes[1][1], curves)
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)

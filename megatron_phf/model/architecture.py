@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.config import Config
+from megatron_phf.config import Config, ParallelConfig, flag_of
 
 ARCHITECTURES = ("qwen3", "qwen2", "llama")
 # The numbers that megatron-core has fixed inside its Llama 3 rope scaling.
@@ -172,20 +172,40 @@ def check_split(arch: Architecture, config: Config) -> None:
         )
 
 
-def _check_stages(num_layers: int, config: Config) -> None:
-    parallel = config.parallel
+def _stages_divide(num_layers: int, parallel: ParallelConfig) -> bool:
+    """Whether the layers, and what counts as one, fill all (virtual) stages alike."""
     uneven = (
         parallel.num_layers_in_first_pipeline_stage,
         parallel.num_layers_in_last_pipeline_stage,
     )
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     stages = parallel.pipeline_model_parallel_size - sum(n is not None for n in uneven)
     left = num_layers - sum(n or 0 for n in uneven)
-    virtual = parallel.num_virtual_stages_per_pipeline_rank
-    even = (left % stages == 0 if stages else left == 0) and left >= 0
-    chunks = [n for n in (*uneven, left // stages if stages else None) if n is not None]
-    if not even or any(n % virtual or n == 0 for n in chunks):
+    left += parallel.account_for_embedding_in_pipeline_split
+    left += parallel.account_for_loss_in_pipeline_split
+    if stages <= 0:
+        return stages == 0 and left == 0
+    chunks = [n for n in (*uneven, left // stages) if n is not None]
+    return left % stages == 0 and all(n > 0 and n % virtual == 0 for n in chunks)
+
+
+def _check_stages(num_layers: int, config: Config) -> None:
+    parallel = config.parallel
+    first, last = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+    counted = (
+        parallel.account_for_embedding_in_pipeline_split
+        or parallel.account_for_loss_in_pipeline_split
+    )
+    if counted and any(getattr(parallel, name) is not None for name in (first, last)):
+        raise ValueError(
+            f"{flag_of(first)} and {flag_of(last)} exclude "
+            "--account-for-embedding-in-pipeline-split and --account-for-loss-in-pipeline-split; "
+            "choose one kind of uneven split"
+        )
+    if not _stages_divide(num_layers, parallel):
         raise ValueError(
             f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} with "
-            f"{virtual} virtual stage(s) does not divide the model's {num_layers} layers; see also "
-            "--num-layers-in-first-pipeline-stage and --num-layers-in-last-pipeline-stage"
+            f"{parallel.num_virtual_stages_per_pipeline_rank} virtual stage(s) does not divide the "
+            f"model's {num_layers} layers; see also {flag_of(first)}, {flag_of(last)} and "
+            "--account-for-embedding-in-pipeline-split"
         )

@@ -110,6 +110,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         context_parallel_size=layout.context_parallel_size,
         num_layers_in_first_pipeline_stage=layout.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
+        account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
         transformer_impl=transformer_impl(config),
         attention_backend=AttnBackend.auto,
         # These fuse by torch.compile or CUDA extensions, and only pay on a GPU.

@@ -52,6 +52,25 @@ def flags(o: reference.Options, model: str, replay: str, batch: int, **more: obj
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
+def metrics_deviation(found: dict, expected: dict) -> float:
+    """Largest relative deviation of all values the reference computes."""
+    deviations = [0.0]
+    for key in METRICS + LISTS + OTHERS:
+        ours, wanted = (x[key] if key in LISTS else [x[key]] for x in (found, expected))
+        assert len(ours) == len(wanted), key
+        deviations += [abs(a - b) / max(abs(b), 1e-3) for a, b in zip(ours, wanted, strict=True)]
+    return max(deviations)
+
+
+def tensor_deviation(found: dict, expected: dict) -> float:
+    """Largest distance of a tensor from the expected one, relative to that one's norm."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - wanted).norm() / wanted.norm().clamp(min=1e-6))
+        for name, wanted in expected.items()
+    )
+
+
 def compare_metrics(found: dict, expected: dict, tolerance: float) -> None:
     """Every value the reference computes, lists entry by entry."""
     for key in METRICS + LISTS + OTHERS:

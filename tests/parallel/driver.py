@@ -4,8 +4,8 @@
 
 CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forward and backward
 pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
-``steps`` optimizer steps; metrics and final weights.  ``rollouts``: tokens for ``prompts`` by the
-sampling of ``sampling``, and the model exported again.
+``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
+``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
 """
 
 from __future__ import annotations
@@ -40,17 +40,32 @@ def export(distiller: Distiller, path: str) -> None:
         save_file(tensors, path)
 
 
+def complete_gradients(distiller: Distiller) -> None:
+    """Undo the distributed optimizer's reduce-scatter: all ranks get all of the summed gradient."""
+    group = mpu.get_data_parallel_group()
+    for chunk in distiller.optimizer.wrapped:
+        for buffer in chunk.buffers:
+            for bucket in buffer.buckets:
+                shards = bucket.grad_data.chunk(mpu.get_data_parallel_world_size())
+                mine = shards[mpu.get_data_parallel_rank()].clone()
+                torch.distributed.all_gather(list(shards), mine, group=group)
+
+
 def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
     """Forward and backward of one batch; export the gradients as if they were weights."""
     batch = distiller._local_batch(source.rollouts(1))
     outputs = distiller._forward_backward(batch, distiller._teacher_targets(batch))
-    with torch.no_grad():
-        for chunk in distiller.student:
-            for p in chunk.parameters():
-                p.data = p.main_grad.to(p.dtype)
+    if distiller.config.parallel.use_distributed_optimizer:
+        complete_gradients(distiller)
+    parameters = [p for chunk in distiller.student for p in chunk.parameters()]
+    weights = [p.data for p in parameters]
+    for p in parameters:
+        p.data = p.main_grad.to(p.dtype)
     values = distiller.tap.values
     metrics = summarize(outputs, values, distiller.arch.num_layers, distiller.config, 0.0, 0.0)
     export(distiller, path)
+    for p, data in zip(parameters, weights, strict=True):
+        p.data = data
     return metrics.as_json()
 
 
@@ -93,7 +108,10 @@ def run_case(config: Config, case: dict, path: str) -> object:
         load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
     if case["kind"] == "train":
         return steps(distiller, source, case["steps"], path)
-    return gradients(distiller, source, path)
+    first = gradients(distiller, source, path.replace(".safetensors", ".gradient.safetensors"))
+    if case["kind"] == "gradients":
+        return first
+    return [first, *steps(distiller, source, case["steps"], path)]
 
 
 def main() -> None:

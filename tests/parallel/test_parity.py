@@ -117,7 +117,7 @@ def result(name: str, results: Path, expected: reference.Result, tolerance: floa
     """The case's gradients; its metrics are compared here."""
     metrics = json.loads((results / f"{name}.json").read_text())
     compare_metrics(metrics, expected.metrics, tolerance)
-    found = load_file(results / f"{name}.safetensors")
+    found = load_file(results / f"{name}.gradient.safetensors")
     norm = sum(g.double().square().sum() for g in found.values()) ** 0.5
     assert float(norm) == pytest.approx(expected.metrics["grad_norm"], rel=tolerance)
     return found
