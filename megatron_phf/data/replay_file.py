@@ -26,10 +26,10 @@ def _ids(content: dict[str, Any], name: str, vocab_size: int | None, where: str)
     good = isinstance(ids, list) and all(isinstance(i, int) and type(i) is not bool for i in ids)
     if not good:
         raise ValueError(f"{where}: {name!r} is not a list of token ids")
-    if not ids:
+    if not ids and name != "response_ids":  # an empty response has nothing to learn from
         raise ValueError(f"{where}: {name!r} is empty; remove the line")
     limit = float("inf") if vocab_size is None else vocab_size
-    if min(ids) < 0 or max(ids) >= limit:
+    if ids and (min(ids) < 0 or max(ids) >= limit):
         raise ValueError(
             f"{where}: {name!r} has token ids from {min(ids)} to {max(ids)}, but the model's "
             f"vocabulary is 0 to {vocab_size} - 1; was it recorded with another model?"

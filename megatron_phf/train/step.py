@@ -121,6 +121,8 @@ class Distiller:
     def _forward_backward(self, batch: LocalBatch, targets: dict[int, Tensor]) -> list[OutputLoss]:
         totals = torch.tensor([batch.num_tokens, batch.num_sequences], device=device.device())
         num_tokens, num_sequences = parallel.sum_over_data_parallel(totals).tolist()
+        if num_tokens == 0:
+            raise ValueError("all responses of a global batch are empty: nothing to train on")
         batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
         # loss (not the layers' attached ones) by the number of microbatches: undo both.

@@ -13,7 +13,9 @@ from tests import reference
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 
-LENGTHS = [1, 2, 20, 7, 31, 3, 12, 9]  # shorter and longer than the window of 8
+# Shorter and longer than the window of 8; and a first data-parallel rank without any token.
+REPLAYS = {"uneven": [1, 2, 20, 7, 31, 3, 12, 9], "empty": [0, 0, 0, 0, 5, 1, 0, 12]}
+BATCH = 8
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-2
 BF16 = "bf16_tp2_pp2_sp"
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
@@ -51,6 +53,9 @@ CASES = {
     "llama_top_k": (2, "llama", TP2, {"top_k": 5, "beta": 0.3, "clip": 0.02}),
     "llama_pp2": (2, "llama", PP2, {"objective": "policy_gradient"}),
     "padded_heads": (2, "odd", [*TP2, "--pad-attention-heads"], {"window_rule": "contiguous"}),
+    "empty_dp2": (2, "qwen3", [], {"replay": "empty"}),
+    "empty_dp2_pp2": (4, "qwen3", PP2, {"replay": "empty"}),
+    "empty_dp2_tp2_sp": (4, "qwen3", [*TP2, *SP, *MB2], {"replay": "empty"}),
     "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
 }
 MODELS = {
@@ -69,7 +74,16 @@ MODELS = {
 
 
 def options(given: dict) -> reference.Options:
-    return reference.Options(**{"alpha": 0.7, "window_size": 8, **given})
+    settings = {key: value for key, value in given.items() if key != "replay"}
+    return reference.Options(**{"alpha": 0.7, "window_size": 8, **settings})
+
+
+def replay_file(files: Path, given: dict) -> str:
+    return str(files / f"{given.get('replay', 'uneven')}.jsonl")
+
+
+def key_of(model: str, given: dict) -> tuple:
+    return model, options(given), given.get("replay", "uneven")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +91,8 @@ def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("parity")
     for name, settings in MODELS.items():
         make_model(str(directory / name), **settings)
-    make_replay(str(directory / "replay.jsonl"), LENGTHS)
+    for name, lengths in REPLAYS.items():
+        make_replay(str(directory / f"{name}.jsonl"), lengths)
     return directory
 
 
@@ -91,10 +106,10 @@ def results(files: Path) -> Path:
             {
                 "name": name,
                 "kind": "gradients",
-                "argv": flags(
-                    options(given), str(files / model), str(files / "replay.jsonl"), len(LENGTHS)
-                )
-                + layout,
+                "argv": [
+                    *flags(options(given), str(files / model), replay_file(files, given), BATCH),
+                    *layout,
+                ],
             }
             for name, (count, model, layout, given) in CASES.items()
             if count == processes
@@ -105,11 +120,12 @@ def results(files: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def references(files: Path) -> dict:
-    samples, known = reference.read_replay(str(files / "replay.jsonl")), {}
+    known: dict = {}
     for _, model, _, given in CASES.values():
-        key = (model, options(given))
+        key = key_of(model, given)
         if key not in known:
-            known[key] = reference.compute(str(files / model), samples, key[1])
+            samples = reference.read_replay(replay_file(files, given))
+            known[key] = reference.compute(str(files / model), samples, options(given))
     return known
 
 
@@ -126,7 +142,7 @@ def result(name: str, results: Path, expected: reference.Result, tolerance: floa
 @pytest.mark.parametrize("name", [n for n in CASES if n != BF16])
 def test_equals_reference(name: str, results: Path, references: dict) -> None:
     _, model, _, given = CASES[name]
-    expected = references[model, options(given)]
+    expected = references[key_of(model, given)]
     found = result(name, results, expected, TOLERANCE)
     compare_tensors(found, expected.gradients, 2 * TOLERANCE)
 
@@ -136,8 +152,8 @@ def test_bf16_is_as_near_to_fp32_as_transformers_bf16(
 ) -> None:
     """Values to 2 %; gradients carry bf16's own rounding, which plain transformers shows too."""
     _, model, _, given = CASES[BF16]
-    exact = references[model, options(given)]
-    samples = reference.read_replay(str(files / "replay.jsonl"))
+    exact = references[key_of(model, given)]
+    samples = reference.read_replay(replay_file(files, given))
     plain = reference.compute(str(files / model), samples, options(given), torch.bfloat16)
     found = result(BF16, results, exact, BF16_TOLERANCE)
     ours, theirs = (

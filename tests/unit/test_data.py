@@ -127,7 +127,7 @@ def test_replay_round_trip(tmp_path: Path) -> None:
     [
         ({"response_ids": None}, r"r\.jsonl:1: 'response_ids' is not a list of token ids"),
         ({"response_ids": [True]}, "is not a list of token ids"),
-        ({"response_ids": []}, "'response_ids' is empty; remove the line"),
+        ({"student_prompt_ids": []}, "'student_prompt_ids' is empty; remove the line"),
         ({"student_prompt_ids": [7]}, "from 7 to 7, but .* 0 to 7 - 1; .*another model"),
         ({"teacher_prompt_ids": [-1]}, "from -1 to -1"),
     ],
