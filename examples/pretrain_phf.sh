@@ -7,7 +7,7 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$cd_to_repo/.venv/bin/python" ]; then
     PATH="$cd_to_repo/.venv/bin:$PATH"
 fi
 for argument in "$@"; do
-    case $argument in -h | --help) exec python3 -m megatron_phf.config "$@" ;; esac
+    case $argument in -h | --help) exec python3 -m megatron_phf.flags "$@" ;; esac
 done
 count=$(python3 -m megatron_phf.preflight "$@") || exit $?
 exec torchrun --standalone --nproc-per-node "$count" "${BASH_SOURCE[0]}" "$@"

@@ -1,14 +1,12 @@
-"""Every setting of a run, as frozen dataclasses, and the command line built from them.
+"""Every setting of a run, as frozen dataclasses.
 
-A field ``tensor_model_parallel_size`` is the flag ``--tensor-model-parallel-size``.  Defaults are
-the published recipe (PHF, arXiv:2606.29340); the embedded task changes those it must, in
-:data:`EMBEDDED_DEFAULTS`.  No import of torch here: ``--help`` and the checks before launch
-answer at once.
+A field ``tensor_model_parallel_size`` is the flag ``--tensor-model-parallel-size`` (see
+:mod:`megatron_phf.flags`).  Defaults are the published recipe (PHF, arXiv:2606.29340).  No import
+of torch here: the checks before launch answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import typing
 from dataclasses import dataclass, field
@@ -163,33 +161,13 @@ class Config:
         return _assign(self, values)
 
 
-# The tiny model learns from scratch-sized steps; found in docs/experiments.md.
-EMBEDDED_DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/demo",
-    "train_iters": 150,
-    "micro_batch_size": 16,
-    "lr": 5e-4,
-    "lr_warmup_iters": 20,
-    "phf_alpha": 0.5,
-    "clip_grad": 1.0,
-    "opsd_beta": 0.5,
-    "opsd_clip_mode": "none",
-    "max_new_tokens": 40,
-    "max_prompt_length": 64,
-    "max_teacher_prompt_length": 96,
-    "rollout_top_k": 0,
-    "rollout_top_p": 1.0,
-    "make_vocab_size_divisible_by": 8,
-}
-
-
-def _groups() -> dict[str, type]:
+def config_groups() -> dict[str, type]:
     hints = typing.get_type_hints(Config)
     return {f.name: hints[f.name] for f in dataclasses.fields(Config)}
 
 
 def _assign(config: Config, values: dict[str, Any]) -> Config:
-    for group, cls in _groups().items():
+    for group, cls in config_groups().items():
         names = {f.name for f in dataclasses.fields(cls)} & values.keys()
         changed = {name: values[name] for name in names}
         config = dataclasses.replace(
@@ -201,44 +179,3 @@ def _assign(config: Config, values: dict[str, Any]) -> Config:
 def flag_of(name: str) -> str:
     """The command-line flag of a field."""
     return "--" + name.replace("_", "-")
-
-
-def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
-    options["help"] = f"{f.metadata['help']} (default: {f.default})"
-    if hint is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
-        options["choices"] = f.metadata["choices"]
-        options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
-    group.add_argument(flag_of(f.name), **options)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line: one flag a field, grouped as the dataclasses are."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain_phf.sh",
-        description="On-policy self-distillation (OPSD + PHF) on Megatron-Core.  Without "
-        "--hf-model and --data, an embedded arithmetic task and a tiny model.",
-        allow_abbrev=False,
-    )
-    for name, cls in _groups().items():
-        group = parser.add_argument_group(name)
-        hints = typing.get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            _add_argument(group, f, hints[f.name])
-    return parser
-
-
-def parse_args(argv: list[str] | None = None) -> Config:
-    """The configuration of a command line; SystemExit(2) names an unknown or malformed flag."""
-    given = vars(build_parser().parse_args(argv))
-    config = _assign(Config(), given)
-    if config.is_embedded:
-        config = _assign(Config(), {**EMBEDDED_DEFAULTS, **given})
-    return config
-
-
-if __name__ == "__main__":
-    build_parser().print_help()

@@ -10,7 +10,8 @@ import warnings
 from typing import NoReturn
 
 from megatron_phf import preflight
-from megatron_phf.config import Config, parse_args
+from megatron_phf.config import Config
+from megatron_phf.flags import parse_args
 
 # What megatron-core says on every rank of a machine without its optional packages.
 _EXPECTED_WARNINGS = (

@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 
-from megatron_phf.config import Config, flag_of, parse_args
+from megatron_phf.config import Config, flag_of
 from megatron_phf.data.problems import FieldNames, read_problems
+from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import check_split, read_architecture
 
 _AT_LEAST_ONE = {

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_phf import preflight  # noqa: E402
-from megatron_phf.config import Config, parse_args  # noqa: E402
+from megatron_phf.config import Config  # noqa: E402
+from megatron_phf.flags import parse_args  # noqa: E402
 
 _VALUES = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
 _LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")

@@ -21,7 +21,8 @@ from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
 from megatron_phf import device, parallel, preflight
-from megatron_phf.config import Config, parse_args
+from megatron_phf.config import Config
+from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
 from megatron_phf.rollout.megatron import MegatronRollouts

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_phf import preflight
-from megatron_phf.config import parse_args
+from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import check_split, read_architecture
 from tests import reference
 from tests.models import make_model, make_replay

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_phf import preflight
-from megatron_phf.config import Config, build_parser, parse_args
+from megatron_phf.config import Config
+from megatron_phf.flags import build_parser, parse_args
 from tests.models import make_model, make_replay
 
 GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'

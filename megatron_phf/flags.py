@@ -1,0 +1,73 @@
+"""The command line: one flag a field of :mod:`megatron_phf.config`, grouped as the dataclasses are.
+
+No import of torch: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from typing import Any
+
+from megatron_phf.config import Config, config_groups, flag_of
+
+# The tiny model learns from scratch-sized steps; found in docs/experiments.md.
+EMBEDDED_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/demo",
+    "train_iters": 150,
+    "micro_batch_size": 16,
+    "lr": 5e-4,
+    "lr_warmup_iters": 20,
+    "phf_alpha": 0.5,
+    "clip_grad": 1.0,
+    "opsd_beta": 0.5,
+    "opsd_clip_mode": "none",
+    "max_new_tokens": 40,
+    "max_prompt_length": 64,
+    "max_teacher_prompt_length": 96,
+    "rollout_top_k": 0,
+    "rollout_top_p": 1.0,
+    "make_vocab_size_divisible_by": 8,
+}
+
+
+def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
+    options["help"] = f"{f.metadata['help']} (default: {f.default})"
+    if hint is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
+        options["choices"] = f.metadata["choices"]
+        options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
+    group.add_argument(flag_of(f.name), **options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one flag a field, grouped as the dataclasses are."""
+    parser = argparse.ArgumentParser(
+        prog="pretrain_phf.sh",
+        description="On-policy self-distillation (OPSD + PHF) on Megatron-Core.  Without "
+        "--hf-model and --data, an embedded arithmetic task and a tiny model.",
+        allow_abbrev=False,
+    )
+    for name, cls in config_groups().items():
+        group = parser.add_argument_group(name)
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            _add_argument(group, f, hints[f.name])
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """The configuration of a command line; SystemExit(2) names an unknown or malformed flag."""
+    given = vars(build_parser().parse_args(argv))
+    config = Config().replaced(**given)
+    if config.is_embedded:
+        config = Config().replaced(**{**EMBEDDED_DEFAULTS, **given})
+    return config
+
+
+if __name__ == "__main__":
+    build_parser().print_help()
