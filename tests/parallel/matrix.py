@@ -91,8 +91,8 @@ def covering(
 ) -> tuple[list[Layout], int]:
     """Accepted layouts in which every possible combination of ``strength`` values occurs.
 
-    Greedy: of the layouts that contain the first uncovered combination, the one (of a random
-    sample) that covers most.  Returns the layouts and the number of combinations.
+    Greedy: of the smallest layouts that contain the first uncovered combination, the one (of a
+    random sample) that covers most.  Returns the layouts and the number of combinations.
     """
     candidates = [layout for layout in all_layouts() if accepted(layout)]
     random.Random(seed).shuffle(candidates)
@@ -103,7 +103,9 @@ def covering(
     total, chosen = len(wanted), []
     uncovered = dict.fromkeys(sorted(wanted, key=lambda each: (len(wanted[each]), str(each))))
     while uncovered:
-        options = wanted[next(iter(uncovered))][:60]
+        options = wanted[next(iter(uncovered))]
+        fewest = min(map(processes, options))
+        options = [layout for layout in options if processes(layout) == fewest][:60]
         best = max(options, key=lambda layout: len(_tuples(layout, strength) & uncovered.keys()))
         chosen.append(best)
         for each in _tuples(best, strength):
