@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | parity | lint: each sets up its own environment in .venv first.
+# make demo | test | test-matrix | breakages | parity | lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
 # GPUs the plain package brings CUDA; on one without, any CPU build of this version will do.
@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix parity lint format setup clean
+.PHONY: demo test test-matrix breakages parity lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
@@ -20,6 +20,10 @@ test-matrix: $(READY)
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel/test_matrix.py -s --matrix-strength 3 \
 		--matrix-processes 16 --matrix-report runs/matrix.json
+
+# Break the product on purpose; the tests must notice.
+breakages: $(READY)
+	$(BIN)/python -m tests.breakages
 
 # The product beside plain transformers on a tiny model at TP = 2 x PP = 2.
 parity: $(READY)

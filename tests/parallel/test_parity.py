@@ -97,11 +97,19 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(files: Path) -> Path:
+def chosen(request: pytest.FixtureRequest) -> dict:
+    """The cases that the selected tests (pytest's -k) ask for."""
+    here = [i for i in request.session.items if i.fspath == request.node.fspath]
+    names = {i.callspec.params["name"] if hasattr(i, "callspec") else BF16 for i in here}
+    return {name: case for name, case in CASES.items() if name in names}
+
+
+@pytest.fixture(scope="module")
+def results(files: Path, chosen: dict) -> Path:
     """Every case's output: one launch for each number of processes."""
     output = files / "out"
     output.mkdir()
-    for processes in sorted({case[0] for case in CASES.values()}):
+    for processes in sorted({case[0] for case in chosen.values()}):
         cases = [
             {
                 "name": name,
@@ -111,7 +119,7 @@ def results(files: Path) -> Path:
                     *layout,
                 ],
             }
-            for name, (count, model, layout, given) in CASES.items()
+            for name, (count, model, layout, given) in chosen.items()
             if count == processes
         ]
         launch(processes, cases, output)
@@ -119,9 +127,9 @@ def results(files: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def references(files: Path) -> dict:
+def references(files: Path, chosen: dict) -> dict:
     known: dict = {}
-    for _, model, _, given in CASES.values():
+    for _, model, _, given in chosen.values():
         key = key_of(model, given)
         if key not in known:
             samples = reference.read_replay(replay_file(files, given))

@@ -1,0 +1,120 @@
+"""Break the product on purpose, one line at a time, and see the tests turn red.
+
+    make breakages        (python -m tests.breakages; about three minutes)
+
+Each breakage is made in a copy of the tree, after the same tests have passed in an unbroken one.
+Exits with 1 if any of them goes unnoticed, or if the line that it breaks is no longer there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.launch import REPO, environment
+
+PARITY = "tests/parallel/test_parity.py"
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """In ``file``, ``old`` becomes ``new``; ``tests`` (pytest arguments) must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+BREAKAGES = (
+    Breakage(
+        "no adjacent term on the first layer of a pipeline stage",
+        "megatron_phf/model/flow_tap.py",
+        "        if layer > 1:\n            before",
+        "        if layer > 1 and layer != 3:\n            before",  # of 4 layers at PP 2
+        (PARITY, "-k", "test_equals_reference and llama_pp2"),
+    ),
+    Breakage(
+        "the flow loss forgets the number of microbatches",
+        "megatron_phf/train/step.py",
+        "flow_scale = self.config.method.phf_alpha * replicas / num_sequences",
+        "flow_scale = self.config.method.phf_alpha * replicas * len(batches) / num_sequences",
+        (PARITY, "-k", "test_equals_reference and pp2_full_two"),
+    ),
+    Breakage(
+        "the output loss forgets the number of microbatches",
+        "megatron_phf/train/step.py",
+        "token_weight = replicas * len(batches) / num_tokens",
+        "token_weight = replicas / num_tokens",
+        (PARITY, "-k", "test_equals_reference and pp2_full_two"),
+    ),
+    Breakage(
+        "the window is off by one",
+        "megatron_phf/data/batch.py",
+        "prompt_lengths + positions, valid",
+        "prompt_lengths + positions - 1, valid",
+        (PARITY, "-k", "test_equals_reference and one]"),
+    ),
+    Breakage(
+        "logits are off by one token",
+        "megatron_phf/data/batch.py",
+        "prompt_lengths - 1 + generated",
+        "prompt_lengths + generated",
+        (PARITY, "-k", "test_equals_reference and one]"),
+    ),
+    Breakage(
+        "data-parallel ranks average instead of sharing a mean",
+        "megatron_phf/train/step.py",
+        "replicas = parallel.data_parallel_size()",
+        "replicas = 1",
+        (PARITY, "-k", "test_equals_reference and empty_dp2 and not pp2 and not tp2"),
+    ),
+)
+
+
+def run_tests(breakage: Breakage, directory: Path, broken: bool) -> int:
+    """pytest's exit status for the breakage's tests in a copy of the tree."""
+    tree = directory / "tree"
+    shutil.copytree(REPO, tree, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+    path = tree / breakage.file
+    content = path.read_text()
+    if content.count(breakage.old) != 1:
+        raise SystemExit(f"{breakage.file}: the line to break is not there once: {breakage.old!r}")
+    if broken:
+        path.write_text(content.replace(breakage.old, breakage.new))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *breakage.tests],
+        cwd=tree,
+        env={**environment(), "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    shutil.rmtree(tree)
+    state = "broken" if broken else "whole"
+    print(f"    {state}: {done.stdout.strip().splitlines()[-1]}", flush=True)
+    return done.returncode
+
+
+def main() -> int:
+    """All breakages, a line each."""
+    unnoticed, sound = 0, set()
+    for breakage in BREAKAGES:
+        print(f"{breakage.name} ({breakage.file})", flush=True)
+        with tempfile.TemporaryDirectory() as directory:
+            if breakage.tests not in sound and run_tests(breakage, Path(directory), broken=False):
+                raise SystemExit("the tests fail without any breakage: mend that first")
+            sound.add(breakage.tests)
+            red = run_tests(breakage, Path(directory), broken=True) == 1  # 1: tests failed
+        print(f"    {'RED, as it must be' if red else 'UNNOTICED'}", flush=True)
+        unnoticed += not red
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
