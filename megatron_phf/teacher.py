@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import contextlib
+from typing import Any, Protocol
 
 import torch
 
+from megatron_phf.average import WeightAverage
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, frozen_copy
@@ -16,59 +18,80 @@ class Teacher(Protocol):
 
     chunks: list[FlowGPTModel]
 
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Within, ``chunks`` compute with the teacher's weights; every teacher pass runs there."""
+        ...
+
     def update(self, student: list[FlowGPTModel]) -> None:
         """Follow the student's new weights (after an optimizer step)."""
         ...
 
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold to resume: empty, or fp32 averages keyed ``teacher.``."""
+        ...
 
-class FrozenTeacher:
-    """Keeps the student's starting weights."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what a checkpoint held for :meth:`sharded_state_dict`."""
+        ...
+
+
+class StatelessTeacher:
+    """Frozen on a copy of the starting weights, or live on the student's own: nothing to keep."""
 
     def __init__(self, chunks: list[FlowGPTModel]) -> None:
         self.chunks = chunks
 
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do: the weights are in place."""
+        return contextlib.nullcontext()
+
     def update(self, student: list[FlowGPTModel]) -> None:
         """Nothing."""
 
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Empty: the start of a run makes the teacher again."""
+        return {}
 
-class LiveTeacher:
-    """The student's own current weights: no second copy."""
-
-    def __init__(self, student: list[FlowGPTModel]) -> None:
-        self.chunks = student
-
-    def update(self, student: list[FlowGPTModel]) -> None:
-        """Nothing: the weights are the student's."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
 
 
 class EmaTeacher:
-    """theta_T <- rho theta_T + (1 - rho) theta_S after each optimizer step.
-
-    The average is kept in fp32: at rho = 0.999 a bf16 weight would round nearly every update
-    away.
-    """
+    """theta_T <- rho theta_T + (1 - rho) theta_S after each optimizer step, on a copy."""
 
     def __init__(self, chunks: list[FlowGPTModel], decay: float) -> None:
         self.chunks = chunks
-        self._decay = decay
-        self._weights = [p.data for chunk in chunks for p in chunk.parameters()]
-        # An fp32 model is its own average; of any other this is the master copy.
-        self.average = [w if w.dtype is torch.float32 else w.float() for w in self._weights]
+        self.average = WeightAverage(chunks, decay, copy=False)
 
-    @torch.no_grad()
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do: the weights are in place."""
+        return contextlib.nullcontext()
+
     def update(self, student: list[FlowGPTModel]) -> None:
         """One step of the average."""
-        new = [p.data.float() for chunk in student for p in chunk.parameters()]
-        torch._foreach_lerp_(self.average, new, 1.0 - self._decay)
-        for weight, average in zip(self._weights, self.average, strict=True):
-            if weight is not average:
+        self.average.update(student)
+        self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        for weight, average in self.average.pairs():
+            if weight.data.dtype is not average.dtype:  # else they are one tensor
                 weight.copy_(average)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The average."""
+        return self.average.sharded_state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The average of a checkpoint."""
+        self.average.load_state_dict(state)
+        self._apply()
 
 
 def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
     """The teacher of ``config.method.teacher``, starting at the student's weights."""
     kind = config.method.teacher
     if kind == "live":
-        return LiveTeacher(student)
+        return StatelessTeacher(student)
     copy = frozen_copy(student, arch, config)
-    return EmaTeacher(copy, config.method.ema_decay) if kind == "ema" else FrozenTeacher(copy)
+    return EmaTeacher(copy, config.method.ema_decay) if kind == "ema" else StatelessTeacher(copy)

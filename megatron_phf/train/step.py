@@ -114,7 +114,7 @@ class Distiller:
             return hidden.new_zeros(()), None
 
         self.tap.start_recording(self._windows(batches, scale=0.0))
-        with evaluating(self.teacher.chunks):
+        with self.teacher.active(), evaluating(self.teacher.chunks):
             run_pipeline(self.teacher.chunks, batches, keep, forward_only=True)
         return rows
 

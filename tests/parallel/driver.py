@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
@@ -76,7 +77,28 @@ def steps(distiller: Distiller, source: ReplaySource, count: int, path: str) -> 
         distiller.step(i, source.rollouts(i), PhaseTimer()).as_json() for i in range(1, count + 1)
     ]
     export(distiller, path)
+    check_teacher_state(distiller, path)
     return history
+
+
+def check_teacher_state(distiller: Distiller, path: str) -> None:
+    """What an EMA teacher keeps survives a checkpoint; the others keep nothing."""
+    teacher = distiller.teacher
+    if not teacher.sharded_state_dict():
+        assert distiller.config.method.teacher != "ema"
+        return
+    directory = path.replace(".safetensors", ".teacher")
+    os.makedirs(directory, exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(teacher.sharded_state_dict(), directory)
+    pairs = teacher.average.pairs()
+    before = [(weight.data.clone(), average.clone()) for weight, average in pairs]
+    for _, average in pairs:
+        assert average.dtype is torch.float32
+        average.fill_(7.0)
+    teacher.load_state_dict(dist_checkpointing.load(teacher.sharded_state_dict(), directory))
+    for pair, expected in zip(teacher.average.pairs(), before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
 def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[int]]:
