@@ -9,8 +9,10 @@ fi
 for argument in "$@"; do
     case $argument in -h | --help) exec python3 -m megatron_phf.flags "$@" ;; esac
 done
-count=$(python3 -m megatron_phf.preflight "$@") || exit $?
-exec torchrun --standalone --nproc-per-node "$count" "${BASH_SOURCE[0]}" "$@"
+counts=$(python3 -m megatron_phf.preflight "$@") || exit $?
+read -r processes threads <<<"$counts"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+exec torchrun --standalone --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
 '''
 from megatron_phf.main import main
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import typing
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_phf.config import Config, config_groups, flag_of
 
@@ -44,9 +45,20 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
     group.add_argument(flag_of(f.name), **options)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise, for one rank to say it in one line: usage of so many flags would hide it."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and (
+            close := difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+        ):
+            message += f"; did you mean {close[0]}?"
+        raise ValueError(f"{message} (--help lists the flags)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one flag a field, grouped as the dataclasses are."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="pretrain_phf.sh",
         description="On-policy self-distillation (OPSD + PHF) on Megatron-Core.  Without "
         "--hf-model and --data, an embedded arithmetic task and a tiny model.",
@@ -61,7 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """The configuration of a command line; SystemExit(2) names an unknown or malformed flag."""
+    """The configuration of a command line.
+
+    Raises:
+        ValueError: names an unknown or malformed flag.
+    """
     given = vars(build_parser().parse_args(argv))
     config = Config().replaced(**given)
     if config.is_embedded:

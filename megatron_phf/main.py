@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 import warnings
 from typing import NoReturn
@@ -20,11 +21,20 @@ _EXPECTED_WARNINGS = (
     ".*async grad allreduce.*CUDA_DEVICE_MAX_CONNECTIONS.*",
 )
 
+# How long a rank with nothing to say waits for the rank that has: its imports, on a busy machine.
+_SILENT_SECONDS = 20.0
+
 
 def _fail(message: str) -> NoReturn:
-    """Print and leave at once: destructors of process groups may wait for ranks that are gone."""
+    """Print and leave at once: destructors of process groups may wait for ranks that are gone.
+
+    A rank without a message waits first: torchrun ends the others as soon as one leaves, and the
+    one that has the message must not be among those.
+    """
     if message:
         print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(_SILENT_SECONDS)
     sys.stdout.flush()
     os._exit(1)
 
@@ -61,8 +71,8 @@ def _run(config: Config) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Check, join the other ranks, run the job.  torchrun's environment says who we are."""
-    config = parse_args(argv)
     try:
+        config = parse_args(argv)
         preflight.check(config)
         preflight.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:

@@ -38,6 +38,18 @@ def seed(value: int) -> None:
     model_parallel_cuda_manual_seed(value)
 
 
+def destroy_model_parallel() -> None:
+    """Undo :func:`initialize`; the default process group stays.
+
+    megatron-core only forgets its groups.  Over gloo each keeps a thread that wakes a hundred
+    times a second: what one layout leaves behind slows all later ones of the process.
+    """
+    mpu.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+
+
 def destroy() -> None:
     """Leave every process group."""
     mpu.destroy_model_parallel()

@@ -6,16 +6,16 @@ rank asks again, with torchrun's real world size, before it joins the others.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 
 from megatron_phf.config import Config, flag_of
+from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.flags import parse_args
-from megatron_phf.model.architecture import check_split, read_architecture
+from megatron_phf.model.architecture import check_split, parse_architecture, read_architecture
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -126,6 +126,8 @@ def check(config: Config) -> None:
     _check_combinations(config)
     if config.model.hf_model is not None:
         check_split(read_architecture(config.model.hf_model), config)
+    else:
+        check_split(parse_architecture(MODEL_CONFIG, "the embedded model"), config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
         read_problems(
@@ -150,17 +152,25 @@ def process_count(config: Config, num_gpus: int) -> int:
     return wanted - wanted % model_parallel
 
 
+def thread_count(processes: int) -> int:
+    """Threads a process, so that the processes of this machine share its cores."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Check a command line; prints the process count for torchrun, or one error and status 2."""
-    config = parse_args(argv)
+    """Check a command line; one error and status 2, or what torchrun needs.
+
+    That is the number of processes, and of OMP threads a process.
+    """
     try:
+        config = parse_args(argv)
         check(config)
         count = process_count(config, _num_gpus())
         check_world_size(config, count)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(count))
+    print(count, thread_count(count))
     return 0
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptTemplates
@@ -78,35 +81,39 @@ def make_tokenizer():  # type: ignore[no-untyped-def]  # PreTrainedTokenizerFast
     )
 
 
-def make_hf_directory(path: str, seed: int, num_layers: int = 3, hidden_size: int = 96) -> None:
+# config.json of the embedded task's model; also what the checks before launch read.
+MODEL_CONFIG: Mapping[str, Any] = MappingProxyType(
+    {
+        "model_type": "qwen3",
+        "vocab_size": _VOCAB_SIZE,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+)
+
+
+def make_hf_directory(path: str, seed: int) -> None:
     """A complete HuggingFace directory of a tiny Qwen3 model with random weights."""
     import torch
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     tokenizer = make_tokenizer()
-    config = Qwen3Config(
-        vocab_size=_VOCAB_SIZE,
-        hidden_size=hidden_size,
-        intermediate_size=256,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=24,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = {k: v for k, v in MODEL_CONFIG.items() if k != "model_type"}
+    config = Qwen3Config(**settings, **ids, bos_token_id=None)
     disable_progress_bar()  # one file of a megabyte
     os.makedirs(path, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

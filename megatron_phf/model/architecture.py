@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,7 @@ def _read_json(directory: str) -> dict[str, Any]:
     return content
 
 
-def _rope(path: str, content: dict[str, Any]) -> tuple[float, float | None]:
+def _rope(path: str, content: Mapping[str, Any]) -> tuple[float, float | None]:
     """(rotary base, Llama 3 scaling factor): transformers 4 and 5 keep them in other places."""
     parameters = content.get("rope_parameters") or {}
     scaling = content.get("rope_scaling") or parameters
@@ -101,7 +102,7 @@ def _rope(path: str, content: dict[str, Any]) -> tuple[float, float | None]:
     raise ValueError(f"{path}: rope scaling {kind!r} with these numbers is not supported")
 
 
-def _refuse_unsupported(path: str, content: dict[str, Any]) -> None:
+def _refuse_unsupported(path: str, content: Mapping[str, Any]) -> None:
     model_type = content.get("model_type")
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -121,8 +122,15 @@ def read_architecture(directory: str) -> Architecture:
         ValueError: no such directory, a damaged ``config.json``, or a feature that the
             Megatron model would compute differently.
     """
-    content = _read_json(directory)
-    path = os.path.join(directory, "config.json")
+    return parse_architecture(_read_json(directory), os.path.join(directory, "config.json"))
+
+
+def parse_architecture(content: Mapping[str, Any], path: str) -> Architecture:
+    """As :func:`read_architecture`, of the ``content`` of a ``config.json``.
+
+    Args:
+        path: what an error names.
+    """
     _refuse_unsupported(path, content)
     rotary_base, rope_scaling_factor = _rope(path, content)
     try:

@@ -41,8 +41,12 @@ def test_refused_before_launch_under_bash() -> None:
 
 
 def test_layout_that_does_not_fit_the_embedded_model() -> None:
-    done = run(["bash", SCRIPT, "--tensor-model-parallel-size", "4"], timeout=60)
+    done = torchrun(2, SCRIPT, "--tensor-model-parallel-size", "4", timeout=60)
     fails_once(done, "4 does not divide the model's 4 attention heads in 2 key/value groups")
+
+
+def test_unknown_flag_on_every_rank() -> None:
+    fails_once(torchrun(2, SCRIPT, "--no-such-flag", timeout=60), "arguments: --no-such-flag")
 
 
 def test_world_size_that_does_not_divide() -> None:

@@ -152,7 +152,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             with open(base + ".json", "w") as f:
                 json.dump(result, f)
-        mpu.destroy_model_parallel()
+        parallel.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
