@@ -20,6 +20,7 @@ def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> An
 @dataclass(frozen=True)
 class ModelConfig:
     hf_model: str | None = _flag(None, "HuggingFace model directory (Qwen3, Qwen2, Llama)")
+    trust_remote_code: bool = _flag(False, "run Python code that comes with the tokenizer")
     dtype: str = _flag("auto", "auto: bf16 on CUDA, fp32 on CPU", ("auto", "fp32", "bf16"))
     transformer_impl: str = _flag(
         "auto",

@@ -28,7 +28,9 @@ def largest_difference(model_directory: str, probe_file: str) -> tuple[float, fl
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{probe_file}: no export probe ({error})") from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_directory, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            model_directory, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{model_directory}: transformers cannot load it ({error})") from error
     with torch.no_grad():

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
+from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, model_dtype
 
@@ -125,8 +126,9 @@ def load_hf_weights(
     """Fill ``chunks`` with the safetensors of ``directory``; every rank calls it.
 
     Raises:
-        ValueError: weights are missing or damaged.
+        ValueError: weights are missing or damaged, or their index leads out of ``directory``.
     """
+    check_weight_index(directory)
     try:
         _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
