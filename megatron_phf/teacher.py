@@ -10,7 +10,9 @@ import torch
 from megatron_phf.average import WeightAverage
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.gpt import FlowGPTModel, frozen_copy
+from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
+from megatron_phf.model.hf_weights import load_hf_weights
+from megatron_phf.model.teacher_architecture import TEACHER_FLAG, read_teacher, teacher_config
 
 
 class Teacher(Protocol):
@@ -36,7 +38,7 @@ class Teacher(Protocol):
 
 
 class StatelessTeacher:
-    """Frozen on a copy of the starting weights, or live on the student's own: nothing to keep."""
+    """Frozen on weights of its own, or live on the student's: nothing to keep."""
 
     def __init__(self, chunks: list[FlowGPTModel]) -> None:
         self.chunks = chunks
@@ -88,8 +90,21 @@ class EmaTeacher:
         self._apply()
 
 
+def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
+    """The model of ``--teacher-hf-model``, in the student's layout and with its vocabulary rows."""
+    teacher, settings = read_teacher(arch, config), teacher_config(config)
+    assert teacher is not None and settings.model.hf_model is not None
+    chunks = build_model(teacher, settings)
+    load_hf_weights(chunks, teacher, settings, settings.model.hf_model, TEACHER_FLAG)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
 def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
-    """The teacher of ``config.method.teacher``, starting at the student's weights."""
+    """The teacher of ``--teacher``, starting at the student's weights; or another model."""
+    if config.teacher.teacher_hf_model is not None:
+        return StatelessTeacher(_other_model(arch, config))
     kind = config.method.teacher
     if kind == "live":
         return StatelessTeacher(student)

@@ -14,9 +14,10 @@ from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.flow_tap import FlowTap, FlowWindow
-from megatron_phf.model.gpt import FlowGPTModel, set_flow_tap
+from megatron_phf.model.flow_tap import FlowWindow
+from megatron_phf.model.gpt import FlowGPTModel, make_flow_tap, set_flow_tap
 from megatron_phf.model.rows import gather_rows
+from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import stop_if_nonfinite
@@ -55,7 +56,9 @@ class Distiller:
             clip=method.opsd_clip,
             top_k=method.opsd_top_k,
         )
-        self.tap = FlowTap(arch.num_layers, student[0].config.sequence_parallel)
+        self._vocab_size = common_vocab_size(arch, config)
+        layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
+        self.tap = make_flow_tap(student, teacher.chunks, layers, method.phf_window_size)
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
@@ -76,8 +79,20 @@ class Distiller:
         with timer.phase("optimizer"):
             learning_rate, grad_norm = self.optimizer.step()
             self.teacher.update(self.student)
+        return self.metrics(outputs, learning_rate, grad_norm)
+
+    def metrics(
+        self, outputs: list[OutputLoss], learning_rate: float, grad_norm: float
+    ) -> StepMetrics:
+        """The step's numbers, reduced over the world; every rank calls it."""
         return summarize(
-            outputs, self.tap.values, self.arch.num_layers, self.config, learning_rate, grad_norm
+            outputs,
+            self.tap.values,
+            self.arch.num_layers,
+            self.config,
+            learning_rate,
+            grad_norm,
+            self.tap.has_direction,
         )
 
     def _local_batch(self, rollouts: Sequence[Rollout]) -> LocalBatch:
@@ -116,6 +131,8 @@ class Distiller:
         self.tap.start_recording(self._windows(batches, scale=0.0))
         with self.teacher.active(), evaluating(self.teacher.chunks):
             run_pipeline(self.teacher.chunks, batches, keep, forward_only=True)
+        if self.config.method.phf_alpha > 0:
+            self.tap.finish_recording()
         return rows
 
     def _forward_backward(self, batch: LocalBatch, targets: dict[int, Tensor]) -> list[OutputLoss]:
@@ -154,7 +171,7 @@ class Distiller:
             self._spec,
             group=parallel.tensor_parallel_group() if parallel.tensor_parallel_size() > 1 else None,
             vocab_start=parallel.tensor_parallel_rank() * weight.shape[0],
-            vocab_size=self.arch.vocab_size,
+            vocab_size=self._vocab_size,
             chunk_tokens=self.config.method.logits_chunk_tokens,
             target_ids=batch.target_ids(),
             objective=self.config.method.opsd_objective,

@@ -29,7 +29,7 @@ from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, sa
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.loop import load_student, make_distiller
-from megatron_phf.train.metrics import PhaseTimer, summarize
+from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
 
@@ -63,8 +63,7 @@ def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
     weights = [p.data for p in parameters]
     for p in parameters:
         p.data = p.main_grad.to(p.dtype)
-    values = distiller.tap.values
-    metrics = summarize(outputs, values, distiller.arch.num_layers, distiller.config, 0.0, 0.0)
+    metrics = distiller.metrics(outputs, 0.0, 0.0)
     export(distiller, path)
     for p, data in zip(parameters, weights, strict=True):
         p.data = data
