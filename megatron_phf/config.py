@@ -117,6 +117,9 @@ class TeacherConfig:
     teacher_num_layers_in_last_pipeline_stage: int | None = _flag(
         None, "uneven split of the other model: last stage"
     )
+    teacher_offload: bool = _flag(
+        False, "a teacher's own weights stay in host memory between its passes"
+    )
 
 
 @dataclass(frozen=True)

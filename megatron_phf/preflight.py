@@ -123,9 +123,13 @@ def check_world_size(config: Config, world_size: int) -> None:
 
 
 def _check_teacher_flags(config: Config) -> None:
+    if config.teacher.teacher_offload and config.method.teacher == "live":
+        raise ValueError(
+            "--teacher-offload: a live teacher has no weights of its own; leave it out"
+        )
     if config.teacher.teacher_hf_model is None:
         for f in dataclasses.fields(config.teacher):
-            if getattr(config.teacher, f.name) is not None:
+            if f.name != "teacher_offload" and getattr(config.teacher, f.name) is not None:
                 raise ValueError(f"{flag_of(f.name)} needs {TEACHER_FLAG}")
         return
     if config.method.teacher != "frozen":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,11 @@ from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
 from megatron_phf.model.hf_weights import load_hf_weights
 from megatron_phf.model.teacher_architecture import TEACHER_FLAG, read_teacher, teacher_config
+from megatron_phf.offload import HostWeights
+
+# Where a teacher's weights are during its passes.
+Resident = Callable[[], contextlib.AbstractContextManager[None]]
+_always: Resident = contextlib.nullcontext
 
 
 class Teacher(Protocol):
@@ -40,12 +46,12 @@ class Teacher(Protocol):
 class StatelessTeacher:
     """Frozen on weights of its own, or live on the student's: nothing to keep."""
 
-    def __init__(self, chunks: list[FlowGPTModel]) -> None:
-        self.chunks = chunks
+    def __init__(self, chunks: list[FlowGPTModel], resident: Resident = _always) -> None:
+        self.chunks, self._resident = chunks, resident
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to do: the weights are in place."""
-        return contextlib.nullcontext()
+        """The weights are in place, or come from the host."""
+        return self._resident()
 
     def update(self, student: list[FlowGPTModel]) -> None:
         """Nothing."""
@@ -61,13 +67,15 @@ class StatelessTeacher:
 class EmaTeacher:
     """theta_T <- rho theta_T + (1 - rho) theta_S after each optimizer step, on a copy."""
 
-    def __init__(self, chunks: list[FlowGPTModel], decay: float) -> None:
-        self.chunks = chunks
+    def __init__(
+        self, chunks: list[FlowGPTModel], decay: float, resident: Resident = _always
+    ) -> None:
+        self.chunks, self._resident = chunks, resident
         self.average = WeightAverage(chunks, decay, copy=False)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to do: the weights are in place."""
-        return contextlib.nullcontext()
+        """The weights are in place, or come from the host."""
+        return self._resident()
 
     def update(self, student: list[FlowGPTModel]) -> None:
         """One step of the average."""
@@ -103,10 +111,14 @@ def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
 
 def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
     """The teacher of ``--teacher``, starting at the student's weights; or another model."""
-    if config.teacher.teacher_hf_model is not None:
-        return StatelessTeacher(_other_model(arch, config))
     kind = config.method.teacher
     if kind == "live":
         return StatelessTeacher(student)
-    copy = frozen_copy(student, arch, config)
-    return EmaTeacher(copy, config.method.ema_decay) if kind == "ema" else StatelessTeacher(copy)
+    if config.teacher.teacher_hf_model is not None:
+        copy = _other_model(arch, config)
+    else:
+        copy = frozen_copy(student, arch, config)
+    resident = HostWeights(copy).on_device if config.teacher.teacher_offload else _always
+    if kind == "ema":
+        return EmaTeacher(copy, config.method.ema_decay, resident)
+    return StatelessTeacher(copy, resident)

@@ -35,6 +35,18 @@ class OutputLoss:
     sequence: Tensor  # row of each token in its microbatch
 
 
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the output loss needs of the teacher on the last stage, elsewhere empty.
+
+    ``rows``: final hidden states [n, h] of each microbatch; ``head``: its output weight, which an
+    offloaded teacher leaves on the device until the student's pass is over.
+    """
+
+    rows: dict[int, Tensor]
+    head: Tensor | None
+
+
 class Distiller:
     """Student, teacher and optimizer, and the step that trains one on the other."""
 
@@ -74,6 +86,7 @@ class Distiller:
             targets = self._teacher_targets(batch)
         with timer.phase("student"):
             outputs = self._forward_backward(batch, targets)
+        del targets  # with it goes the output head of an offloaded teacher
         finite = self.optimizer.gradients_finite()
         stop_if_nonfinite(iteration, rollouts, outputs, self.tap.values, finite, self.config)
         with timer.phase("optimizer"):
@@ -116,10 +129,10 @@ class Distiller:
     def _windows(self, batches: Sequence[SequenceBatch], scale: float) -> list[FlowWindow]:
         return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
 
-    def _teacher_targets(self, batch: LocalBatch) -> dict[int, Tensor]:
+    def _teacher_targets(self, batch: LocalBatch) -> TeacherOutput:
         """The teacher's forward-only pass: flow targets into the tap on every stage, and, on the
 
-        last, final hidden states [n, h] of each microbatch.  Never its logits.
+        last, final hidden states.  Never its logits.
         """
         batches = [m.teacher for m in batch.microbatches]
         rows: dict[int, Tensor] = {}
@@ -131,11 +144,13 @@ class Distiller:
         self.tap.start_recording(self._windows(batches, scale=0.0))
         with self.teacher.active(), evaluating(self.teacher.chunks):
             run_pipeline(self.teacher.chunks, batches, keep, forward_only=True)
+            last = self.teacher.chunks[-1]
+            head = last.output_weight().detach() if last.post_process else None
         if self.config.method.phf_alpha > 0:
             self.tap.finish_recording()
-        return rows
+        return TeacherOutput(rows, head)
 
-    def _forward_backward(self, batch: LocalBatch, targets: dict[int, Tensor]) -> list[OutputLoss]:
+    def _forward_backward(self, batch: LocalBatch, teacher: TeacherOutput) -> list[OutputLoss]:
         totals = torch.tensor([batch.num_tokens, batch.num_sequences], device=device.device())
         num_tokens, num_sequences = parallel.sum_over_data_parallel(totals).tolist()
         if num_tokens == 0:
@@ -148,8 +163,9 @@ class Distiller:
         flow_scale = self.config.method.phf_alpha * replicas / num_sequences
 
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            rows = self._rows(hidden, batches[index])
-            return self._output_loss(batches[index], rows, targets.pop(index), token_weight)
+            rows, target = self._rows(hidden, batches[index]), teacher.rows.pop(index)
+            assert teacher.head is not None, "the last stage computes the loss"
+            return self._output_loss(batches[index], rows, (target, teacher.head), token_weight)
 
         self.optimizer.zero_grad()
         self.tap.start_comparing(self._windows(batches, flow_scale))
@@ -158,15 +174,19 @@ class Distiller:
         return outputs
 
     def _output_loss(
-        self, batch: SequenceBatch, rows: Tensor, target: Tensor, token_weight: float
+        self,
+        batch: SequenceBatch,
+        rows: Tensor,
+        teacher: tuple[Tensor, Tensor],
+        token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
-        student, teacher = self.student[-1], self.teacher.chunks[-1]
-        weight = student.output_weight()
+        """``teacher``: its rows and output weight."""
+        weight = self.student[-1].output_weight()
         result = chunked_divergence(
             rows,
-            target,
+            teacher[0],
             weight,
-            teacher.output_weight().detach(),
+            teacher[1],
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
             group=parallel.tensor_parallel_group() if parallel.tensor_parallel_size() > 1 else None,

@@ -36,6 +36,7 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     moments = 8 if width == 4 else 12
     teachers = {"live": 0, "frozen": width, "ema": width if width == 4 else width + 4}
     sequences = config.train.global_batch_size / replicas
+    teacher_key = "teacher in its pass" if config.teacher.teacher_offload else "teacher"
     window = min(config.method.phf_window_size, config.rollout.max_new_tokens) - 1
     layers = arch.num_layers / parallel_config.pipeline_model_parallel_size + 1
     numbers = teacher.hidden_size
@@ -47,7 +48,7 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
         "weights": weights * width / _GIB,
         "gradients": weights * 4 / _GIB,
         "optimizer": weights * moments / shard / _GIB,
-        "teacher": teacher.num_parameters() / split * teachers[config.method.teacher] / _GIB,
+        teacher_key: teacher.num_parameters() / split * teachers[config.method.teacher] / _GIB,
         "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
     }
 

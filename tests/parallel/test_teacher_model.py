@@ -115,21 +115,28 @@ def command_line(files: Path, name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def results(files: Path) -> Path:
+def chosen(request: pytest.FixtureRequest) -> list[str]:
+    """The cases that the selected tests (pytest's -k) ask for."""
+    here = [i for i in request.session.items if i.fspath == request.node.fspath]
+    return [i.callspec.params["name"] for i in here]
+
+
+@pytest.fixture(scope="module")
+def results(files: Path, chosen: list[str]) -> Path:
     output = files / "out"
     output.mkdir()
-    for processes in sorted({case[0] for case in CASES.values()}):
+    for processes in sorted({CASES[name][0] for name in chosen}):
         cases = [
             {"name": name, "kind": "gradients", "argv": command_line(files, name)}
-            for name, case in CASES.items()
-            if case[0] == processes
+            for name in chosen
+            if CASES[name][0] == processes
         ]
         launch(processes, cases, output)
     return output
 
 
 @pytest.fixture(scope="module")
-def references(files: Path) -> dict:
+def references(files: Path, chosen: list[str]) -> dict:
     known: dict = {}
 
     def of(name: str) -> reference.Result:
@@ -142,7 +149,7 @@ def references(files: Path) -> dict:
             )
         return known[key]
 
-    return {name: of(name) for name in CASES}
+    return {name: of(name) for name in chosen}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -130,6 +130,7 @@ MISTAKES = {
     REAL + "--pipeline-model-parallel-size 3": "does not divide the model's 4 layers",
     REAL + "--num-layers-in-first-pipeline-stage 3 --pipeline-model-parallel-size 3": "divide",
     REAL + "--student-template /nowhere.txt": "/nowhere.txt: no such file",
+    "--teacher-offload --teacher live": "--teacher-offload: a live teacher has no weights",
     "--teacher-layer-map 1,2": "--teacher-layer-map needs --teacher-hf-model",
     "--teacher-hf-model ONE": "--teacher-hf-model needs --hf-model",
     REAL + "--teacher-hf-model /nowhere": "--teacher-hf-model /nowhere: no such directory",
