@@ -23,18 +23,18 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_phf import device, parallel, preflight  # noqa: E402
-from megatron_phf.config import Config  # noqa: E402
-from megatron_phf.flags import parse_args  # noqa: E402
-from megatron_phf.model.architecture import read_architecture  # noqa: E402
-from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf  # noqa: E402
-from megatron_phf.rollout.megatron import MegatronRollouts  # noqa: E402
-from megatron_phf.rollout.sampling import SamplingParams  # noqa: E402
-from megatron_phf.train.loop import load_student, make_distiller  # noqa: E402
-from megatron_phf.train.metrics import PhaseTimer  # noqa: E402
-from megatron_phf.train.source import ReplaySource  # noqa: E402
-from megatron_phf.train.step import Distiller  # noqa: E402
-from tests.counted_device import CountedDevice  # noqa: E402
+from megatron_phf import device, parallel, preflight
+from megatron_phf.config import Config
+from megatron_phf.flags import parse_args
+from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
+from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.train.loop import load_student, make_distiller
+from megatron_phf.train.metrics import PhaseTimer
+from megatron_phf.train.source import ReplaySource
+from megatron_phf.train.step import Distiller
+from tests.counted_device import CountedDevice
 
 
 def export(distiller: Distiller, path: str) -> None:
