@@ -67,6 +67,8 @@ def _fit_vocabulary(weight: Tensor, arch: Architecture) -> Tensor:
     """Rows as in ``arch.vocab_size``: those beyond are padding, and so are the ones added."""
     if arch.stored_vocab_size is None:
         return weight
+    if weight.shape[0] != arch.stored_vocab_size:
+        raise ValueError(f"{weight.shape[0]} vocabulary rows, not {arch.stored_vocab_size}")
     missing = max(arch.vocab_size - arch.stored_vocab_size, 0)
     return torch.cat((weight[: arch.vocab_size], weight.new_zeros(missing, weight.shape[1])))
 
