@@ -175,6 +175,15 @@ def run_case(config: Config, case: dict, path: str) -> object:
     return [first, *steps(distiller, source, case["steps"], path)]
 
 
+def leave_groups() -> None:
+    """Undo a case's layout.  megatron only forgets its groups, each with threads of its own."""
+    torch.distributed.barrier()  # a peer may still be in a collective of one of them
+    mpu.destroy_model_parallel()
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
 def main() -> None:
     """All cases; a failed one is recorded and ends the run."""
     cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
@@ -190,7 +199,7 @@ def main() -> None:
         if torch.distributed.get_rank() == 0:
             with open(base + ".json", "w") as f:
                 json.dump(result, f)
-        mpu.destroy_model_parallel()
+        leave_groups()
     torch.distributed.destroy_process_group()
 
 
