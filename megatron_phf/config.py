@@ -102,6 +102,27 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """A teacher that is another model, and where a teacher's own weights are kept."""
+
+    teacher_hf_model: str | None = _flag(
+        None, "frozen teacher from another model directory of the same vocabulary"
+    )
+    teacher_layer_map: str | None = _flag(
+        None, "its layer for each student layer, as 2,4,6,8 (default: by relative depth)"
+    )
+    teacher_num_layers_in_first_pipeline_stage: int | None = _flag(
+        None, "uneven split of the other model: first stage"
+    )
+    teacher_num_layers_in_last_pipeline_stage: int | None = _flag(
+        None, "uneven split of the other model: last stage"
+    )
+    teacher_offload: bool = _flag(
+        False, "a teacher's own weights stay in host memory between its passes"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     train_iters: int = _flag(100, "optimizer steps")
     global_batch_size: int = _flag(32, "rollouts an optimizer step")
@@ -147,6 +168,7 @@ class Config:
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig = MethodConfig()
+    teacher: TeacherConfig = TeacherConfig()
     train: TrainConfig = TrainConfig()
     output: OutputConfig = OutputConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()

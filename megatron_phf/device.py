@@ -67,6 +67,18 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in host memory; pinned where there is CUDA, so that it comes back fast."""
+    if not has_cuda():
+        return tensor.cpu()
+    return torch.empty_like(tensor, device=_CPU, pin_memory=True).copy_(tensor)
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the device of this process, before anything queued there after this call."""
+    return tensor.to(device(), non_blocking=True)
+
+
 def default_dtype() -> torch.dtype:
     """bf16 on CUDA, fp32 on the CPU, where bf16 is slower and proves less."""
     return torch.bfloat16 if has_cuda() else torch.float32

@@ -44,6 +44,7 @@ def destroy_model_parallel() -> None:
     megatron-core only forgets its groups.  Over gloo each keeps a thread that wakes a hundred
     times a second: what one layout leaves behind slows all later ones of the process.
     """
+    dist.barrier()  # a peer may still be in a collective of one of them
     mpu.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
@@ -119,6 +120,34 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
     # Tensor-parallel ranks are neighbours in megatron's rank order.
     source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
     dist.broadcast(tensor, src=source, group=group)
+
+
+def gather_over_pipeline(value: Any) -> list[Any]:
+    """Every pipeline stage's picklable ``value``, first to last."""
+    gathered: list[Any] = [None] * pipeline_size()
+    dist.all_gather_object(gathered, value, group=mpu.get_pipeline_model_parallel_group())
+    return gathered
+
+
+def exchange_between_stages(
+    sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Point to point in this process's pipeline: one flat tensor to, and from, each stage named.
+
+    ``receives`` are filled and returned.  Both ends must name each other with the same size; a
+    tensor without elements is not sent.
+    """
+    group = mpu.get_pipeline_model_parallel_group()
+    operations = [
+        dist.P2POp(function, tensor, group=group, group_peer=stage)
+        for function, tensors in ((dist.isend, sends), (dist.irecv, receives))
+        for stage, tensor in sorted(tensors.items())
+        if tensor.numel()
+    ]
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return receives
 
 
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:

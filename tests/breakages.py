@@ -1,6 +1,6 @@
 """Break the product on purpose, one line at a time, and see the tests turn red.
 
-    make breakages        (python -m tests.breakages; about three minutes)
+    make breakages        (python -m tests.breakages; about six minutes)
 
 Each breakage is made in a copy of the tree, after the same tests have passed in an unbroken one.
 Exits with 1 if any of them goes unnoticed, or if the line that it breaks is no longer there.
@@ -18,6 +18,7 @@ from pathlib import Path
 from tests.launch import REPO, environment
 
 PARITY = "tests/parallel/test_parity.py"
+LARGER = "tests/parallel/test_teacher_model.py"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,41 @@ BREAKAGES = (
         "replicas = parallel.data_parallel_size()",
         "replicas = 1",
         (PARITY, "-k", "test_equals_reference and empty_dp2 and not pp2 and not tp2"),
+    ),
+    Breakage(
+        "relative depth rounds down",
+        "megatron_phf/layer_map.py",
+        "2 * layer * teacher_layers + student_layers",
+        "2 * layer * teacher_layers",
+        (LARGER, "-k", "tall] or deep] or shallow]"),
+    ),
+    Breakage(
+        "an absent direction term halves the geometry term",
+        "megatron_phf/losses/flow.py",
+        "return geometry if direction is None",
+        "return geometry / 2 if direction is None",
+        (LARGER, "-k", "tall] or deep] or shallow]"),
+    ),
+    Breakage(
+        "padding that only the student has takes part",
+        "megatron_phf/train/step.py",
+        "vocab_size=self._vocab_size",
+        "vocab_size=self.arch.vocab_size",
+        (LARGER, "-k", "tall] or deep] or shallow]"),
+    ),
+    Breakage(
+        "a stage unpacks microbatches in another order than they were sent",
+        "megatron_phf/model/flow_targets.py",
+        "extend((i, move.item) for i in numbers)",
+        "extend((i, move.item) for i in (1, 0, *numbers[2:]))",
+        (LARGER, "-k", "deep_pp2_late or deep_pp2_apart"),
+    ),
+    Breakage(
+        "an offloaded teacher stays on the device",
+        "megatron_phf/offload.py",
+        "                p.data = data\n",
+        "                del data\n",
+        ("tests/unit/test_offload.py",),
     ),
 )
 

@@ -22,9 +22,9 @@ _CLASSES = {
 }
 
 
-def make_model(path: str, architecture: str = "qwen3", **settings) -> str:
+def make_model(path: str, architecture: str = "qwen3", seed: int = 7, **settings) -> str:
     """Write a model directory with random weights, norms and biases too; returns ``path``."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     values = {
         "vocab_size": 250,
         "hidden_size": 64,

@@ -31,6 +31,7 @@ class Options:
     window_size: int = 128
     window_rule: str = "even"
     objective: str = "jsd"
+    layer_map: tuple[int, ...] | None = None  # None: by relative depth
 
 
 @dataclass
@@ -114,15 +115,29 @@ def unit_transitions(hidden: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def flow_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list, list]:
-    """Hidden states at the window, [m, h] a layer -> direction, geometry, adjacent values."""
+def relative_depth(student_layers: int, teacher_layers: int) -> list[int]:
+    """Student layer l -> teacher layer round(l L_T / L_S), halves up, at least 1."""
+    exact = [layer * teacher_layers / student_layers for layer in range(1, student_layers + 1)]
+    return [max(1, int(x + 0.5)) for x in exact]
+
+
+def flow_terms(
+    student: list[Tensor], teacher: list[Tensor], layer_map: list[int] | None = None
+) -> tuple[list, list, list]:
+    """Hidden states at the window, [m, h] a layer -> direction, geometry, adjacent values.
+
+    ``layer_map``: the teacher layer (1-based) of each student layer.  Without equal widths there
+    are no directions to compare: an empty list.
+    """
+    teacher = [teacher[k - 1] for k in layer_map or relative_depth(len(student), len(teacher))]
+    same_width = student[0].shape[1] == teacher[0].shape[1]
     if student[0].shape[0] < 2:
-        zero = torch.zeros(())
-        return [zero] * len(student), [zero] * len(student), [zero] * (len(student) - 1)
+        zero, number = torch.zeros(()), len(student)
+        return [zero] * (number if same_width else 0), [zero] * number, [zero] * (number - 1)
     s, t = [unit_transitions(h) for h in student], [unit_transitions(h) for h in teacher]
     n = s[0].shape[0]
     direction = [sum(1 - (a * b).sum() for a, b in zip(x, y, strict=True)) / n
-                 for x, y in zip(s, t, strict=True)]  # fmt: skip
+                 for x, y in zip(s, t, strict=True) if same_width]  # fmt: skip
     geometry = [((x @ x.T - y @ y.T) ** 2).sum() / n**2 for x, y in zip(s, t, strict=True)]
     adjacent = [
         ((s[i] @ s[i + 1].T - t[i] @ t[i + 1].T) ** 2).sum() / n**2 for i in range(len(s) - 1)
@@ -137,6 +152,9 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
     logits, hidden = run(student, prompt + response)
     with torch.no_grad():
         teacher_logits, teacher_hidden = run(teacher, privileged + response)
+    # Vocabularies may be padded differently: what both have.
+    common = min(logits.shape[1], teacher_logits.shape[1])
+    logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
     tokens = []
     for i, token in enumerate(response):
         pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
@@ -146,7 +164,7 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
             tokens.append(sampled_token(*pair, token, o))
     w = window(len(response), o.window_size, o.window_rule)
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
-    flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden])
+    flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden], o.layer_map)
     return tokens, flow
 
 
@@ -161,14 +179,18 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
     means = [[sum(f[k][i] for f in flows) / len(flows) for i in range(len(flows[0][k]))]
              for k in range(3)]  # fmt: skip
     direction, geometry, adjacent = means
-    local = sum((d + g) / 2 for d, g in zip(direction, geometry, strict=True)) / len(direction)
+    # Each layer's loss is the mean of its terms: without directions, of the one that is left.
+    layers = geometry
+    if direction:
+        layers = [(d + g) / 2 for d, g in zip(direction, geometry, strict=True)]
+    local = sum(layers) / len(layers)
     flow = (local + sum(adjacent) / len(adjacent)) / 2
     loss = opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),
         "flow": flow.item(),
-        "flow_direction_per_layer": [x.item() for x in direction],
+        "flow_direction_per_layer": [x.item() for x in direction] or None,
         "flow_geometry_per_layer": [x.item() for x in geometry],
         "flow_adjacent_per_pair": [x.item() for x in adjacent],
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
@@ -176,7 +198,7 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
         "rollout_tokens": len(tokens),
     }
     for name, values in zip(("direction", "geometry", "adjacent"), means, strict=True):
-        metrics[f"flow_{name}"] = (sum(values) / len(values)).item()
+        metrics[f"flow_{name}"] = (sum(values) / len(values)).item() if values else None
     return loss, metrics
 
 
@@ -186,9 +208,19 @@ def read_replay(path: str) -> list[dict]:
         return [json.loads(line) for line in f if line.strip()]
 
 
-def compute(directory: str, samples: list[dict], o: Options, dtype=torch.float32) -> Result:
-    """Value of every metric and gradient of every parameter; the teacher has the same weights."""
-    student, teacher = load_model(directory, dtype), load_model(directory, dtype)
+def compute(
+    directory: str,
+    samples: list[dict],
+    o: Options,
+    dtype=torch.float32,
+    teacher_directory: str | None = None,
+) -> Result:
+    """Value of every metric and gradient of every parameter.
+
+    The teacher has the same weights, or is the model in ``teacher_directory``.
+    """
+    student = load_model(directory, dtype)
+    teacher = load_model(teacher_directory or directory, dtype)
     loss, metrics = objective(student, teacher, samples, o)
     loss.backward()
     gradients = {n: p.grad for n, p in student.named_parameters()}
@@ -227,17 +259,26 @@ def train(
     return history, {n: p.detach() for n, p in student.named_parameters()}
 
 
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Of ``2,4,6``: (2, 4, 6)."""
+    return tuple(int(word) for word in text.split(","))
+
+
 def main() -> None:
     """Print the metrics of one global batch as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hf-model", required=True)
     parser.add_argument("--replay-file", required=True)
+    parser.add_argument("--teacher-hf-model")
     for f in dataclasses.fields(Options):
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=type(f.default), default=f.default)
+        kind = type(f.default) if f.default is not None else layer_numbers
+        parser.add_argument(flag, type=kind, default=f.default)
     given = vars(parser.parse_args())
     directory, replay = given.pop("hf_model"), given.pop("replay_file")
-    print(json.dumps(compute(directory, read_replay(replay), Options(**given)).metrics))
+    teacher, o = given.pop("teacher_hf_model"), Options(**given)
+    result = compute(directory, read_replay(replay), o, teacher_directory=teacher)
+    print(json.dumps(result.metrics))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Architecture:
     rope_scaling_factor: float | None  # Llama 3's rope scaling, or none
     tie_word_embeddings: bool
     initializer_range: float
+    # Vocabulary rows on disk, where they are cut or padded to ``vocab_size`` (another teacher).
+    stored_vocab_size: int | None = None
 
     @property
     def qk_layernorm(self) -> bool:
@@ -71,17 +73,15 @@ class Architecture:
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
-def _read_json(directory: str) -> dict[str, Any]:
+def _read_json(directory: str, flag: str) -> dict[str, Any]:
     path = os.path.join(directory, "config.json")
     if not os.path.isdir(directory):
-        raise ValueError(f"--hf-model {directory}: no such directory")
+        raise ValueError(f"{flag} {directory}: no such directory")
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); is --hf-model right?"
-        ) from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); is {flag} right?") from error
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}); copy the model again") from error
     if not isinstance(content, dict):
@@ -115,14 +115,14 @@ def _refuse_unsupported(path: str, content: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: {name}={content[name]!r} is not supported (only {value!r})")
 
 
-def read_architecture(directory: str) -> Architecture:
-    """The architecture of the HuggingFace model in ``directory``.
+def read_architecture(directory: str, flag: str = "--hf-model") -> Architecture:
+    """The architecture of the HuggingFace model in ``directory``, which ``flag`` named.
 
     Raises:
         ValueError: no such directory, a damaged ``config.json``, or a feature that the
             Megatron model would compute differently.
     """
-    return parse_architecture(_read_json(directory), os.path.join(directory, "config.json"))
+    return parse_architecture(_read_json(directory, flag), os.path.join(directory, "config.json"))
 
 
 def parse_architecture(content: Mapping[str, Any], path: str) -> Architecture:

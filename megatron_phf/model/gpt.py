@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.attention import CachedSelfAttention, CausalAttention
+from megatron_phf.model.flow_plan import make_flow_plan
 from megatron_phf.model.flow_tap import FlowTap
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
 
@@ -185,6 +186,31 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         chunks.append(chunk.to(device.device()))
     return chunks
+
+
+def make_flow_tap(
+    student: list[FlowGPTModel],
+    teacher: list[FlowGPTModel],
+    layer_map: Sequence[int],
+    window_size: int,
+) -> FlowTap:
+    """The tap for both models' layers in this layout; every rank of the pipeline calls it."""
+    widths = student[0].config.hidden_size, teacher[0].config.hidden_size
+    numbers = [
+        [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+        for chunks in (student, teacher)
+    ]
+    stages = parallel.gather_over_pipeline(numbers)
+    # A student layer needs two products, and about one teacher layer's directions.
+    smaller = 2 * (window_size - 1) < widths[1]
+    plan = make_flow_plan(
+        layer_map,
+        [student_layers for student_layers, _ in stages],
+        [teacher_layers for _, teacher_layers in stages],
+        parallel.pipeline_rank(),
+        products=widths[0] != widths[1] and smaller,
+    )
+    return FlowTap(plan, widths, student[0].config.sequence_parallel)
 
 
 def set_flow_tap(chunks: list[FlowGPTModel], tap: FlowTap | None) -> None:

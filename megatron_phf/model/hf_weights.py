@@ -49,6 +49,8 @@ class _Bridge:
         return weight_path
 
     def _weight_to_mcore_format(self, name: str, hf_weights: list[Tensor]) -> Tensor:
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            hf_weights = [_fit_vocabulary(weight, self.arch) for weight in hf_weights]
         weight = super()._weight_to_mcore_format(name, hf_weights)  # type: ignore[misc]
         return _pad_heads(name, weight, self._extra_groups(), self.arch)
 
@@ -59,6 +61,16 @@ class _Bridge:
     def _extra_groups(self) -> int:
         padded = self.arch.padded_groups(parallel.tensor_parallel_size())
         return padded - self.arch.num_query_groups
+
+
+def _fit_vocabulary(weight: Tensor, arch: Architecture) -> Tensor:
+    """Rows as in ``arch.vocab_size``: those beyond are padding, and so are the ones added."""
+    if arch.stored_vocab_size is None:
+        return weight
+    if weight.shape[0] != arch.stored_vocab_size:
+        raise ValueError(f"{weight.shape[0]} vocabulary rows, not {arch.stored_vocab_size}")
+    missing = max(arch.vocab_size - arch.stored_vocab_size, 0)
+    return torch.cat((weight[: arch.vocab_size], weight.new_zeros(missing, weight.shape[1])))
 
 
 def _head_rows(name: str, extra_groups: int, arch: Architecture) -> tuple[int, int]:
@@ -120,9 +132,13 @@ def _bridge(arch: Architecture, config: Config) -> Any:
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config, directory: str
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    directory: str,
+    flag: str = "--hf-model",
 ) -> None:
-    """Fill ``chunks`` with the safetensors of ``directory``; every rank calls it.
+    """Fill ``chunks`` with the safetensors of ``directory``, which ``flag`` named; collective.
 
     Raises:
         ValueError: weights are missing or damaged.
@@ -131,7 +147,7 @@ def load_hf_weights(
         _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"--hf-model {directory}: its weights do not load ({error}); copy the model again"
+            f"{flag} {directory}: its weights do not load ({error}); copy the model again"
         ) from error
 
 

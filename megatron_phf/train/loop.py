@@ -17,6 +17,7 @@ from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_to
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
 from megatron_phf.model.hf_weights import load_hf_weights, save_hf
+from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.teacher import make_teacher
@@ -119,17 +120,20 @@ def _make_source(
     config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any
 ) -> RolloutSource:
     rollout = config.rollout
+    vocab_size = common_vocab_size(arch, config)
     source: RolloutSource
     if rollout.rollout_engine == "replay":
         assert rollout.replay_file is not None
-        source = ReplaySource(rollout.replay_file, arch.vocab_size, config)
+        source = ReplaySource(rollout.replay_file, vocab_size, config)
     else:
         pairs = read_prompts(config, tokenizer)
-        check_token_ids(max(max(p.teacher_ids) for p in pairs), arch.vocab_size)
-        engine = MegatronRollouts(student, arch.vocab_size, rollout.rollout_batch_size)
+        check_token_ids(max(max(p.teacher_ids) for p in pairs), vocab_size)
+        engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
         sampling = sampling_params(config, stop_token_ids(tokenizer, config.model.hf_model))
         batch = config.train.global_batch_size
-        source = OnPolicySource(engine, pairs, sampling, batch, arch.max_position_embeddings)
+        teacher = read_teacher(arch, config) or arch
+        positions = arch.max_position_embeddings, teacher.max_position_embeddings
+        source = OnPolicySource(engine, pairs, sampling, batch, *positions)
     if rollout.record_rollouts is not None:
         source = RecordingSource(source, rollout.record_rollouts)
     return source

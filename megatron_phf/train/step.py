@@ -14,9 +14,10 @@ from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.flow_tap import FlowTap, FlowWindow
-from megatron_phf.model.gpt import FlowGPTModel, set_flow_tap
+from megatron_phf.model.flow_tap import FlowWindow
+from megatron_phf.model.gpt import FlowGPTModel, make_flow_tap, set_flow_tap
 from megatron_phf.model.rows import gather_rows
+from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import stop_if_nonfinite
@@ -32,6 +33,18 @@ class OutputLoss:
     clipped: Tensor
     teacher_entropy: Tensor
     sequence: Tensor  # row of each token in its microbatch
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the output loss needs of the teacher on the last stage, elsewhere empty.
+
+    ``rows``: final hidden states [n, h] of each microbatch; ``head``: its output weight, which an
+    offloaded teacher leaves on the device until the student's pass is over.
+    """
+
+    rows: dict[int, Tensor]
+    head: Tensor | None
 
 
 class Distiller:
@@ -55,7 +68,9 @@ class Distiller:
             clip=method.opsd_clip,
             top_k=method.opsd_top_k,
         )
-        self.tap = FlowTap(arch.num_layers, student[0].config.sequence_parallel)
+        self._vocab_size = common_vocab_size(arch, config)
+        layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
+        self.tap = make_flow_tap(student, teacher.chunks, layers, method.phf_window_size)
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
@@ -71,13 +86,26 @@ class Distiller:
             targets = self._teacher_targets(batch)
         with timer.phase("student"):
             outputs = self._forward_backward(batch, targets)
+        del targets  # with it goes the output head of an offloaded teacher
         finite = self.optimizer.gradients_finite()
         stop_if_nonfinite(iteration, rollouts, outputs, self.tap.values, finite, self.config)
         with timer.phase("optimizer"):
             learning_rate, grad_norm = self.optimizer.step()
             self.teacher.update(self.student)
+        return self.metrics(outputs, learning_rate, grad_norm)
+
+    def metrics(
+        self, outputs: list[OutputLoss], learning_rate: float, grad_norm: float
+    ) -> StepMetrics:
+        """The step's numbers, reduced over the world; every rank calls it."""
         return summarize(
-            outputs, self.tap.values, self.arch.num_layers, self.config, learning_rate, grad_norm
+            outputs,
+            self.tap.values,
+            self.arch.num_layers,
+            self.config,
+            learning_rate,
+            grad_norm,
+            self.tap.has_direction,
         )
 
     def _local_batch(self, rollouts: Sequence[Rollout]) -> LocalBatch:
@@ -101,10 +129,10 @@ class Distiller:
     def _windows(self, batches: Sequence[SequenceBatch], scale: float) -> list[FlowWindow]:
         return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
 
-    def _teacher_targets(self, batch: LocalBatch) -> dict[int, Tensor]:
+    def _teacher_targets(self, batch: LocalBatch) -> TeacherOutput:
         """The teacher's forward-only pass: flow targets into the tap on every stage, and, on the
 
-        last, final hidden states [n, h] of each microbatch.  Never its logits.
+        last, final hidden states.  Never its logits.
         """
         batches = [m.teacher for m in batch.microbatches]
         rows: dict[int, Tensor] = {}
@@ -116,9 +144,13 @@ class Distiller:
         self.tap.start_recording(self._windows(batches, scale=0.0))
         with self.teacher.active(), evaluating(self.teacher.chunks):
             run_pipeline(self.teacher.chunks, batches, keep, forward_only=True)
-        return rows
+            last = self.teacher.chunks[-1]
+            head = last.output_weight().detach() if last.post_process else None
+        if self.config.method.phf_alpha > 0:
+            self.tap.finish_recording()
+        return TeacherOutput(rows, head)
 
-    def _forward_backward(self, batch: LocalBatch, targets: dict[int, Tensor]) -> list[OutputLoss]:
+    def _forward_backward(self, batch: LocalBatch, teacher: TeacherOutput) -> list[OutputLoss]:
         totals = torch.tensor([batch.num_tokens, batch.num_sequences], device=device.device())
         num_tokens, num_sequences = parallel.sum_over_data_parallel(totals).tolist()
         if num_tokens == 0:
@@ -131,8 +163,9 @@ class Distiller:
         flow_scale = self.config.method.phf_alpha * replicas / num_sequences
 
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            rows = self._rows(hidden, batches[index])
-            return self._output_loss(batches[index], rows, targets.pop(index), token_weight)
+            rows, target = self._rows(hidden, batches[index]), teacher.rows.pop(index)
+            assert teacher.head is not None, "the last stage computes the loss"
+            return self._output_loss(batches[index], rows, (target, teacher.head), token_weight)
 
         self.optimizer.zero_grad()
         self.tap.start_comparing(self._windows(batches, flow_scale))
@@ -141,20 +174,24 @@ class Distiller:
         return outputs
 
     def _output_loss(
-        self, batch: SequenceBatch, rows: Tensor, target: Tensor, token_weight: float
+        self,
+        batch: SequenceBatch,
+        rows: Tensor,
+        teacher: tuple[Tensor, Tensor],
+        token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
-        student, teacher = self.student[-1], self.teacher.chunks[-1]
-        weight = student.output_weight()
+        """``teacher``: its rows and output weight."""
+        weight = self.student[-1].output_weight()
         result = chunked_divergence(
             rows,
-            target,
+            teacher[0],
             weight,
-            teacher.output_weight().detach(),
+            teacher[1],
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
             group=parallel.tensor_parallel_group() if parallel.tensor_parallel_size() > 1 else None,
             vocab_start=parallel.tensor_parallel_rank() * weight.shape[0],
-            vocab_size=self.arch.vocab_size,
+            vocab_size=self._vocab_size,
             chunk_tokens=self.config.method.logits_chunk_tokens,
             target_ids=batch.target_ids(),
             objective=self.config.method.opsd_objective,

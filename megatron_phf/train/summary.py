@@ -9,6 +9,7 @@ from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
+from megatron_phf.model.teacher_architecture import layer_map, read_teacher
 
 _GIB = 2**30
 _SHOWN_TOKENS = 12
@@ -20,8 +21,10 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     Weights are split over TP x PP.  Gradients are fp32; Adam keeps two fp32 moments and, for bf16
     weights, an fp32 copy, all three split over DP with the distributed optimizer.  ``targets``:
     fp32 teacher directions of a full window, for each sequence of the local batch and each local
-    layer, and the teacher's final hidden states of as many new tokens as allowed.
+    layer (products of the window's length where they are smaller and enough), and the teacher's
+    final hidden states of as many new tokens as allowed.
     """
+    teacher = read_teacher(arch, config) or arch
     width = model_dtype(config).itemsize
     parallel_config = config.parallel
     split = (
@@ -33,17 +36,35 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     moments = 8 if width == 4 else 12
     teachers = {"live": 0, "frozen": width, "ema": width if width == 4 else width + 4}
     sequences = config.train.global_batch_size / replicas
+    teacher_key = "teacher in its pass" if config.teacher.teacher_offload else "teacher"
     window = min(config.method.phf_window_size, config.rollout.max_new_tokens) - 1
     layers = arch.num_layers / parallel_config.pipeline_model_parallel_size + 1
-    directions = sequences * window * layers * arch.hidden_size * 4
-    rows = sequences * config.rollout.max_new_tokens * arch.hidden_size * width
+    numbers = teacher.hidden_size
+    if teacher.hidden_size != arch.hidden_size:
+        numbers = min(numbers, 2 * window)
+    directions = sequences * window * layers * numbers * 4
+    rows = sequences * config.rollout.max_new_tokens * teacher.hidden_size * width
     return {
         "weights": weights * width / _GIB,
         "gradients": weights * 4 / _GIB,
         "optimizer": weights * moments / shard / _GIB,
-        "teacher": weights * teachers[config.method.teacher] / _GIB,
+        teacher_key: teacher.num_parameters() / split * teachers[config.method.teacher] / _GIB,
         "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
     }
+
+
+def _teacher_lines(arch: Architecture, config: Config) -> list[str]:
+    """What is said of a teacher that is another model."""
+    teacher = read_teacher(arch, config)
+    if teacher is None:
+        return []
+    layers = layer_map(config, arch.num_layers, teacher.num_layers)
+    flow = "" if teacher.hidden_size == arch.hidden_size else ", no direction term"
+    return [
+        f"teacher  {teacher.model_type}, {teacher.num_layers} layers, hidden "
+        f"{teacher.hidden_size}, {teacher.num_parameters() / 1e6:.1f} M parameters{flow}; its "
+        f"layers for the student's: {','.join(str(layer) for layer in layers)}"
+    ]
 
 
 def run_summary(arch: Architecture, config: Config) -> str:
@@ -57,6 +78,7 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
             f"{arch.num_parameters() / 1e6:.1f} M parameters, "
             f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
+            *_teacher_lines(arch, config),
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
             f" (virtual {virtual}) x DP {parallel.data_parallel_size()}, sequence parallel "
             f"{'on' if p.sequence_parallel else 'off'}, distributed optimizer "

@@ -168,3 +168,34 @@ def test_export_computes_what_the_student_computed(recorded: Path, embedded_mode
         load_file(Path(d) / "model.safetensors") for d in (recorded / "hf", embedded_model)
     )
     assert any(not torch.equal(trained[k], start[k]) for k in start)
+
+
+def test_a_larger_teacher_on_policy(recorded: Path, embedded_model: str, tmp_path: Path) -> None:
+    """Another width and depth, split over two stages, offloaded, and with fewer positions."""
+    from megatron_phf.data.arithmetic import make_hf_directory
+
+    teacher, positions = tmp_path / "teacher", 40
+    make_hf_directory(str(teacher), seed=4, num_layers=6, hidden_size=128)
+    config = json.loads((teacher / "config.json").read_text())
+    config["max_position_embeddings"] = positions
+    (teacher / "config.json").write_text(json.dumps(config))
+    done = torchrun(
+        2, SCRIPT, "--hf-model", embedded_model, "--data", str(recorded / "data.jsonl"),
+        "--student-template", str(recorded / "student.txt"),
+        "--teacher-template", str(recorded / "teacher.txt"), *REAL,
+        "--max-teacher-prompt-length", str(positions - 1), "--max-new-tokens", "64",
+        "--pipeline-model-parallel-size", "2", "--num-layers-in-first-pipeline-stage", "2",
+        "--num-layers-in-last-pipeline-stage", "1",
+        "--teacher-hf-model", str(teacher), "--teacher-offload", "--output-dir", str(tmp_path),
+        "--metrics-file", str(tmp_path / "metrics.jsonl"),
+        "--record-rollouts", str(tmp_path / "rollouts.jsonl"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "teacher  qwen3, 6 layers, hidden 128" in done.stdout
+    assert "no direction term; its layers for the student's: 2,4,6" in done.stdout
+    steps = metrics(tmp_path / "metrics.jsonl")
+    assert len(steps) == 3
+    assert all(step["flow"] > 0 and step["flow_direction"] is None for step in steps)
+    rollouts = metrics(tmp_path / "rollouts.jsonl")
+    ends = [len(r["teacher_prompt_ids"]) + len(r["response_ids"]) for r in rollouts]
+    assert max(ends) == positions  # the teacher can read every response to its end

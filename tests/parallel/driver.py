@@ -21,6 +21,8 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from megatron_phf import device, parallel, preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
@@ -29,9 +31,10 @@ from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, sa
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.loop import load_student, make_distiller
-from megatron_phf.train.metrics import PhaseTimer, summarize
+from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
+from tests.counted_device import CountedDevice
 
 
 def export(distiller: Distiller, path: str) -> None:
@@ -63,8 +66,7 @@ def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
     weights = [p.data for p in parameters]
     for p in parameters:
         p.data = p.main_grad.to(p.dtype)
-    values = distiller.tap.values
-    metrics = summarize(outputs, values, distiller.arch.num_layers, distiller.config, 0.0, 0.0)
+    metrics = distiller.metrics(outputs, 0.0, 0.0)
     export(distiller, path)
     for p, data in zip(parameters, weights, strict=True):
         p.data = data
@@ -101,6 +103,39 @@ def check_teacher_state(distiller: Distiller, path: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
+def check_teacher_weights(distiller: Distiller) -> None:
+    """Nothing of the optimizer or of DDP clings to the weights of a teacher that has its own."""
+    if distiller.config.method.teacher == "live":
+        return
+    frozen = [p for chunk in distiller.teacher.chunks for p in chunk.parameters()]
+    assert not any(p.requires_grad or hasattr(p, "main_grad") for p in frozen)
+    optimizer = distiller.optimizer
+    buffers = [b for c in optimizer.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
+    trained = {id(p) for buffer in buffers for p in buffer.params}
+    trained |= {id(p) for group in optimizer.optimizer.param_groups for p in group["params"]}
+    assert trained
+    assert not trained & {id(p) for p in frozen}
+    memory = {p.untyped_storage().data_ptr() for c in distiller.student for p in c.parameters()}
+    assert not memory & {p.untyped_storage().data_ptr() for p in frozen}
+
+
+def check_offload(distiller: Distiller, counted: CountedDevice) -> None:
+    """Every weight is on the device in the teacher's pass, its head in the student's, then none."""
+    weights = sum(1 for chunk in distiller.teacher.chunks for _ in chunk.parameters())
+    forward_backward, update = distiller._forward_backward, distiller.teacher.update
+
+    def student_pass(batch, teacher):
+        assert counted.most == weights
+        assert counted.alive() == (teacher.head is not None)
+        return forward_backward(batch, teacher)
+
+    def after(student):
+        update(student)
+        assert counted.alive() == 0
+
+    distiller._forward_backward, distiller.teacher.update = student_pass, after
+
+
 def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[int]]:
     """Generate for ``prompts``, twice; the export goes beside ``path``."""
     arch = read_architecture(config.model.hf_model)
@@ -119,14 +154,17 @@ def run_case(config: Config, case: dict, path: str) -> object:
     preflight.check_world_size(config, torch.distributed.get_world_size())
     parallel.initialize(config.parallel)
     arch = read_architecture(config.model.hf_model)
+    counted = CountedDevice()
+    if config.teacher.teacher_offload and not device.has_cuda():
+        counted.install()
     student = load_student(arch, config, config.model.hf_model)
     if case["kind"] == "rollouts":
         return rollouts(student, config, case, path)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
     distiller = make_distiller(arch, config, student)
-    if config.method.teacher != "live":  # nothing of the optimizer or of DDP may cling to it
-        frozen = [p for chunk in distiller.teacher.chunks for p in chunk.parameters()]
-        assert not any(p.requires_grad or hasattr(p, "main_grad") for p in frozen)
+    check_teacher_weights(distiller)
+    if config.teacher.teacher_offload:
+        check_offload(distiller, counted)
     if case.get("teacher_model"):
         load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
     if case["kind"] == "train":
