@@ -15,6 +15,7 @@ import sys
 from megatron_phf.config import Config, flag_of
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.flags import parse_args
+from megatron_phf.model.adapter_config import check_lora
 from megatron_phf.model.architecture import check_split, read_architecture
 
 _AT_LEAST_ONE = {
@@ -124,6 +125,7 @@ def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_numbers(config)
     _check_combinations(config)
+    check_lora(config)
     if config.model.hf_model is not None:
         check_split(read_architecture(config.model.hf_model), config)
     data = config.data

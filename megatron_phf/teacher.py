@@ -11,6 +11,7 @@ from megatron_phf.average import WeightAverage
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, frozen_copy
+from megatron_phf.teacher_lora import AdapterEmaTeacher, BaseModelTeacher
 
 
 class Teacher(Protocol):
@@ -93,5 +94,9 @@ def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config
     kind = config.method.teacher
     if kind == "live":
         return StatelessTeacher(student)
+    if config.lora.lora_rank:
+        if kind == "ema":
+            return AdapterEmaTeacher(student, config.method.ema_decay)
+        return BaseModelTeacher(student)
     copy = frozen_copy(student, arch, config)
     return EmaTeacher(copy, config.method.ema_decay) if kind == "ema" else StatelessTeacher(copy)
