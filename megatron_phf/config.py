@@ -123,6 +123,19 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    lora_rank: int = _flag(0, "train low-rank adapters of this rank alone; 0 trains all weights")
+    lora_alpha: float = _flag(128.0, "the adapters' output is scaled by this / --lora-rank")
+    lora_dropout: float = _flag(0.0, "of the adapters' input, in the student's training pass")
+    lora_target_modules: str = _flag(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "linears with an adapter, by their HuggingFace names",
+    )
+    lora_adapter: str | None = _flag(None, "start from this PEFT adapter directory")
+    save_adapter: str | None = _flag(None, "export the trained adapters to this PEFT directory")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     train_iters: int = _flag(100, "optimizer steps")
     global_batch_size: int = _flag(32, "rollouts an optimizer step")
@@ -169,6 +182,7 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig = MethodConfig()
     teacher: TeacherConfig = TeacherConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     output: OutputConfig = OutputConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()

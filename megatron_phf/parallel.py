@@ -6,6 +6,7 @@ The only reader of megatron-core's ``parallel_state``.  The model is tensor- and
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,21 @@ def destroy_model_parallel() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed below 2^31 for one purpose, named by ``parts`` (numbers and strings)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_dropout(value: int, iteration: int) -> None:
+    """Seed all generators for one step's masks: a resumed run draws what an unbroken one would.
+
+    Stages and data-parallel ranks get masks of their own; tensor-parallel ranks share the default
+    generator, and megatron's tracker has one for each of them.
+    """
+    seed(derived_seed("dropout", value, iteration, pipeline_rank(), data_parallel_rank()))
 
 
 def destroy() -> None:
@@ -155,6 +171,29 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     if data_parallel_size() > 1:
         dist.all_reduce(values, group=mpu.get_data_parallel_group())
     return values
+
+
+def gather_over_tensor_parallel(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every tensor-parallel rank's ``tensor``, all of one shape, in rank order."""
+    parts = [torch.empty_like(tensor) for _ in range(tensor_parallel_size())]
+    dist.all_gather(parts, tensor.contiguous(), group=tensor_parallel_group())
+    return parts
+
+
+def broadcast_from_stage(tensor: torch.Tensor, stage: int) -> None:
+    """In place: every pipeline stage gets the tensor of ``stage``."""
+    if pipeline_size() > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast(tensor, src=pipeline_ranks()[stage], group=group)
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise ValueError on every rank where one has a ``problem``; every rank calls it."""
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, problem)
+    for text in gathered:
+        if text is not None:
+            raise ValueError(text)
 
 
 def gather_over_data_parallel(value: Any) -> list[Any]:

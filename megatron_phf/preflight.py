@@ -16,6 +16,7 @@ from megatron_phf.config import Config, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.flags import parse_args
+from megatron_phf.model.adapter_config import check_lora
 from megatron_phf.model.architecture import check_split, parse_architecture, read_architecture
 from megatron_phf.model.teacher_architecture import TEACHER_FLAG, check_teacher
 
@@ -155,6 +156,7 @@ def check(config: Config) -> None:
     _check_numbers(config)
     _check_combinations(config)
     _check_teacher_flags(config)
+    check_lora(config)
     if config.model.hf_model is not None:
         _check_models(config, config.model.hf_model)
     else:

@@ -15,6 +15,7 @@ from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
 from megatron_phf.model.hf_weights import load_hf_weights
 from megatron_phf.model.teacher_architecture import TEACHER_FLAG, read_teacher, teacher_config
 from megatron_phf.offload import HostWeights
+from megatron_phf.teacher_lora import AdapterEmaTeacher, BaseModelTeacher
 
 # Where a teacher's weights are during its passes.
 Resident = Callable[[], contextlib.AbstractContextManager[None]]
@@ -116,6 +117,10 @@ def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config
         return StatelessTeacher(student)
     if config.teacher.teacher_hf_model is not None:
         copy = _other_model(arch, config)
+    elif config.lora.lora_rank:
+        if kind == "ema":
+            return AdapterEmaTeacher(student, config.method.ema_decay)
+        return BaseModelTeacher(student)
     else:
         copy = frozen_copy(student, arch, config)
     resident = HostWeights(copy).on_device if config.teacher.teacher_offload else _always

@@ -6,7 +6,9 @@ import json
 import random
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -20,6 +22,9 @@ _CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
+
+
+ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 
 def make_model(path: str, architecture: str = "qwen3", seed: int = 7, **settings) -> str:
@@ -48,6 +53,23 @@ def make_model(path: str, architecture: str = "qwen3", seed: int = 7, **settings
             if name.endswith("bias"):
                 p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(path)
+    return path
+
+
+def make_adapter(
+    path: str, model: str, rank: int = 8, alpha: int = 12, targets: str = ALL_LINEARS
+) -> str:
+    """Write a peft adapter for the model directory, lora_B random too; returns ``path``."""
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.1 * torch.randn_like(p))
+    adapted.save_pretrained(path)
     return path
 
 

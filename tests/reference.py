@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass, field
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -42,12 +43,23 @@ class Result:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load_model(directory: str, dtype: torch.dtype = torch.float32):
-    """The model with transformers' eager attention, in eval mode."""
+def load_model(directory: str, dtype: torch.dtype = torch.float32, adapter: str | None = None):
+    """The model with transformers' eager attention, in eval mode; peft adds the adapter."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager"
     )
+    if adapter is not None:
+        model = PeftModel.from_pretrained(
+            model, adapter, is_trainable=True, autocast_adapter_dtype=False
+        )
     return model.eval()
+
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    """What an optimizer gets: of a model with an adapter, the adapter, as peft names it on disk."""
+    return {
+        name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor]]:
@@ -57,7 +69,8 @@ def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor]]:
     def hook(module, args, output):
         outputs.append((output[0] if isinstance(output, tuple) else output)[0])
 
-    handles = [layer.register_forward_hook(hook) for layer in model.model.layers]
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    handles = [layer.register_forward_hook(hook) for layer in plain.model.layers]
     logits = model(torch.tensor([ids])).logits[0]
     for handle in handles:
         handle.remove()
@@ -214,16 +227,18 @@ def compute(
     o: Options,
     dtype=torch.float32,
     teacher_directory: str | None = None,
+    adapter=None,
 ) -> Result:
-    """Value of every metric and gradient of every parameter.
+    """Value of every metric and gradient of every trained parameter.
 
-    The teacher has the same weights, or is the model in ``teacher_directory``.
+    The teacher has the same weights without the adapter, or is the model in
+    ``teacher_directory``.
     """
-    student = load_model(directory, dtype)
+    student = load_model(directory, dtype, adapter)
     teacher = load_model(teacher_directory or directory, dtype)
     loss, metrics = objective(student, teacher, samples, o)
     loss.backward()
-    gradients = {n: p.grad for n, p in student.named_parameters()}
+    gradients = {n: p.grad for n, p in trainable(student).items()}
     metrics["grad_norm"] = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
     return Result(metrics, gradients)
 
@@ -238,10 +253,13 @@ def train(
     clip_grad: float,
     teacher_kind: str,
     ema_decay: float,
+    adapter: str | None = None,
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """``steps`` AdamW steps (no weight decay, constant rate), equal parts of ``samples`` each."""
-    student, teacher = load_model(directory), load_model(directory)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, eps=eps, weight_decay=0.0)
+    student = load_model(directory, adapter=adapter)
+    teacher = load_model(directory, adapter=None if teacher_kind == "frozen" else adapter)
+    weights = list(trainable(student).values())
+    optimizer = torch.optim.AdamW(weights, lr=lr, eps=eps, weight_decay=0.0)
     size, history = len(samples) // steps, []
     for i in range(steps):
         if teacher_kind == "live":
@@ -249,14 +267,14 @@ def train(
         optimizer.zero_grad()
         loss, metrics = objective(student, teacher, samples[i * size : (i + 1) * size], o)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip_grad)
         optimizer.step()
         if teacher_kind == "ema":
             with torch.no_grad():
                 for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                     t.mul_(ema_decay).add_(s, alpha=1 - ema_decay)
         history.append({**metrics, "grad_norm": float(norm)})
-    return history, {n: p.detach() for n, p in student.named_parameters()}
+    return history, {n: p.detach() for n, p in trainable(student).items()}
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:

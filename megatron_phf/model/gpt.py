@@ -244,3 +244,17 @@ def without_sequence_parallel(chunks: list[FlowGPTModel]) -> Iterator[None]:
     finally:
         for owner, name in changed:
             setattr(owner, name, True)
+
+
+@contextlib.contextmanager
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """No gradients and eval mode within (no activation recompute); the modes as before after."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)

@@ -7,7 +7,6 @@ export that is complete or not there at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -23,11 +22,33 @@ from torch import Tensor
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
+from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.directories import write_directory
 from megatron_phf.model.gpt import FlowGPTModel, model_dtype
+from megatron_phf.model.lora import is_adapter
 
 _SHARD_BYTES = 5 * 2**30
 _LAYER = "model.layers.{layer_number}."
+
+
+class _Base:
+    """A model chunk as mbridge reads it: without adapters, which it has no names for."""
+
+    def __init__(self, chunk: FlowGPTModel) -> None:
+        self._chunk = chunk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chunk, name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The base model's."""
+        return (pair for pair in self._chunk.named_parameters() if not is_adapter(pair[0]))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The base model's."""
+        state = self._chunk.state_dict()
+        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
 
 
 class _Bridge:
@@ -144,7 +165,8 @@ def load_hf_weights(
         ValueError: weights are missing or damaged.
     """
     try:
-        _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
+        base = [_Base(chunk) for chunk in chunks]
+        _bridge(arch, config).load_weights(base, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{flag} {directory}: its weights do not load ({error}); copy the model again"
@@ -154,9 +176,16 @@ def load_hf_weights(
 def export_hf_weights(
     chunks: list[FlowGPTModel], arch: Architecture, config: Config
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HuggingFace name, whole tensor) on every rank, one at a time; collective."""
+    """(HuggingFace name, whole tensor) on every rank, one at a time; collective.
+
+    Adapters are merged into the weights they belong to.
+    """
     seen: set[str] = set()
-    for name, weight in _bridge(arch, config).export_weights(chunks):
+    weights = _bridge(arch, config).export_weights([_Base(chunk) for chunk in chunks])
+    if config.lora.lora_rank:
+        scale = config.lora.lora_alpha / config.lora.lora_rank
+        weights = merge_adapter(weights, dict(export_adapter(chunks)), scale)
+    for name, weight in weights:
         # A tied embedding sits on the first and on the last stage.
         if name not in seen:
             seen.add(name)
@@ -224,22 +253,12 @@ def save_hf(
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
     weights = export_hf_weights(chunks, arch, config)
-    problem: str | None = None
-    if parallel.is_first_rank():
-        partial = target.rstrip("/") + ".partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
-            _write_shards(weights, partial)
-            _copy_model_files(source, partial, next(chunks[0].parameters()).dtype)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(target)
-            os.replace(partial, target)
-        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
-            shutil.rmtree(partial, ignore_errors=True)
-            problem = f"--save-hf {target}: cannot be written ({error})"
+
+    def write(directory: str) -> None:
+        _write_shards(weights, directory)
+        _copy_model_files(source, directory, next(chunks[0].parameters()).dtype)
+
+    problem = write_directory(target, "--save-hf", write)
     for _ in weights:  # the other ranks, and rank 0 after an error: the export is collective
         pass
-    problem = parallel.broadcast_object(problem)
-    if problem is not None:
-        raise ValueError(problem)
+    parallel.raise_together(problem)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.model.attention import KVCache
-from megatron_phf.model.gpt import FlowGPTModel, without_sequence_parallel
+from megatron_phf.model.gpt import FlowGPTModel, evaluating, without_sequence_parallel
 from megatron_phf.rollout.sampling import SamplingParams, sample, uniforms
 
 # A compaction copies the cache once; worth it when it frees this share of the rows.
@@ -26,7 +26,6 @@ class MegatronRollouts:
         self._vocab_size = vocab_size
         self._batch_size = batch_size
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -42,7 +41,7 @@ class MegatronRollouts:
         # Neighbours in length share a batch: less padding in front of the shorter.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
-        with without_sequence_parallel(self._chunks):
+        with evaluating(self._chunks), without_sequence_parallel(self._chunks):
             for start in range(0, len(order), self._batch_size):
                 rows = order[start : start + self._batch_size]
                 lengths = torch.tensor([limits[i] for i in rows])
@@ -68,12 +67,11 @@ class MegatronRollouts:
             dist.send(hidden.contiguous(), self._neighbour(+1), self._pipeline_group())
         return None
 
-    @torch.no_grad()
     def next_token_logits(self, sequences: Tensor) -> Tensor:
         """sequences [b, s] -> logits [b, vocabulary] after each, on every model-parallel rank."""
         tokens = sequences.to(device.device())
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with without_sequence_parallel(self._chunks):
+        with evaluating(self._chunks), without_sequence_parallel(self._chunks):
             caches = self.new_caches(tokens.shape[1], torch.ones_like(tokens, dtype=torch.bool))
             logits = self.forward(tokens, positions, caches)
         dtype = self._chunks[0].config.params_dtype

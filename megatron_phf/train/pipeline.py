@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,17 +49,3 @@ def run_pipeline(
         micro_batch_size=b,
         forward_only=forward_only,
     )
-
-
-@contextlib.contextmanager
-def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """No gradients and eval mode within (no activation recompute); the modes as before after."""
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)

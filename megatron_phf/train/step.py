@@ -15,14 +15,14 @@ from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.flow_tap import FlowWindow
-from megatron_phf.model.gpt import FlowGPTModel, make_flow_tap, set_flow_tap
+from megatron_phf.model.gpt import FlowGPTModel, evaluating, make_flow_tap, set_flow_tap
 from megatron_phf.model.rows import gather_rows
 from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import stop_if_nonfinite
 from megatron_phf.train.optimizer import StudentOptimizer
-from megatron_phf.train.pipeline import evaluating, run_pipeline
+from megatron_phf.train.pipeline import run_pipeline
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class Distiller:
         batch = self._local_batch(rollouts)
         with timer.phase("teacher"):
             targets = self._teacher_targets(batch)
+        if self.config.lora.lora_dropout > 0:
+            parallel.seed_dropout(self.config.train.seed, iteration)
         with timer.phase("student"):
             outputs = self._forward_backward(batch, targets)
         del targets  # with it goes the output head of an offloaded teacher

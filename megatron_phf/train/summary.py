@@ -7,6 +7,7 @@ from typing import Any
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
 from megatron_phf.model.teacher_architecture import layer_map, read_teacher
@@ -22,33 +23,43 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     weights, an fp32 copy, all three split over DP with the distributed optimizer.  ``targets``:
     fp32 teacher directions of a full window, for each sequence of the local batch and each local
     layer (products of the window's length where they are smaller and enough), and the teacher's
-    final hidden states of as many new tokens as allowed.
+    final hidden states of as many new tokens as allowed.  With LoRA only the adapters have
+    gradients and optimizer state, and an EMA teacher is one more set of them.
     """
-    teacher = read_teacher(arch, config) or arch
+    teacher = read_teacher(arch, config)
     width = model_dtype(config).itemsize
     parallel_config = config.parallel
     split = (
         parallel_config.tensor_model_parallel_size * parallel_config.pipeline_model_parallel_size
     )
     weights = arch.num_parameters() / split
+    trained, lora = weights, config.lora
+    if lora.lora_rank:
+        trained = num_adapter_parameters(arch, lora) / split
+        weights += trained
     replicas = parallel.data_parallel_size()
     shard = replicas if parallel_config.use_distributed_optimizer else 1
     moments = 8 if width == 4 else 12
-    teachers = {"live": 0, "frozen": width, "ema": width if width == 4 else width + 4}
+    copy = weights * width
+    average = weights * (width if width == 4 else width + 4)
+    if teacher is not None:
+        copy = teacher.num_parameters() / split * width
+    elif lora.lora_rank:
+        copy, average = 0, trained * 4
+    teachers = {"live": 0, "frozen": copy, "ema": average}
+    hidden = arch.hidden_size if teacher is None else teacher.hidden_size
     sequences = config.train.global_batch_size / replicas
     teacher_key = "teacher in its pass" if config.teacher.teacher_offload else "teacher"
     window = min(config.method.phf_window_size, config.rollout.max_new_tokens) - 1
     layers = arch.num_layers / parallel_config.pipeline_model_parallel_size + 1
-    numbers = teacher.hidden_size
-    if teacher.hidden_size != arch.hidden_size:
-        numbers = min(numbers, 2 * window)
+    numbers = hidden if hidden == arch.hidden_size else min(hidden, 2 * window)
     directions = sequences * window * layers * numbers * 4
-    rows = sequences * config.rollout.max_new_tokens * teacher.hidden_size * width
+    rows = sequences * config.rollout.max_new_tokens * hidden * width
     return {
         "weights": weights * width / _GIB,
-        "gradients": weights * 4 / _GIB,
-        "optimizer": weights * moments / shard / _GIB,
-        teacher_key: teacher.num_parameters() / split * teachers[config.method.teacher] / _GIB,
+        "gradients": trained * 4 / _GIB,
+        "optimizer": trained * moments / shard / _GIB,
+        teacher_key: teachers[config.method.teacher] / _GIB,
         "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
     }
 
@@ -67,6 +78,20 @@ def _teacher_lines(arch: Architecture, config: Config) -> list[str]:
     ]
 
 
+def _trainable(arch: Architecture, config: Config) -> str:
+    """How many of the parameters are trained, of the whole model, without padding."""
+    total, lora = arch.num_parameters(), config.lora
+    if not lora.lora_rank:
+        return f"{total / 1e6:.1f} M trainable of {total / 1e6:.1f} M parameters"
+    trained = num_adapter_parameters(arch, lora)
+    total += trained
+    return (
+        f"{trained / 1e6:.2f} M trainable of {total / 1e6:.1f} M parameters "
+        f"({100 * trained / total:.2f} %): LoRA rank {lora.lora_rank}, alpha {lora.lora_alpha:g}, "
+        f"dropout {lora.lora_dropout:g} on {','.join(target_modules(lora))}"
+    )
+
+
 def run_summary(arch: Architecture, config: Config) -> str:
     """The block printed before the first step."""
     p, t, m = config.parallel, config.train, config.method
@@ -76,9 +101,9 @@ def run_summary(arch: Architecture, config: Config) -> str:
     return "\n".join(
         (
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
-            f"{arch.num_parameters() / 1e6:.1f} M parameters, "
             f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
             *_teacher_lines(arch, config),
+            f"trained  {_trainable(arch, config)}",
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
             f" (virtual {virtual}) x DP {parallel.data_parallel_size()}, sequence parallel "
             f"{'on' if p.sequence_parallel else 'off'}, distributed optimizer "

@@ -6,10 +6,12 @@ CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forwa
 pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
+``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -26,10 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from megatron_phf import device, parallel, preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
+from megatron_phf.model.adapter_io import export_adapter, save_peft_adapter
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.gpt import model_dtype
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
+from megatron_phf.model.lora import is_adapter
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.teacher import make_teacher
 from megatron_phf.train.loop import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.source import ReplaySource
@@ -38,8 +44,11 @@ from tests.counted_device import CountedDevice
 
 
 def export(distiller: Distiller, path: str) -> None:
-    """Save the student's weights as they are."""
-    weights = export_hf_weights(distiller.student, distiller.arch, distiller.config)
+    """Save what is trained of the student as it is: all weights, or the adapters."""
+    if distiller.config.lora.lora_rank:
+        weights = export_adapter(distiller.student)
+    else:
+        weights = export_hf_weights(distiller.student, distiller.arch, distiller.config)
     tensors = {name: weight.float().cpu().contiguous() for name, weight in weights}
     if parallel.is_first_rank():
         save_file(tensors, path)
@@ -62,7 +71,7 @@ def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
     outputs = distiller._forward_backward(batch, distiller._teacher_targets(batch))
     if distiller.config.parallel.use_distributed_optimizer:
         complete_gradients(distiller)
-    parameters = [p for chunk in distiller.student for p in chunk.parameters()]
+    parameters = [p for chunk in distiller.student for p in chunk.parameters() if p.requires_grad]
     weights = [p.data for p in parameters]
     for p in parameters:
         p.data = p.main_grad.to(p.dtype)
@@ -79,8 +88,27 @@ def steps(distiller: Distiller, source: ReplaySource, count: int, path: str) -> 
         distiller.step(i, source.rollouts(i), PhaseTimer()).as_json() for i in range(1, count + 1)
     ]
     export(distiller, path)
+    check_replicas(distiller)
     check_teacher_state(distiller, path)
     return history
+
+
+def check_only_adapters_train(distiller: Distiller) -> None:
+    """Gradients, DDP's buffers and the optimizer hold the adapters and nothing else."""
+    named = [pair for chunk in distiller.student for pair in chunk.named_parameters()]
+    adapters = {p for name, p in named if is_adapter(name)}
+    assert adapters and adapters == {p for _, p in named if p.requires_grad}
+    assert adapters == {p for _, p in named if hasattr(p, "main_grad")}
+    wrapped = distiller.optimizer.wrapped
+    assert all(not chunk.expert_parallel_buffers for chunk in wrapped)
+    assert adapters == {p for chunk in wrapped for buffer in chunk.buffers for p in buffer.params}
+    if (
+        distiller.config.parallel.use_distributed_optimizer
+        or model_dtype(distiller.config) is torch.bfloat16
+    ):
+        return  # it holds fp32 shards or copies
+    groups = distiller.optimizer.optimizer.param_groups
+    assert adapters == {p for group in groups for p in group["params"]}
 
 
 def check_teacher_state(distiller: Distiller, path: str) -> None:
@@ -136,6 +164,33 @@ def check_offload(distiller: Distiller, counted: CountedDevice) -> None:
     distiller._forward_backward, distiller.teacher.update = student_pass, after
 
 
+def check_replicas(distiller: Distiller) -> None:
+    """Parameters that tensor-parallel ranks replicate are the same on all, bit for bit."""
+    for chunk in distiller.student:
+        for p in chunk.parameters():
+            if not p.tensor_model_parallel:
+                parts = parallel.gather_over_tensor_parallel(p.data)
+                assert all(torch.equal(part, parts[0]) for part in parts)
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    storages = (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def teacher_memory(student: list, config: Config) -> dict:
+    """What ``make_teacher`` allocates."""
+    before = tensor_bytes()
+    teacher = make_teacher(student, read_architecture(config.model.hf_model), config)
+    named = [pair for chunk in student for pair in chunk.named_parameters()]
+    adapters = sum(p.nbytes for name, p in named if is_adapter(name))
+    added = tensor_bytes() - before
+    del teacher
+    return {"added": added, "adapters": adapters, "model": sum(p.nbytes for _, p in named)}
+
+
 def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[int]]:
     """Generate for ``prompts``, twice; the export goes beside ``path``."""
     arch = read_architecture(config.model.hf_model)
@@ -144,7 +199,10 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
     ids = range(len(case["prompts"]))
     first = engine.generate(case["prompts"], sampling, ids, case.get("limits"))
     assert first == engine.generate(case["prompts"], sampling, ids, case.get("limits"))
-    save_hf(student, arch, config, config.model.hf_model, path.removesuffix(".safetensors"))
+    target = path.removesuffix(".safetensors")
+    save_hf(student, arch, config, config.model.hf_model, target)
+    if config.lora.lora_rank:
+        save_peft_adapter(student, arch, config, target + ".adapter")
     return first
 
 
@@ -160,9 +218,14 @@ def run_case(config: Config, case: dict, path: str) -> object:
     student = load_student(arch, config, config.model.hf_model)
     if case["kind"] == "rollouts":
         return rollouts(student, config, case, path)
+    if case["kind"] == "teacher_memory":
+        return teacher_memory(student, config)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
     distiller = make_distiller(arch, config, student)
-    check_teacher_weights(distiller)
+    if config.lora.lora_rank:
+        check_only_adapters_train(distiller)
+    if distiller.teacher.chunks is not student:
+        check_teacher_weights(distiller)
     if config.teacher.teacher_offload:
         check_offload(distiller, counted)
     if case.get("teacher_model"):
