@@ -42,6 +42,7 @@ GRADIENTS = {
     "qwen2_tp2_sp": (2, "qwen2", TP2 + SP, "frozen"),
     "some": (2, "some", TP2, "frozen"),
 }
+BF16 = {"bf16": (4, "qwen3", [*TP2, *PP2, *SP, "--dtype", "bf16"], "frozen")}
 GRADIENT_CASES = [*GRADIENTS, *(n for n, case in TRAINED.items() if case[3] == "frozen")]
 # Nothing to compare with but each other: peft's random numbers are others.
 DROPOUT = {
@@ -98,7 +99,12 @@ def argv_of(files: Path, model: str, layout: list[str], teacher: str) -> list[st
 
 def cases_of(files: Path, processes: int) -> list[dict]:
     cases = []
-    for name, (count, model, layout, teacher) in {**TRAINED, **GRADIENTS, **DROPOUT}.items():
+    for name, (count, model, layout, teacher) in {
+        **TRAINED,
+        **GRADIENTS,
+        **DROPOUT,
+        **BF16,
+    }.items():
         kind = "gradients" if name in GRADIENTS else "both" if teacher == "frozen" else "train"
         more = ["--lora-dropout", "0.3"] if name in DROPOUT else []
         case = {"name": name, "kind": kind, "steps": STEPS}
@@ -121,12 +127,20 @@ def cases_of(files: Path, processes: int) -> list[dict]:
     return cases
 
 
+def needed(name: str, tests: str) -> bool:
+    """Whether one of the collected ``tests`` reads the case: with -k, the others are not run."""
+    return f"[{name.removesuffix('_recompute')}]" in tests or f"test_{name.split('_')[0]}_" in tests
+
+
 @pytest.fixture(scope="module")
-def results(files: Path) -> Path:
+def results(files: Path, request: pytest.FixtureRequest) -> Path:
     output = files / "out"
     output.mkdir()
+    tests = " ".join(item.name for item in request.session.items)
     for processes in (1, 2, 4):
-        launch(processes, cases_of(files, processes), output)
+        cases = [case for case in cases_of(files, processes) if needed(case["name"], tests)]
+        if cases:
+            launch(processes, cases, output)
     return output
 
 
@@ -188,6 +202,25 @@ def test_training_equals_peft(name: str, results: Path, trained: dict) -> None:
     compare_tensors(load_file(results / f"{name}.safetensors"), adapters, 2e-5)
 
 
+def test_bf16_is_as_near_to_fp32_as_pefts_bf16(
+    results: Path, files: Path, samples: list[dict], gradients: dict
+) -> None:
+    exact, adapter = gradients["qwen3"], str(files / "qwen3.adapter")
+    plain = reference.compute(
+        str(files / "qwen3"), samples[:BATCH], OPTIONS, torch.bfloat16, adapter=adapter
+    )
+    assert read(results, "bf16")[0]["loss"] == pytest.approx(exact.metrics["loss"], rel=2e-2)
+    ours, theirs = (
+        {
+            name: float((g[name].float() - e).norm() / e.norm())
+            for name, e in exact.gradients.items()
+        }
+        for g in (load_file(results / "bf16.gradient.safetensors"), plain.gradients)
+    )
+    assert sum(ours.values()) < 1.1 * sum(theirs.values())
+    assert max(ours.values()) < 1.25 * max(theirs.values())
+
+
 def test_the_teachers_differ(trained: dict) -> None:
     losses = {kind: trained["qwen3", kind][0][-1]["loss"] for kind in ("frozen", "ema", "live")}
     assert len({round(x, 4) for x in losses.values()}) == 3, losses
@@ -207,7 +240,7 @@ def test_dropout_survives_recompute(name: str, results: Path, gradients: dict) -
     assert abs(plain[0]["loss"] - without["loss"]) > 1e-3 * without["loss"]
 
 
-def test_bytes_of_the_teacher(results: Path) -> None:
+def test_memory_of_the_teacher(results: Path) -> None:
     """Nothing, one set of adapters, nothing; a whole model without LoRA."""
     found = {kind: read(results, f"memory_{kind}")[0] for kind in ("frozen", "ema", "live", "full")}
     assert found["frozen"]["added"] == found["live"]["added"] == 0
