@@ -6,7 +6,6 @@ rank asks again, with torchrun's real world size, before it joins the others.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -17,8 +16,8 @@ from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.flags import parse_args
 from megatron_phf.model.adapter_config import check_lora
-from megatron_phf.model.architecture import check_split, parse_architecture, read_architecture
-from megatron_phf.model.teacher_architecture import TEACHER_FLAG, check_teacher
+from megatron_phf.model.architecture import check_split, parse_architecture
+from megatron_phf.model.teacher_architecture import check_models, check_teacher_flags
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -123,42 +122,14 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
-def _check_teacher_flags(config: Config) -> None:
-    if config.teacher.teacher_offload and config.method.teacher == "live":
-        raise ValueError(
-            "--teacher-offload: a live teacher has no weights of its own; leave it out"
-        )
-    if config.teacher.teacher_hf_model is None:
-        for f in dataclasses.fields(config.teacher):
-            if f.name != "teacher_offload" and getattr(config.teacher, f.name) is not None:
-                raise ValueError(f"{flag_of(f.name)} needs {TEACHER_FLAG}")
-        return
-    if config.method.teacher != "frozen":
-        raise ValueError(
-            f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
-            "another model: use --teacher frozen, or leave one of the two out"
-        )
-    if config.model.hf_model is None:
-        raise ValueError(f"{TEACHER_FLAG} needs --hf-model (and --data): the student")
-
-
-def _check_models(config: Config, directory: str) -> None:
-    arch = read_architecture(directory)
-    own = config
-    if config.teacher.teacher_hf_model is not None:  # the long prompt is the other model's
-        own = config.replaced(max_teacher_prompt_length=config.data.max_prompt_length)
-    check_split(arch, own)
-    check_teacher(arch, config)
-
-
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_numbers(config)
     _check_combinations(config)
-    _check_teacher_flags(config)
+    check_teacher_flags(config)
     check_lora(config)
     if config.model.hf_model is not None:
-        _check_models(config, config.model.hf_model)
+        check_models(config, config.model.hf_model)
     else:
         check_split(parse_architecture(MODEL_CONFIG, "the embedded model"), config)
     data = config.data

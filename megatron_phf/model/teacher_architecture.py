@@ -10,7 +10,7 @@ import json
 import os
 from typing import Any
 
-from megatron_phf.config import Config
+from megatron_phf.config import Config, flag_of
 from megatron_phf.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 
@@ -137,6 +137,36 @@ def check_tokenizers(student: str, teacher: str, common: int, required: bool) ->
             f"{TEACHER_FLAG} {teacher}: no tokenizer file ({', '.join(_TOKENIZER_FILES)}) to "
             f"compare with that of {student}; copy it there"
         )
+
+
+def check_teacher_flags(config: Config) -> None:
+    """Raise ValueError for flags of a teacher that exclude each other, or need one another."""
+    teacher = config.teacher
+    if teacher.teacher_offload and config.method.teacher == "live":
+        raise ValueError(
+            "--teacher-offload: a live teacher has no weights of its own; leave it out"
+        )
+    if teacher.teacher_hf_model is None:
+        for f in dataclasses.fields(teacher):
+            if f.name != "teacher_offload" and getattr(teacher, f.name) is not None:
+                raise ValueError(f"{flag_of(f.name)} needs {TEACHER_FLAG}")
+        return
+    if config.method.teacher != "frozen":
+        raise ValueError(
+            f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
+            "another model: use --teacher frozen, or leave one of the two out"
+        )
+    if config.model.hf_model is None:
+        raise ValueError(f"{TEACHER_FLAG} needs --hf-model (and --data): the student")
+
+
+def check_models(config: Config, directory: str) -> None:
+    """Raise ValueError where student (in ``directory``) or teacher do not fit the layout."""
+    arch, own = read_architecture(directory), config
+    if config.teacher.teacher_hf_model is not None:  # the long prompt is the other model's
+        own = config.replaced(max_teacher_prompt_length=config.data.max_prompt_length)
+    check_split(arch, own)
+    check_teacher(arch, config)
 
 
 def check_teacher(arch: Architecture, config: Config) -> None:

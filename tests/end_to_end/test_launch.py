@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.launch import run, torchrun
+from tests.models import make_model
 
 SCRIPT = "examples/pretrain_phf.sh"
 SHORT = ["--warm-start-iters", "2", "--train-iters", "2", "--demo-seeds", "1"]
@@ -172,13 +174,12 @@ def test_export_computes_what_the_student_computed(recorded: Path, embedded_mode
 
 def test_a_larger_teacher_on_policy(recorded: Path, embedded_model: str, tmp_path: Path) -> None:
     """Another width and depth, split over two stages, offloaded, and with fewer positions."""
-    from megatron_phf.data.arithmetic import make_hf_directory
-
-    teacher, positions = tmp_path / "teacher", 40
-    make_hf_directory(str(teacher), seed=4, num_layers=6, hidden_size=128)
-    config = json.loads((teacher / "config.json").read_text())
-    config["max_position_embeddings"] = positions
-    (teacher / "config.json").write_text(json.dumps(config))
+    teacher, positions = tmp_path / "teacher", 56
+    make_model(
+        str(teacher), vocab_size=32, num_hidden_layers=6, hidden_size=128,
+        max_position_embeddings=positions,
+    )  # fmt: skip
+    shutil.copy(Path(embedded_model) / "tokenizer.json", teacher)
     done = torchrun(
         2, SCRIPT, "--hf-model", embedded_model, "--data", str(recorded / "data.jsonl"),
         "--student-template", str(recorded / "student.txt"),
