@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -37,7 +38,9 @@ class _Bridge:
 
     def _build_config(self) -> Any:
         # mbridge would build a TransformerConfig of its own choices; it reads just these.
-        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=None)
+        experts = self.arch.experts
+        count = None if experts is None else experts.count
+        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=count)
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         # mbridge writes into its class's dictionary here, for every later model of the process.
@@ -102,6 +105,28 @@ def _drop_heads(name: str, weight: Tensor, extra_groups: int, arch: Architecture
     return weight.narrow(dim, 0, weight.shape[dim] - rows) if rows else weight
 
 
+class _GroupedNames:
+    """A model chunk as mbridge knows it: experts under the names of Transformer Engine's spec.
+
+    The ``local`` spec has experts.local_experts.N.linear_fc1.weight, the other one
+    experts.linear_fc1.weightN.
+    """
+
+    _LOCAL = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+
+    def __init__(self, chunk: FlowGPTModel) -> None:
+        self._chunk, self.decoder = chunk, chunk.decoder
+
+    def _renamed(self, name: str) -> str:
+        return self._LOCAL.sub(r"experts.\2.weight\1", name)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {self._renamed(name): value for name, value in self._chunk.state_dict().items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return ((self._renamed(name), p) for name, p in self._chunk.named_parameters())
+
+
 def _bridge(arch: Architecture, config: Config) -> Any:
     base = _MODEL_REGISTRY[arch.model_type]
     norms = {
@@ -144,7 +169,8 @@ def load_hf_weights(
         ValueError: weights are missing or damaged.
     """
     try:
-        _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
+        models = [_GroupedNames(chunk) for chunk in chunks]
+        _bridge(arch, config).load_weights(models, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{flag} {directory}: its weights do not load ({error}); copy the model again"
@@ -156,7 +182,8 @@ def export_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(HuggingFace name, whole tensor) on every rank, one at a time; collective."""
     seen: set[str] = set()
-    for name, weight in _bridge(arch, config).export_weights(chunks):
+    models = [_GroupedNames(chunk) for chunk in chunks]
+    for name, weight in _bridge(arch, config).export_weights(models):
         # A tied embedding sits on the first and on the last stage.
         if name not in seen:
             seen.add(name)

@@ -15,11 +15,20 @@ _GIB = 2**30
 _SHOWN_TOKENS = 12
 
 
+def _local_weights(arch: Architecture, config: Config) -> float:
+    """Weights of one rank: experts are split over EP as well."""
+    p = config.parallel
+    whole, experts = arch.num_parameters(), arch.num_expert_parameters()
+    split = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+    return (whole - experts + experts / p.expert_model_parallel_size) / split
+
+
 def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
 
-    Weights are split over TP x PP.  Gradients are fp32; Adam keeps two fp32 moments and, for bf16
-    weights, an fp32 copy, all three split over DP with the distributed optimizer.  ``targets``:
+    Weights are split over TP x PP, those of experts over EP too.  Gradients are fp32; Adam keeps
+    two fp32 moments and, for bf16 weights, an fp32 copy, all three split over DP x CP (those of
+    experts over what EP leaves of it) with the distributed optimizer.  ``targets``:
     fp32 teacher directions of a full window, for each sequence of the local batch and each local
     layer (products of the window's length where they are smaller and enough), and the teacher's
     final hidden states of as many new tokens as allowed.
@@ -30,9 +39,12 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     split = (
         parallel_config.tensor_model_parallel_size * parallel_config.pipeline_model_parallel_size
     )
-    weights = arch.num_parameters() / split
+    weights = _local_weights(arch, config)
     replicas = parallel.data_parallel_size()
-    shard = replicas if parallel_config.use_distributed_optimizer else 1
+    shards = replicas * parallel_config.context_parallel_size
+    optimized = weights
+    if parallel_config.use_distributed_optimizer:
+        optimized = arch.num_parameters() / split / shards
     moments = 8 if width == 4 else 12
     teachers = {"live": 0, "frozen": width, "ema": width if width == 4 else width + 4}
     sequences = config.train.global_batch_size / replicas
@@ -47,8 +59,8 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     return {
         "weights": weights * width / _GIB,
         "gradients": weights * 4 / _GIB,
-        "optimizer": weights * moments / shard / _GIB,
-        teacher_key: teacher.num_parameters() / split * teachers[config.method.teacher] / _GIB,
+        "optimizer": optimized * moments / _GIB,
+        teacher_key: _local_weights(teacher, config) * teachers[config.method.teacher] / _GIB,
         "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
     }
 
@@ -73,6 +85,8 @@ def run_summary(arch: Architecture, config: Config) -> str:
     memory = memory_estimate(arch, config)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     virtual = p.num_virtual_stages_per_pipeline_rank
+    expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size})"
+    context = "" if p.context_parallel_size == 1 else f" x CP {p.context_parallel_size}"
     return "\n".join(
         (
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
@@ -80,9 +94,9 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
             *_teacher_lines(arch, config),
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
-            f" (virtual {virtual}) x DP {parallel.data_parallel_size()}, sequence parallel "
-            f"{'on' if p.sequence_parallel else 'off'}, distributed optimizer "
-            f"{'on' if p.use_distributed_optimizer else 'off'}",
+            f" (virtual {virtual}){context} x DP {parallel.data_parallel_size()}{expert}, "
+            f"sequence parallel {'on' if p.sequence_parallel else 'off'}, "
+            f"distributed optimizer {'on' if p.use_distributed_optimizer else 'off'}",
             f"device   {device.describe()}",
             f"batch    {t.global_batch_size} rollouts a step, microbatches of {t.micro_batch_size}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
