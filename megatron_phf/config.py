@@ -19,7 +19,9 @@ def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> An
 
 @dataclass(frozen=True)
 class ModelConfig:
-    hf_model: str | None = _flag(None, "HuggingFace model directory (Qwen3, Qwen2, Llama)")
+    hf_model: str | None = _flag(
+        None, "HuggingFace model directory (Qwen3, Qwen3-MoE, Qwen2, Llama)"
+    )
     dtype: str = _flag("auto", "auto: bf16 on CUDA, fp32 on CPU", ("auto", "fp32", "bf16"))
     transformer_impl: str = _flag(
         "auto",
@@ -30,6 +32,9 @@ class ModelConfig:
     pad_attention_heads: bool = _flag(
         False, "add exact zero heads where the model's do not divide by the TP size"
     )
+    moe_aux_loss_coeff: float | None = _flag(
+        None, "weight of the routers' load-balancing loss (None: the model's own; 0 is off)"
+    )
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class ParallelConfig:
     tensor_model_parallel_size: int = _flag(1, "tensor parallel size")
     pipeline_model_parallel_size: int = _flag(1, "pipeline parallel size")
     num_virtual_stages_per_pipeline_rank: int = _flag(1, "virtual (interleaved) stages")
-    context_parallel_size: int = _flag(1, "context parallel size (not yet available: must be 1)")
+    context_parallel_size: int = _flag(1, "context parallel size: shard sequences")
+    expert_model_parallel_size: int = _flag(1, "expert parallel size, within data parallelism")
     sequence_parallel: bool = _flag(False, "shard activations along the sequence over TP")
     use_distributed_optimizer: bool = _flag(False, "shard the optimizer state over DP")
     num_layers_in_first_pipeline_stage: int | None = _flag(None, "uneven split: first stage")

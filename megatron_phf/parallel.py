@@ -29,6 +29,7 @@ def initialize(config: ParallelConfig) -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
     )
 
@@ -108,6 +109,21 @@ def pipeline_ranks() -> list[int]:
     return dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
 
 
+def context_parallel_group() -> dist.ProcessGroup:
+    """The ranks that share each sequence."""
+    return mpu.get_context_parallel_group()
+
+
+def context_parallel_rank() -> int:
+    """Rank within the context-parallel group."""
+    return mpu.get_context_parallel_rank()
+
+
+def context_parallel_size() -> int:
+    """Size of the context-parallel group."""
+    return mpu.get_context_parallel_world_size()
+
+
 def is_first_stage() -> bool:
     """Whether this process embeds the tokens (of its first virtual chunk)."""
     return mpu.is_pipeline_first_stage(ignore_virtual=True)
@@ -129,13 +145,18 @@ def data_parallel_size() -> int:
 
 
 def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
-    """In place: every model-parallel rank gets the last stage's tensor of its TP rank 0."""
-    if tensor_parallel_size() * pipeline_size() == 1:
-        return
-    group = mpu.get_model_parallel_group()
-    # Tensor-parallel ranks are neighbours in megatron's rank order.
-    source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
-    dist.broadcast(tensor, src=source, group=group)
+    """In place: every model-parallel rank gets the last stage's tensor of its TP rank 0.
+
+    So do all context-parallel ranks, which generate the same sequences: their first one's.
+    """
+    if tensor_parallel_size() * pipeline_size() > 1:
+        group = mpu.get_model_parallel_group()
+        # Tensor-parallel ranks are neighbours in megatron's rank order.
+        source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
+        dist.broadcast(tensor, src=source, group=group)
+    if context_parallel_size() > 1:
+        first = mpu.get_context_parallel_global_ranks()[0]
+        dist.broadcast(tensor, src=first, group=context_parallel_group())
 
 
 def gather_over_pipeline(value: Any) -> list[Any]:
@@ -194,6 +215,19 @@ def raise_together(problem: str | None) -> None:
     for text in gathered:
         if text is not None:
             raise ValueError(text)
+
+
+def max_over_experts(value: int) -> int:
+    """The largest ``value`` of the ranks whose tokens meet in the same experts; collective there.
+
+    They go through a layer together or not at all.  ``value`` itself without expert parallelism.
+    """
+    if mpu.get_expert_model_parallel_world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device.device())
+    group = mpu.get_expert_tensor_and_model_parallel_group()
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return int(tensor)
 
 
 def gather_over_data_parallel(value: Any) -> list[Any]:

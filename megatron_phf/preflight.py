@@ -15,9 +15,18 @@ from megatron_phf.config import Config, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.flags import parse_args
-from megatron_phf.model.adapter_config import check_lora
-from megatron_phf.model.architecture import check_split, parse_architecture
-from megatron_phf.model.teacher_architecture import check_models, check_teacher_flags
+from megatron_phf.model.adapter_config import check_lora, target_modules
+from megatron_phf.model.architecture import (
+    Architecture,
+    check_split,
+    parse_architecture,
+    read_architecture,
+)
+from megatron_phf.model.teacher_architecture import (
+    check_models,
+    check_teacher_flags,
+    read_teacher,
+)
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -25,6 +34,7 @@ _AT_LEAST_ONE = {
         "pipeline_model_parallel_size",
         "num_virtual_stages_per_pipeline_rank",
         "context_parallel_size",
+        "expert_model_parallel_size",
         "recompute_num_layers",
     ),
     "train": ("train_iters", "global_batch_size", "micro_batch_size"),
@@ -62,8 +72,8 @@ def _check_numbers(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     parallel, rollout = config.parallel, config.rollout
-    if parallel.context_parallel_size > 1:
-        raise ValueError("--context-parallel-size above 1 is not available yet; use 1")
+    if parallel.context_parallel_size > 1 and config.is_embedded:
+        raise ValueError("--context-parallel-size above 1 needs an --hf-model")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1")
     virtual = parallel.num_virtual_stages_per_pipeline_rank
@@ -104,10 +114,17 @@ def check_world_size(config: Config, world_size: int) -> None:
         raise ValueError(
             f"{world_size} process(es) do not divide into models of "
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}; start a "
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {parallel.context_parallel_size}; start a "
             f"multiple of {model_parallel} (torchrun --nproc-per-node)"
         )
     replicas = world_size // model_parallel
+    experts = parallel.expert_model_parallel_size
+    if replicas * parallel.context_parallel_size % experts:
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} does not divide the {replicas} data-parallel "
+            f"rank(s) of {world_size} process(es); start a multiple of {model_parallel * experts}"
+        )
     if train.global_batch_size % (replicas * train.micro_batch_size):
         raise ValueError(
             f"--global-batch-size {train.global_batch_size} is not a multiple of "
@@ -122,6 +139,25 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+def _check_expert_flags(arch: Architecture, config: Config) -> None:
+    coefficient = config.model.moe_aux_loss_coeff
+    if coefficient is not None and arch.experts is None:
+        raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
+    if coefficient is not None and coefficient < 0:
+        raise ValueError(f"--moe-aux-loss-coeff {coefficient}: need at least 0")
+    teacher = read_teacher(arch, config)
+    if config.parallel.expert_model_parallel_size > 1 and not (
+        arch.experts or (teacher and teacher.experts)
+    ):
+        raise ValueError("--expert-model-parallel-size is for models with experts; leave it out")
+    on_experts = {"gate_proj", "up_proj", "down_proj"} & set(target_modules(config.lora))
+    if config.lora.lora_rank and arch.experts and on_experts:
+        raise ValueError(
+            "--lora-target-modules: adapters on experts are not available; use "
+            "q_proj,k_proj,v_proj,o_proj"
+        )
+
+
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_numbers(config)
@@ -129,9 +165,12 @@ def check(config: Config) -> None:
     check_teacher_flags(config)
     check_lora(config)
     if config.model.hf_model is not None:
+        _check_expert_flags(read_architecture(config.model.hf_model), config)
         check_models(config, config.model.hf_model)
     else:
-        check_split(parse_architecture(MODEL_CONFIG, "the embedded model"), config)
+        arch = parse_architecture(MODEL_CONFIG, "the embedded model")
+        _check_expert_flags(arch, config)
+        check_split(arch, config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
         read_problems(

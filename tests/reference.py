@@ -33,6 +33,8 @@ class Options:
     window_rule: str = "even"
     objective: str = "jsd"
     layer_map: tuple[int, ...] | None = None  # None: by relative depth
+    aux_coeff: float = 0.0  # of the routers' load-balancing loss
+    micro_batch_size: int = 1  # over which it is computed
 
 
 @dataclass
@@ -62,19 +64,68 @@ def trainable(model) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """logits [s, v] and each layer's output [s, h], before the final norm."""
+def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """logits [s, v]; each layer's output [s, h], before the final norm; router logits [s, E]."""
     outputs: list[Tensor] = []
+    routers: list[Tensor] = []
 
     def hook(module, args, output):
         outputs.append((output[0] if isinstance(output, tuple) else output)[0])
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    handles = [layer.register_forward_hook(hook) for layer in plain.model.layers]
+
+    def router_hook(module, args, output):
+        routers.append(output[0])
+
+    layers = plain.model.layers
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    gates = [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")]
+    handles += [gate.register_forward_hook(router_hook) for gate in gates]
     logits = model(torch.tensor([ids])).logits[0]
     for handle in handles:
         handle.remove()
-    return logits, outputs
+    return logits, outputs, routers
+
+
+def load_balancing(logits: Tensor, per_token: int) -> Tensor:
+    """Router logits [T, E] of one layer and microbatch -> E sum_i f_i P_i, 1 when balanced."""
+    tokens, experts = logits.shape
+    probabilities = torch.softmax(logits.float(), -1)
+    total = torch.zeros(())
+    chosen = torch.topk(probabilities, per_token).indices
+    for i in range(experts):
+        fraction = int((chosen == i).sum()) / (tokens * per_token)
+        total = total + fraction * probabilities[:, i].sum() / tokens
+    return experts * total
+
+
+def aux_loss(model, routers: list[list[Tensor]], o: Options) -> Tensor:
+    """Router logits by sample and layer -> load-balancing loss: mean over microbatches [layers].
+
+    A microbatch is that many samples in a row, whichever data-parallel rank has it.
+    """
+    size, per_token = o.micro_batch_size, model.config.num_experts_per_tok
+    groups = [routers[i : i + size] for i in range(0, len(routers), size)]
+    values = [
+        torch.stack([load_balancing(torch.cat(layer), per_token) for layer in zip(*g, strict=True)])
+        for g in groups
+    ]
+    return torch.stack(values).mean(0)
+
+
+def by_file_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In memory transformers fuses a layer's experts; files name each one's matrices."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            result[name] = tensor
+            continue
+        prefix, kind = name.rsplit(".", 1)
+        for i, expert in enumerate(tensor):
+            parts = kind.replace("gate_up_proj", "gate_proj up_proj").split()
+            for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                result[f"{prefix}.{i}.{part}.weight"] = matrix
+    return result
 
 
 def window(n: int, size: int, rule: str) -> list[int]:
@@ -159,12 +210,12 @@ def flow_terms(
 
 
 def sequence_terms(student, teacher, sample: dict, o: Options):
-    """(list of per-token (loss, clipped, entropy), flow terms) of one replay line."""
+    """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
     response = sample["response_ids"]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
-    logits, hidden = run(student, prompt + response)
+    logits, hidden, routers = run(student, prompt + response)
     with torch.no_grad():
-        teacher_logits, teacher_hidden = run(teacher, privileged + response)
+        teacher_logits, teacher_hidden, _ = run(teacher, privileged + response)
     # Vocabularies may be padded differently: what both have.
     common = min(logits.shape[1], teacher_logits.shape[1])
     logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
@@ -178,16 +229,17 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
     w = window(len(response), o.window_size, o.window_rule)
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
     flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden], o.layer_map)
-    return tokens, flow
+    return tokens, flow, routers
 
 
 def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor, dict]:
     """The total loss of a global batch, with graph, and its metrics."""
-    tokens, flows = [], []
+    tokens, flows, routers = [], [], []
     for sample in samples:
-        more, flow = sequence_terms(student, teacher, sample, o)
+        more, flow, logits = sequence_terms(student, teacher, sample, o)
         tokens += more
         flows.append(flow)
+        routers.append(logits)
     opsd = sum(t[0] for t in tokens) / len(tokens)
     means = [[sum(f[k][i] for f in flows) / len(flows) for i in range(len(flows[0][k]))]
              for k in range(3)]  # fmt: skip
@@ -212,6 +264,10 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
     }
     for name, values in zip(("direction", "geometry", "adjacent"), means, strict=True):
         metrics[f"flow_{name}"] = (sum(values) / len(values)).item() if values else None
+    if o.aux_coeff:
+        balance = aux_loss(student, routers, o)
+        metrics["moe_aux_loss"] = balance.mean().item()
+        loss = loss + o.aux_coeff * balance.sum()
     return loss, metrics
 
 
@@ -238,7 +294,7 @@ def compute(
     teacher = load_model(teacher_directory or directory, dtype)
     loss, metrics = objective(student, teacher, samples, o)
     loss.backward()
-    gradients = {n: p.grad for n, p in trainable(student).items()}
+    gradients = by_file_name({n: p.grad for n, p in trainable(student).items()})
     metrics["grad_norm"] = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
     return Result(metrics, gradients)
 
@@ -274,7 +330,7 @@ def train(
                 for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                     t.mul_(ema_decay).add_(s, alpha=1 - ema_decay)
         history.append({**metrics, "grad_norm": float(norm)})
-    return history, {n: p.detach() for n, p in trainable(student).items()}
+    return history, by_file_name({n: p.detach() for n, p in trainable(student).items()})
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:

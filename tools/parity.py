@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_phf import preflight  # noqa: E402
 from megatron_phf.config import Config  # noqa: E402
 from megatron_phf.flags import parse_args  # noqa: E402
+from megatron_phf.model.architecture import aux_loss_coeff, read_architecture  # noqa: E402
 
 _VALUES = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
 _LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")
@@ -40,6 +41,7 @@ def _reference_options(config: Config) -> Any:
 
     m, given = config.method, config.teacher.teacher_layer_map
     layers = None if given is None else tuple(int(word) for word in given.split(","))
+    arch = read_architecture(config.model.hf_model or "")
     return reference.Options(
         alpha=m.phf_alpha,
         beta=m.opsd_beta,
@@ -51,6 +53,8 @@ def _reference_options(config: Config) -> Any:
         window_rule=m.phf_window_rule,
         objective=m.opsd_objective,
         layer_map=layers,
+        aux_coeff=aux_loss_coeff(arch, config),
+        micro_batch_size=config.train.micro_batch_size,
     )
 
 

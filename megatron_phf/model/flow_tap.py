@@ -17,7 +17,6 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_phf import parallel
 from megatron_phf.losses import (
     direction_loss,
     directions,
@@ -28,7 +27,7 @@ from megatron_phf.losses import (
 )
 from megatron_phf.model.flow_plan import FlowPlan
 from megatron_phf.model.flow_targets import FlowTargets
-from megatron_phf.model.rows import gather_rows
+from megatron_phf.model.rows import SequenceShards, gather_rows
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -66,13 +65,13 @@ class FlowTap:
     visits a layer again when others have gone through it since.
     """
 
-    def __init__(self, plan: FlowPlan, widths: tuple[int, int], sequence_parallel: bool) -> None:
+    def __init__(self, plan: FlowPlan, widths: tuple[int, int], shards: SequenceShards) -> None:
         """``widths``: hidden sizes of student and teacher; the direction term needs equal ones."""
         self._local_weight, self._adjacent_weight = flow_layer_weights(len(plan.layer_map))
         self.has_direction = widths[0] == widths[1]
         assert not (plan.products and self.has_direction), "directions are needed themselves"
         self._targets = FlowTargets(plan, widths[1])
-        self._sequence_parallel = sequence_parallel
+        self._shards = shards
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
         self.values: dict[tuple[int, int], Tensor] = {}
@@ -100,7 +99,7 @@ class FlowTap:
     def visit(self, layer: int, microbatch: int, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Called by layer ``layer`` (1-based, global) with its ends; returns its output.
 
-        inputs, outputs: [s, b, h], or this rank's part of the sequence under sequence parallelism.
+        inputs, outputs: [s, b, h], or this rank's piece of the sequence.
         """
         window = self._windows.get(microbatch)
         if window is None:
@@ -113,8 +112,7 @@ class FlowTap:
         return outputs
 
     def _directions(self, hidden: Tensor, window: FlowWindow) -> Tensor:
-        group = parallel.tensor_parallel_group() if self._sequence_parallel else None
-        return directions(gather_rows(hidden, window.positions, group), window.valid)
+        return directions(gather_rows(hidden, window.positions, self._shards), window.valid)
 
     def _record(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor

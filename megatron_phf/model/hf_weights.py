@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -32,25 +33,6 @@ _SHARD_BYTES = 5 * 2**30
 _LAYER = "model.layers.{layer_number}."
 
 
-class _Base:
-    """A model chunk as mbridge reads it: without adapters, which it has no names for."""
-
-    def __init__(self, chunk: FlowGPTModel) -> None:
-        self._chunk = chunk
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._chunk, name)
-
-    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The base model's."""
-        return (pair for pair in self._chunk.named_parameters() if not is_adapter(pair[0]))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The base model's."""
-        state = self._chunk.state_dict()
-        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
-
-
 class _Bridge:
     """Mixed into mbridge's class of an architecture (``_bridge``)."""
 
@@ -58,7 +40,9 @@ class _Bridge:
 
     def _build_config(self) -> Any:
         # mbridge would build a TransformerConfig of its own choices; it reads just these.
-        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=None)
+        experts = self.arch.experts
+        count = None if experts is None else experts.count
+        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=count)
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         # mbridge writes into its class's dictionary here, for every later model of the process.
@@ -123,6 +107,35 @@ def _drop_heads(name: str, weight: Tensor, extra_groups: int, arch: Architecture
     return weight.narrow(dim, 0, weight.shape[dim] - rows) if rows else weight
 
 
+class _AsMbridgeNames:
+    """A model chunk as mbridge knows it: no adapters, experts named as in TE's layer spec.
+
+    The ``local`` spec has experts.local_experts.N.linear_fc1.weight, the other one
+    experts.linear_fc1.weightN.
+    """
+
+    _LOCAL = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+
+    def __init__(self, chunk: FlowGPTModel) -> None:
+        self._chunk = chunk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chunk, name)
+
+    def _named(self, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for name, value in pairs:
+            if not is_adapter(name):
+                yield self._LOCAL.sub(r"experts.\2.weight\1", name), value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base model's."""
+        return dict(self._named(self._chunk.state_dict().items()))
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The base model's."""
+        return self._named(self._chunk.named_parameters())
+
+
 def _bridge(arch: Architecture, config: Config) -> Any:
     base = _MODEL_REGISTRY[arch.model_type]
     norms = {
@@ -165,7 +178,7 @@ def load_hf_weights(
         ValueError: weights are missing or damaged.
     """
     try:
-        base = [_Base(chunk) for chunk in chunks]
+        base = [_AsMbridgeNames(chunk) for chunk in chunks]
         _bridge(arch, config).load_weights(base, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
@@ -181,7 +194,7 @@ def export_hf_weights(
     Adapters are merged into the weights they belong to.
     """
     seen: set[str] = set()
-    weights = _bridge(arch, config).export_weights([_Base(chunk) for chunk in chunks])
+    weights = _bridge(arch, config).export_weights([_AsMbridgeNames(chunk) for chunk in chunks])
     if config.lora.lora_rank:
         scale = config.lora.lora_alpha / config.lora.lora_rank
         weights = merge_adapter(weights, dict(export_adapter(chunks)), scale)

@@ -112,6 +112,7 @@ def train_steps(
         metrics = dataclasses.replace(
             metrics,
             extra={
+                **metrics.extra,
                 "seconds": timer.seconds,
                 "tokens_per_second": metrics.rollout_tokens / total,
                 "peak_memory_bytes": device.peak_memory_bytes(),

@@ -103,7 +103,8 @@ def _local_sums(
 ) -> Tensor:
     """[3 L + 4] float64: flow terms of the layers here, then opsd, clipped, entropy, tokens."""
     flow = torch.zeros(3, num_layers, dtype=torch.float64, device=device.device())
-    for (_, layer), terms in values.items():
+    # Context-parallel ranks have the same flow terms, and tokens of their own.
+    for (_, layer), terms in (values if parallel.context_parallel_rank() == 0 else {}).items():
         flow[:, layer - 1] += terms.double().sum(-1)
     output = torch.zeros(4, dtype=torch.float64, device=device.device())
     for o in outputs:

@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_phf.data.batch import SequenceBatch
+from megatron_phf.model.rows import SequenceShards
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
@@ -19,6 +20,7 @@ def run_pipeline(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[SequenceBatch],
     loss: LossFunction,
+    shards: SequenceShards,
     *,
     forward_only: bool,
 ) -> list[Any]:
@@ -36,7 +38,7 @@ def run_pipeline(
         index, batch = next(iterator)
         # The microbatch's number rides along to the layers (see FlowTransformerLayer).
         extra = {"context_mask": torch.tensor(index)}
-        hidden = model(batch.tokens, None, None, extra_block_kwargs=extra)
+        hidden = model(shards.part(batch.tokens), None, None, extra_block_kwargs=extra)
         return hidden, lambda output: loss(index, output)
 
     b, s = batches[0].tokens.shape

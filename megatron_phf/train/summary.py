@@ -11,57 +11,9 @@ from megatron_phf.model.adapter_config import num_adapter_parameters, target_mod
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
 from megatron_phf.model.teacher_architecture import layer_map, read_teacher
+from megatron_phf.train.memory import memory_estimate
 
-_GIB = 2**30
 _SHOWN_TOKENS = 12
-
-
-def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
-    """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
-
-    Weights are split over TP x PP.  Gradients are fp32; Adam keeps two fp32 moments and, for bf16
-    weights, an fp32 copy, all three split over DP with the distributed optimizer.  ``targets``:
-    fp32 teacher directions of a full window, for each sequence of the local batch and each local
-    layer (products of the window's length where they are smaller and enough), and the teacher's
-    final hidden states of as many new tokens as allowed.  With LoRA only the adapters have
-    gradients and optimizer state, and an EMA teacher is one more set of them.
-    """
-    teacher = read_teacher(arch, config)
-    width = model_dtype(config).itemsize
-    parallel_config = config.parallel
-    split = (
-        parallel_config.tensor_model_parallel_size * parallel_config.pipeline_model_parallel_size
-    )
-    weights = arch.num_parameters() / split
-    trained, lora = weights, config.lora
-    if lora.lora_rank:
-        trained = num_adapter_parameters(arch, lora) / split
-        weights += trained
-    replicas = parallel.data_parallel_size()
-    shard = replicas if parallel_config.use_distributed_optimizer else 1
-    moments = 8 if width == 4 else 12
-    copy = weights * width
-    average = weights * (width if width == 4 else width + 4)
-    if teacher is not None:
-        copy = teacher.num_parameters() / split * width
-    elif lora.lora_rank:
-        copy, average = 0, trained * 4
-    teachers = {"live": 0, "frozen": copy, "ema": average}
-    hidden = arch.hidden_size if teacher is None else teacher.hidden_size
-    sequences = config.train.global_batch_size / replicas
-    teacher_key = "teacher in its pass" if config.teacher.teacher_offload else "teacher"
-    window = min(config.method.phf_window_size, config.rollout.max_new_tokens) - 1
-    layers = arch.num_layers / parallel_config.pipeline_model_parallel_size + 1
-    numbers = hidden if hidden == arch.hidden_size else min(hidden, 2 * window)
-    directions = sequences * window * layers * numbers * 4
-    rows = sequences * config.rollout.max_new_tokens * hidden * width
-    return {
-        "weights": weights * width / _GIB,
-        "gradients": trained * 4 / _GIB,
-        "optimizer": trained * moments / shard / _GIB,
-        teacher_key: teachers[config.method.teacher] / _GIB,
-        "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
-    }
 
 
 def _teacher_lines(arch: Architecture, config: Config) -> list[str]:
@@ -98,6 +50,8 @@ def run_summary(arch: Architecture, config: Config) -> str:
     memory = memory_estimate(arch, config)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     virtual = p.num_virtual_stages_per_pipeline_rank
+    expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size})"
+    context = "" if p.context_parallel_size == 1 else f" x CP {p.context_parallel_size}"
     return "\n".join(
         (
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
@@ -105,9 +59,9 @@ def run_summary(arch: Architecture, config: Config) -> str:
             *_teacher_lines(arch, config),
             f"trained  {_trainable(arch, config)}",
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
-            f" (virtual {virtual}) x DP {parallel.data_parallel_size()}, sequence parallel "
-            f"{'on' if p.sequence_parallel else 'off'}, distributed optimizer "
-            f"{'on' if p.use_distributed_optimizer else 'off'}",
+            f" (virtual {virtual}){context} x DP {parallel.data_parallel_size()}{expert}, "
+            f"sequence parallel {'on' if p.sequence_parallel else 'off'}, "
+            f"distributed optimizer {'on' if p.use_distributed_optimizer else 'off'}",
             f"device   {device.describe()}",
             f"batch    {t.global_batch_size} rollouts a step, microbatches of {t.micro_batch_size}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -56,12 +55,12 @@ def export(distiller: Distiller, path: str) -> None:
 
 def complete_gradients(distiller: Distiller) -> None:
     """Undo the distributed optimizer's reduce-scatter: all ranks get all of the summed gradient."""
-    group = mpu.get_data_parallel_group()
     for chunk in distiller.optimizer.wrapped:
-        for buffer in chunk.buffers:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
             for bucket in buffer.buckets:
-                shards = bucket.grad_data.chunk(mpu.get_data_parallel_world_size())
-                mine = shards[mpu.get_data_parallel_rank()].clone()
+                shards = bucket.grad_data.chunk(group.size())
+                mine = shards[group.rank()].clone()
                 torch.distributed.all_gather(list(shards), mine, group=group)
 
 
@@ -192,13 +191,24 @@ def teacher_memory(student: list, config: Config) -> dict:
 
 
 def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[int]]:
-    """Generate for ``prompts``, twice; the export goes beside ``path``."""
+    """Generate for ``prompts``, twice; the export goes beside ``path``.
+
+    ``spread``: every data-parallel rank generates for some of them, else all do for all.
+    """
     arch = read_architecture(config.model.hf_model)
     engine = MegatronRollouts(student, arch.vocab_size, case["batch_size"])
     sampling = SamplingParams(**case["sampling"])
     ids = range(len(case["prompts"]))
-    first = engine.generate(case["prompts"], sampling, ids, case.get("limits"))
-    assert first == engine.generate(case["prompts"], sampling, ids, case.get("limits"))
+    if case.get("spread"):
+        ids = ids[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    asked = [case["prompts"][i] for i in ids]
+    limits = [case["limits"][i] for i in ids] if "limits" in case else None
+    first = engine.generate(asked, sampling, ids, limits)
+    assert first == engine.generate(asked, sampling, ids, limits)
+    if case.get("spread"):
+        shares = parallel.gather_over_data_parallel(dict(zip(ids, first, strict=True)))
+        rows = {i: row for share in shares for i, row in share.items()}
+        first = [rows[i] for i in sorted(rows)]
     target = path.removesuffix(".safetensors")
     save_hf(student, arch, config, config.model.hf_model, target)
     if config.lora.lora_rank:
