@@ -32,6 +32,7 @@ def teacher_config(config: Config) -> Config:
         recompute_granularity=None,
         max_prompt_length=config.data.max_teacher_prompt_length,
         lora_rank=0,
+        lora_adapter=None,
     )
 
 
@@ -145,6 +146,11 @@ def check_teacher_flags(config: Config) -> None:
     if teacher.teacher_offload and config.method.teacher == "live":
         raise ValueError(
             "--teacher-offload: a live teacher has no weights of its own; leave it out"
+        )
+    if teacher.teacher_offload and config.lora.lora_rank and teacher.teacher_hf_model is None:
+        raise ValueError(
+            "--teacher-offload: with --lora-rank the teacher shares the student's weights; leave "
+            f"it out, or name another model with {TEACHER_FLAG}"
         )
     if teacher.teacher_hf_model is None:
         for f in dataclasses.fields(teacher):

@@ -9,11 +9,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import reference
-from tests.models import make_model, make_replay
+from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 from tests.parallel.test_parity import FULL, MB2, PP2, REPLAYS, SP, TP2, VPP2
 
 BATCH, TOLERANCE = 8, 1e-5
+RANK, ALPHA = 4, 6
 FIRST3 = ["--num-layers-in-first-pipeline-stage", "3"]
 PP4 = ["--pipeline-model-parallel-size", "4"]
 STUDENTS = {
@@ -78,13 +79,15 @@ CASES = {
         {"layer_map": (1, 3, 6, 8), "replay": "empty", "clip_mode": "none"},
     ),
     "deep_tp2_pp2_sp": (4, "small", "deep", [*TP2, *PP2, *SP], {"layer_map": (3, 5, 5, 8)}),
+    "lora_deep_pp2": (2, "small", "deep", [*PP2, "--teacher-offload"], {"lora": True}),
+    "lora_wide_tp2_sp": (2, "small", "wide", TP2 + SP, {"lora": True}),
     "deep_pp4": (4, "small", "deep", PP4, {"layer_map": (1, 4, 5, 8)}),
     "deep_pp4_long": (4, "small", "deep", PP4, {"layer_map": (4, 6, 6, 7), **LONG}),
 }
 
 
 def options(given: dict) -> reference.Options:
-    settings = {key: value for key, value in given.items() if key != "replay"}
+    settings = {key: value for key, value in given.items() if key not in ("replay", "lora")}
     return reference.Options(**{"alpha": 0.7, "window_size": 8, **settings})
 
 
@@ -97,6 +100,7 @@ def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("teacher")
     for name, settings in STUDENTS.items():
         make_model(str(directory / name), **settings)
+        make_adapter(str(directory / f"{name}.adapter"), str(directory / name), RANK, ALPHA)
     for name, settings in TEACHERS.items():
         make_model(str(directory / name), seed=11, **settings)
     for name, lengths in REPLAYS.items():
@@ -110,6 +114,9 @@ def command_line(files: Path, name: str) -> list[str]:
     more = {"teacher-hf-model": str(files / teacher)}
     if o.layer_map is not None:
         more["teacher-layer-map"] = ",".join(str(k) for k in o.layer_map)
+    if "lora" in given:
+        more |= {"lora-rank": RANK, "lora-alpha": ALPHA}
+        more["lora-adapter"] = str(files / f"{student}.adapter")
     replay = replay_file(files, given)
     return [*flags(o, str(files / student), replay, BATCH, **more), *layout]
 
@@ -141,11 +148,16 @@ def references(files: Path, chosen: list[str]) -> dict:
 
     def of(name: str) -> reference.Result:
         _, student, teacher, _, given = CASES[name]
-        key = student, teacher, options(given), given.get("replay")
+        adapter = str(files / f"{student}.adapter") if "lora" in given else None
+        key = student, teacher, options(given), given.get("replay"), adapter
         if key not in known:
             samples = reference.read_replay(replay_file(files, given))
             known[key] = reference.compute(
-                str(files / student), samples, key[2], teacher_directory=str(files / teacher)
+                str(files / student),
+                samples,
+                key[2],
+                adapter=adapter,
+                teacher_directory=str(files / teacher),
             )
         return known[key]
 

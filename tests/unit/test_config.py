@@ -136,6 +136,7 @@ MISTAKES = {
     REAL + "--pipeline-model-parallel-size 3": "does not divide the model's 4 layers",
     REAL + "--num-layers-in-first-pipeline-stage 3 --pipeline-model-parallel-size 3": "divide",
     REAL + "--student-template /nowhere.txt": "/nowhere.txt: no such file",
+    REAL + "--teacher-offload --lora-rank 4": "with --lora-rank the teacher shares the student's",
     "--teacher-offload --teacher live": "--teacher-offload: a live teacher has no weights",
     "--teacher-layer-map 1,2": "--teacher-layer-map needs --teacher-hf-model",
     "--teacher-hf-model ONE": "--teacher-hf-model needs --hf-model",
