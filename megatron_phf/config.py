@@ -22,6 +22,7 @@ class ModelConfig:
     hf_model: str | None = _flag(
         None, "HuggingFace model directory (Qwen3, Qwen3-MoE, Qwen2, Llama)"
     )
+    trust_remote_code: bool = _flag(False, "run Python code that comes with the tokenizer")
     dtype: str = _flag("auto", "auto: bf16 on CUDA, fp32 on CPU", ("auto", "fp32", "bf16"))
     transformer_impl: str = _flag(
         "auto",

@@ -16,14 +16,16 @@ _MARKED = re.compile(r"^####\s*(.+)$", re.MULTILINE)
 
 def extract_answer(text: str) -> str | None:
     r"""The last ``\boxed{...}`` (balanced braces), else the last ``#### ...`` line, else None."""
-    start = text.rfind(_BOXED)
-    while start >= 0:
-        depth = 1
-        for end in range(start + len(_BOXED), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start + len(_BOXED) : end].strip()
-        start = text.rfind(_BOXED, 0, start)  # cut off before its end: take the one before
+    starts = {match.end() for match in re.finditer(re.escape(_BOXED), text)}
+    found: tuple[int, int] | None = None
+    opened: list[int] = []  # where the text within each open brace begins
+    for brace in re.finditer("[{}]", text) if starts else ():
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in starts:
+            found = max(found or (start, 0), (start, brace.start()))
+    if found is not None:
+        return text[slice(*found)].strip()
     marked = _MARKED.findall(text)
     return marked[-1].strip() if marked else None
 

@@ -8,7 +8,8 @@ import sys
 import time
 import traceback
 import warnings
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from megatron_phf import preflight
 from megatron_phf.config import Config
@@ -50,38 +51,50 @@ def _first_to_fail() -> bool:
     return False
 
 
-def _run(config: Config) -> None:
+def _run(config: Config, job: Callable[[Config], Any]) -> None:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message, category=UserWarning)
     # Megatron's overlap of communication and computation counts on one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_phf import demo, device, parallel
-    from megatron_phf.train.loop import train
+    from megatron_phf import device, parallel
 
     device.setup()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device.init_distributed(local_rank, config.parallel.distributed_timeout_minutes)
     parallel.initialize(config.parallel)
-    if config.is_embedded:
-        demo.run(config)
-    else:
-        train(config)
+    job(config)
     parallel.destroy()
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Check, join the other ranks, run the job.  torchrun's environment says who we are."""
+def _train(config: Config) -> None:
+    from megatron_phf import demo
+    from megatron_phf.train.loop import train
+
+    (demo.run if config.is_embedded else train)(config)
+
+
+def run_rank(read: Callable[[], Config], job: Callable[[Config], Any]) -> None:
+    """Check what ``read`` gives, join the other ranks, run ``job``.
+
+    torchrun's environment says who we are.  Leaves with status 1, and one message from one rank,
+    where anything fails.
+    """
     try:
-        config = parse_args(argv)
+        config = read()
         preflight.check(config)
         preflight.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     except ValueError as error:
         # Every rank finds the same; one says so.
         _fail(f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
     try:
-        _run(config)
+        _run(config, job)
     except ValueError as error:
         _fail(f"error: {error}" if _first_to_fail() else "")
     except Exception:
         rank = os.environ.get("RANK", "0")
         _fail(f"rank {rank} failed:\n{traceback.format_exc()}" if _first_to_fail() else "")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The training job."""
+    run_rank(lambda: parse_args(argv), _train)

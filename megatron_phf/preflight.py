@@ -6,14 +6,17 @@ rank asks again, with torchrun's real world size, before it joins the others.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 import sys
 
-from megatron_phf.config import Config, flag_of
+from megatron_phf.config import Config, config_groups, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
+from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.data.problems import FieldNames, read_problems
+from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
 from megatron_phf.model.adapter_config import check_lora, target_modules
 from megatron_phf.model.architecture import (
@@ -46,6 +49,16 @@ _AT_LEAST_ONE = {
 }
 
 
+def _check_finite(config: Config) -> None:
+    """No value that is not a number, and none that no counter could hold."""
+    for group in config_groups():
+        for name, value in vars(getattr(config, group)).items():
+            if type(value) is float and not math.isfinite(value):
+                raise ValueError(f"{flag_of(name)} {value}: need a finite number")
+            if type(value) is int and abs(value) >= 2**40:
+                raise ValueError(f"{flag_of(name)} {value:.3e}: too large a number")
+
+
 def _check_numbers(config: Config) -> None:
     for group, names in _AT_LEAST_ONE.items():
         for name in names:
@@ -62,6 +75,12 @@ def _check_numbers(config: Config) -> None:
         ("opsd_top_k", method.opsd_top_k, method.opsd_top_k >= 0, "at least 0"),
         ("ema_decay", method.ema_decay, 0 <= method.ema_decay <= 1, "0 to 1"),
         ("lr", train.lr, train.lr >= 0, "at least 0"),
+        ("min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, "0 to --lr"),
+        ("lr_warmup_iters", train.lr_warmup_iters, train.lr_warmup_iters >= 0, "at least 0"),
+        ("weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
+        ("adam_beta1", train.adam_beta1, 0 <= train.adam_beta1 < 1, "0 to below 1"),
+        ("adam_beta2", train.adam_beta2, 0 <= train.adam_beta2 < 1, "0 to below 1"),
+        ("adam_eps", train.adam_eps, train.adam_eps > 0, "above 0"),
         ("clip_grad", train.clip_grad, train.clip_grad >= 0, "at least 0"),
         ("seed", train.seed, 0 <= train.seed < 2**32, "0 to 2^32 - 1"),
     )
@@ -160,6 +179,7 @@ def _check_expert_flags(arch: Architecture, config: Config) -> None:
 
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
+    _check_finite(config)
     _check_numbers(config)
     _check_combinations(config)
     check_teacher_flags(config)
@@ -167,6 +187,7 @@ def check(config: Config) -> None:
     if config.model.hf_model is not None:
         _check_expert_flags(read_architecture(config.model.hf_model), config)
         check_models(config, config.model.hf_model)
+        check_weight_index(config.model.hf_model)
     else:
         arch = parse_architecture(MODEL_CONFIG, "the embedded model")
         _check_expert_flags(arch, config)
@@ -179,6 +200,7 @@ def check(config: Config) -> None:
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
+    prompt_templates(data)
 
 
 def _num_gpus() -> int:

@@ -43,9 +43,17 @@ def convert(source: str, output: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        folder, name = str(file.parent), file.name
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=name, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds, by file and format
         raise ValueError(f"{file}: transformers cannot read it ({error})") from error
     # transformers still calls it quantised and would not save it: move the weights to a plain one.

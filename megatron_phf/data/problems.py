@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
+
+from megatron_phf.data.hf_files import parse_json, shown
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,31 @@ def read_jsonl(path: str, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:
             ``path:line``).
     """
     try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, start=1):
-                if line.strip():
-                    yield number, _parse(line, number, path)
-    except OSError as error:
-        raise ValueError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+        file = open(path, "rb")  # noqa: SIM115
+    except (OSError, ValueError) as error:  # ValueError: no possible path
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{flag} {path}: cannot be read ({reason})") from error
+    with file:
+        number = 0
+        while line := _next_line(file, f"{flag} {path}"):
+            number += 1
+            if line.strip():
+                yield number, _parse(line, number, path)
+
+
+def _next_line(file: BinaryIO, name: str) -> bytes:
+    try:
+        return file.readline()
+    except OSError as error:  # a directory, a disk that fails
+        raise ValueError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 def _parse(line: bytes, number: int, path: str) -> dict[str, Any]:
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        content = json.loads(text)
+        content = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{number}: not UTF-8; convert the file") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{path}:{number}: not JSON ({error}); each line must be one JSON object"
         ) from error
@@ -59,9 +72,20 @@ def _parse(line: bytes, number: int, path: str) -> dict[str, Any]:
     return content
 
 
+def _check_unicode(text: str, name: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: field {name!r} has half of a surrogate pair, which is no character; "
+            "write the file again as UTF-8"
+        ) from error
+    return text
+
+
 def _text(content: dict[str, Any], role: str, name: str, where: str) -> str:
     if name not in content:
-        present = ", ".join(content) or "none"
+        present = shown(list(content)).strip("[]") or "none"
         raise ValueError(
             f"{where}: no field {name!r} (fields here: {present}); name it with --{role}-field"
         )
@@ -70,14 +94,18 @@ def _text(content: dict[str, Any], role: str, name: str, where: str) -> str:
         raise ValueError(f"{where}: field {name!r} is not a string but {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"{where}: field {name!r} is empty; fill it or remove the line")
-    return value
+    return _check_unicode(value, name, where)
 
 
 def _answer(content: dict[str, Any], name: str, where: str) -> str | None:
     value = content.get(name)
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _check_unicode(value, name, where)
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if value in (math.inf, -math.inf):
+            raise ValueError(f"{where}: field {name!r} is too large a number; write it as a string")
         return str(value)
     raise ValueError(
         f"{where}: field {name!r} is neither string nor number but {type(value).__name__}"

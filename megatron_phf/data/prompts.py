@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_phf.config import DataConfig
 from megatron_phf.data.problems import Problem
 
 _CLOSING = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -54,10 +55,22 @@ class PromptTemplates:
 def load_template(path: str, flag: str) -> str:
     """The text of a template file named by ``flag``."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no such file, not UTF-8, no possible path
         raise ValueError(f"{flag} {path}: cannot be read ({error})") from error
+
+
+def prompt_templates(config: DataConfig) -> PromptTemplates:
+    """The user's prompt templates, or the defaults."""
+    given = {
+        side: load_template(path, f"--{side}-template")
+        for side in ("student", "teacher")
+        if (path := getattr(config, f"{side}_template")) is not None
+    }
+    return PromptTemplates(
+        **given, student_thinking=config.student_thinking, teacher_thinking=config.teacher_thinking
+    )
 
 
 def fill(template: str, problem: Problem) -> str:
@@ -74,13 +87,19 @@ def render(tokenizer: Any, template: str, problem: Problem, thinking: bool) -> l
     text = fill(template, problem)
     if getattr(tokenizer, "chat_template", None) is None:
         return list(tokenizer(text + "\n", add_special_tokens=True)["input_ids"])
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        enable_thinking=thinking,
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            enable_thinking=thinking,
+        )
+    except Exception as error:  # a template is a program, and can fail in any way
+        raise ValueError(
+            f"--hf-model: its chat template fails ({type(error).__name__}: {error}); "
+            "correct chat_template.jinja, or chat_template in tokenizer_config.json"
+        ) from error
     return list(ids)
 
 

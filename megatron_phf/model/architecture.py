@@ -5,13 +5,13 @@ Plain JSON, no import of torch or transformers: the checks before launch read it
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_phf.config import Config, ParallelConfig, flag_of
+from megatron_phf.data.hf_files import Fields, read_json_object, shown
 
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 # The numbers that megatron-core has fixed inside its Llama 3 rope scaling.
@@ -101,40 +101,28 @@ class Architecture:
         return self.num_layers * self.experts.count * expert
 
 
-def _read_json(directory: str, flag: str) -> dict[str, Any]:
-    path = os.path.join(directory, "config.json")
-    if not os.path.isdir(directory):
-        raise ValueError(f"{flag} {directory}: no such directory")
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); is {flag} right?") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); copy the model again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a model configuration; copy the model again")
-    return content
-
-
-def _rope(path: str, content: Mapping[str, Any]) -> tuple[float, float | None]:
+def _rope(content: Fields) -> tuple[float, float | None]:
     """(rotary base, Llama 3 scaling factor): transformers 4 and 5 keep them in other places."""
-    parameters = content.get("rope_parameters") or {}
-    scaling = content.get("rope_scaling") or parameters
-    base = parameters.get("rope_theta", content.get("rope_theta", 10000.0))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    parameters = content.table("rope_parameters")
+    scaling = content.table("rope_scaling")
+    scaling = scaling if scaling.content else parameters
+    base = parameters.number("rope_theta", content.number("rope_theta", 10000.0))
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind == "default":
-        return float(base), None
-    if kind == "llama3" and all(scaling.get(k) == v for k, v in _LLAMA3_ROPE.items()):
-        return float(base), float(scaling["factor"])
-    raise ValueError(f"{path}: rope scaling {kind!r} with these numbers is not supported")
+        return base, None
+    if kind == "llama3" and all(scaling.content.get(k) == v for k, v in _LLAMA3_ROPE.items()):
+        return base, scaling.number("factor")
+    raise ValueError(
+        f"{content.path}: rope scaling {shown(kind)} with these numbers is not supported"
+    )
 
 
-def _refuse_unsupported(path: str, content: Mapping[str, Any]) -> None:
+def _refuse_unsupported(fields: Fields) -> None:
+    path, content = fields.path, fields.content
     model_type = content.get("model_type")
     if model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path}: model_type {model_type!r} is not supported (only {known})")
+        raise ValueError(f"{path}: model_type {shown(model_type)} is not supported (only {known})")
     biases = ["mlp_bias"] + (["attention_bias"] if model_type != "qwen2" else [])
     wanted: dict[str, Any] = {"hidden_act": "silu", **dict.fromkeys(biases, False)}
     wanted |= {"use_sliding_window": False}
@@ -142,27 +130,41 @@ def _refuse_unsupported(path: str, content: Mapping[str, Any]) -> None:
         wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     for name, value in wanted.items():
         if content.get(name, value) != value:
-            raise ValueError(f"{path}: {name}={content[name]!r} is not supported (only {value!r})")
+            raise ValueError(
+                f"{path}: {name}={shown(content[name])} is not supported (only {value!r})"
+            )
 
 
-def _read_experts(path: str, content: Mapping[str, Any]) -> Experts | None:
-    if content["model_type"] != "qwen3_moe":
+def _check_heads(path: str, arch: Architecture) -> None:
+    heads, groups = arch.num_attention_heads, arch.num_query_groups
+    if heads % groups:
+        raise ValueError(
+            f"{path}: {heads} attention heads do not divide into {groups} key/value groups; "
+            "copy the model again"
+        )
+    if arch.kv_channels % 2:
+        raise ValueError(
+            f"{path}: {arch.kv_channels} channels a head cannot be rotated in pairs; "
+            "copy the model again"
+        )
+
+
+def _read_experts(content: Fields) -> Experts | None:
+    if content.text("model_type") != "qwen3_moe":
         return None
     # transformers 5 writes num_local_experts, the models on the hub say num_experts.
-    count = content.get("num_local_experts", content.get("num_experts"))
-    if count is None:
-        raise KeyError("num_experts")
+    name = "num_local_experts" if "num_local_experts" in content.content else "num_experts"
     experts = Experts(
-        count=int(count),
-        per_token=int(content["num_experts_per_tok"]),
-        ffn_hidden_size=int(content["moe_intermediate_size"]),
-        normalize_weights=bool(content.get("norm_topk_prob", False)),
-        aux_loss_coeff=float(content.get("router_aux_loss_coef", 0.0)),
+        count=content.size(name),
+        per_token=content.size("num_experts_per_tok"),
+        ffn_hidden_size=content.size("moe_intermediate_size"),
+        normalize_weights=content.boolean("norm_topk_prob", False),
+        aux_loss_coeff=content.number("router_aux_loss_coef", 0.0, zero=True),
     )
     if experts.per_token == 1 and experts.normalize_weights:
         raise ValueError(
-            f"{path}: num_experts_per_tok=1 with norm_topk_prob gives every expert the weight 1, "
-            "which megatron-core does not support; use more experts a token"
+            f"{content.path}: num_experts_per_tok=1 with norm_topk_prob gives every expert the "
+            "weight 1, which megatron-core does not support; use more experts a token"
         )
     return experts
 
@@ -174,38 +176,41 @@ def read_architecture(directory: str, flag: str = "--hf-model") -> Architecture:
         ValueError: no such directory, a damaged ``config.json``, or a feature that the
             Megatron model would compute differently.
     """
-    return parse_architecture(_read_json(directory, flag), os.path.join(directory, "config.json"))
+    if not os.path.isdir(directory):
+        raise ValueError(f"{flag} {directory}: no such directory")
+    path = os.path.join(directory, "config.json")
+    return parse_architecture(read_json_object(path), path)
 
 
-def parse_architecture(content: Mapping[str, Any], path: str) -> Architecture:
-    """As :func:`read_architecture`, of the ``content`` of a ``config.json``.
+def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
+    """As :func:`read_architecture`, of the content of a ``config.json``.
 
     Args:
         path: what an error names.
     """
-    _refuse_unsupported(path, content)
-    rotary_base, rope_scaling_factor = _rope(path, content)
-    try:
-        heads = int(content["num_attention_heads"])
-        return Architecture(
-            model_type=content["model_type"],
-            num_layers=int(content["num_hidden_layers"]),
-            hidden_size=int(content["hidden_size"]),
-            ffn_hidden_size=int(content["intermediate_size"]),
-            num_attention_heads=heads,
-            num_query_groups=int(content.get("num_key_value_heads") or heads),
-            kv_channels=int(content.get("head_dim") or int(content["hidden_size"]) // heads),
-            vocab_size=int(content["vocab_size"]),
-            max_position_embeddings=int(content["max_position_embeddings"]),
-            layernorm_epsilon=float(content.get("rms_norm_eps", 1e-6)),
-            rotary_base=rotary_base,
-            rope_scaling_factor=rope_scaling_factor,
-            tie_word_embeddings=bool(content.get("tie_word_embeddings", False)),
-            initializer_range=float(content.get("initializer_range", 0.02)),
-            experts=_read_experts(path, content),
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]!r} is missing; copy the model again") from error
+    content = Fields(path, mapping)
+    _refuse_unsupported(content)
+    rotary_base, rope_scaling_factor = _rope(content)
+    heads, hidden_size = content.size("num_attention_heads"), content.size("hidden_size")
+    arch = Architecture(
+        model_type=content.text("model_type"),
+        num_layers=content.size("num_hidden_layers"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=content.size("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=content.size("num_key_value_heads", heads),
+        kv_channels=content.size("head_dim", max(1, hidden_size // heads)),
+        vocab_size=content.size("vocab_size"),
+        max_position_embeddings=content.size("max_position_embeddings"),
+        layernorm_epsilon=content.number("rms_norm_eps", 1e-6),
+        rotary_base=rotary_base,
+        rope_scaling_factor=rope_scaling_factor,
+        tie_word_embeddings=content.boolean("tie_word_embeddings", False),
+        initializer_range=content.number("initializer_range", 0.02),
+        experts=_read_experts(content),
+    )
+    _check_heads(path, arch)
+    return arch
 
 
 def aux_loss_coeff(arch: Architecture, config: Config) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
+from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
@@ -175,8 +176,9 @@ def load_hf_weights(
     """Fill ``chunks`` with the safetensors of ``directory``, which ``flag`` named; collective.
 
     Raises:
-        ValueError: weights are missing or damaged.
+        ValueError: weights are missing or damaged, or their index leads out of ``directory``.
     """
+    check_weight_index(directory)
     try:
         base = [_AsMbridgeNames(chunk) for chunk in chunks]
         _bridge(arch, config).load_weights(base, directory, memory_efficient=True)

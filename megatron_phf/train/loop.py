@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import FieldNames, read_problems
-from megatron_phf.data.prompts import PromptPair, PromptTemplates, build_prompt_pairs, load_template
+from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
 from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
 from megatron_phf.model.adapter_io import load_peft_adapter, save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
@@ -61,19 +61,6 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams
     )
 
 
-def prompt_templates(config: Config) -> PromptTemplates:
-    """The user's prompt templates, or the defaults."""
-    data = config.data
-    given = {
-        side: load_template(path, f"--{side}-template")
-        for side in ("student", "teacher")
-        if (path := getattr(data, f"{side}_template")) is not None
-    }
-    return PromptTemplates(
-        **given, student_thinking=data.student_thinking, teacher_thinking=data.teacher_thinking
-    )
-
-
 def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
@@ -83,7 +70,7 @@ def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
     pairs, dropped = build_prompt_pairs(
         tokenizer,
         problems,
-        prompt_templates(config),
+        prompt_templates(data),
         data.max_prompt_length,
         data.max_teacher_prompt_length,
         data.overlong_prompts,
@@ -172,7 +159,7 @@ def train(config: Config) -> list[StepMetrics]:
     assert directory is not None
     arch = read_architecture(directory)
     replay = config.rollout.rollout_engine == "replay"
-    tokenizer = None if replay else load_tokenizer(directory)
+    tokenizer = None if replay else load_tokenizer(directory, config.model.trust_remote_code)
     say(run_summary(arch, config))
     student = load_student(arch, config, directory)
     source = _make_source(config, arch, student, tokenizer)

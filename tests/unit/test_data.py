@@ -43,7 +43,7 @@ def test_read_problems_with_other_field_names(tmp_path: Path) -> None:
     [
         ('{"problem": "x"', r"d\.jsonl:2: not JSON .* one JSON object"),
         ("[1]", r"d\.jsonl:2: not a JSON object but list"),
-        ({"problem": "x"}, r"d\.jsonl:2: no field 'solution' .*here: problem.*--solution-field"),
+        ({"problem": "x"}, r"d\.jsonl:2: no field 'solution' .*here: 'problem'.*--solution-field"),
         ({**GOOD, "problem": "  "}, r"d\.jsonl:2: field 'problem' is empty"),
         ({**GOOD, "solution": 3}, r"d\.jsonl:2: field 'solution' is not a string but int"),
         ({**GOOD, "answer": [1]}, r"d\.jsonl:2: field 'answer' is neither string nor number"),
