@@ -6,6 +6,8 @@ CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forwa
 pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
+``reshard``: save the weights to ``save`` where given; else load those of ``load`` into a random
+model; export.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from megatron_phf import device, parallel, preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.gpt import build_model
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
+from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.loop import load_student, make_distiller
@@ -113,11 +117,27 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
     return first
 
 
+def reshard(config: Config, case: dict, path: str) -> None:
+    """Save the model's weights, or load another layout's, and export what there is then."""
+    arch = read_architecture(config.model.hf_model)
+    chunks = build_model(arch, config)
+    if case.get("save"):
+        load_hf_weights(chunks, arch, config, config.model.hf_model)
+        save_weights(chunks, case["save"])
+    else:
+        load_weights(chunks, case["load"])
+    tensors = {k: v.cpu().contiguous() for k, v in export_hf_weights(chunks, arch, config)}
+    if parallel.is_first_rank():
+        save_file(tensors, path)
+
+
 def run_case(config: Config, case: dict, path: str) -> object:
     """One case in the layout of its flags."""
     preflight.check(config)
     preflight.check_world_size(config, torch.distributed.get_world_size())
     parallel.initialize(config.parallel)
+    if case["kind"] == "reshard":
+        return reshard(config, case, path)
     arch = read_architecture(config.model.hf_model)
     student = load_student(arch, config, config.model.hf_model)
     if case["kind"] == "rollouts":
