@@ -7,6 +7,8 @@ pass of the first global batch; metrics, and gradients under HuggingFace names. 
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
 ``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
+``reshard``: save the weights to ``save`` where given; else load those of ``load`` into a random
+model; export.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
 from megatron_phf.model.adapter_io import export_adapter, save_peft_adapter
 from megatron_phf.model.architecture import read_architecture
-from megatron_phf.model.gpt import model_dtype
+from megatron_phf.model.gpt import build_model, model_dtype
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
 from megatron_phf.model.lora import is_adapter
+from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.teacher import make_teacher
@@ -216,11 +219,27 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
     return first
 
 
+def reshard(config: Config, case: dict, path: str) -> None:
+    """Save the model's weights, or load another layout's, and export what there is then."""
+    arch = read_architecture(config.model.hf_model)
+    chunks = build_model(arch, config)
+    if case.get("save"):
+        load_hf_weights(chunks, arch, config, config.model.hf_model)
+        save_weights(chunks, case["save"])
+    else:
+        load_weights(chunks, case["load"])
+    tensors = {k: v.cpu().contiguous() for k, v in export_hf_weights(chunks, arch, config)}
+    if parallel.is_first_rank():
+        save_file(tensors, path)
+
+
 def run_case(config: Config, case: dict, path: str) -> object:
     """One case in the layout of its flags."""
     preflight.check(config)
     preflight.check_world_size(config, torch.distributed.get_world_size())
     parallel.initialize(config.parallel)
+    if case["kind"] == "reshard":
+        return reshard(config, case, path)
     arch = read_architecture(config.model.hf_model)
     counted = CountedDevice()
     if config.teacher.teacher_offload and not device.has_cuda():
