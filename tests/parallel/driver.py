@@ -249,6 +249,14 @@ def run_case(config: Config, case: dict, path: str) -> object:
         return rollouts(student, config, case, path)
     if case["kind"] == "teacher_memory":
         return teacher_memory(student, config)
+    return distill_case(config, case, student, counted, path)
+
+
+def distill_case(
+    config: Config, case: dict, student: list, counted: CountedDevice, path: str
+) -> object:
+    """The kinds that train."""
+    arch = read_architecture(config.model.hf_model)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
     distiller = make_distiller(arch, config, student)
     if config.lora.lora_rank:
