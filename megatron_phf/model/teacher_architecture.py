@@ -146,6 +146,11 @@ def check_teacher_flags(config: Config) -> None:
         raise ValueError(
             "--teacher-offload: a live teacher has no weights of its own; leave it out"
         )
+    if teacher.teacher_offload and config.lora.lora_rank and teacher.teacher_hf_model is None:
+        raise ValueError(
+            "--teacher-offload: with --lora-rank the teacher shares the student's weights; "
+            "leave it out"
+        )
     if teacher.teacher_hf_model is None:
         for f in dataclasses.fields(teacher):
             if f.name != "teacher_offload" and getattr(teacher, f.name) is not None:
