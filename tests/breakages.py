@@ -20,6 +20,7 @@ from tests.launch import REPO, environment
 PARITY = "tests/parallel/test_parity.py"
 LARGER = "tests/parallel/test_teacher_model.py"
 MOE, CONTEXT = "tests/parallel/test_moe.py", "tests/parallel/test_context.py"
+LORA = "tests/parallel/test_lora.py"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,41 @@ BREAKAGES = (
         "    return torch.cat((chunks[rank], chunks[-1 - rank]))",
         "    return torch.cat((chunks[2 * rank], chunks[2 * rank + 1]))",
         (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "sequence-parallel ranks do not sum the gradient of a replicated LoRA matrix",
+        "megatron_phf/model/lora.py",
+        "whole.sequence_parallel = config.parallel.sequence_parallel and tp > 1",
+        "whole.sequence_parallel = False",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and tp2_sp]"),
+    ),
+    Breakage(
+        "adapters add q, k and v one after the other, not by query group",
+        "megatron_phf/model/lora.py",
+        "torch.cat(parts, -1).flatten(-2)",
+        "torch.cat([p.flatten(-2) for p in parts], -1)",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and tp2]"),
+    ),
+    Breakage(
+        "a recomputed first layer gets no gradient for its adapters",
+        "megatron_phf/model/lora.py",
+        "return output.requires_grad_() if torch.is_grad_enabled() else output",
+        "return output",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and pp2_full]"),
+    ),
+    Breakage(
+        "rollouts drop out",
+        "megatron_phf/model/gpt.py",
+        "        chunk.eval()\n    try",
+        "        pass\n    try",
+        (LORA, "-k", "test_rollouts_use_the_adapters and rollouts_tp2_pp2"),
+    ),
+    Breakage(
+        "zero heads get channels in an adapter",
+        "megatron_phf/model/lora.py",
+        "F.pad(part, padding)",
+        "F.pad(part, padding, value=0.1)",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and padded_heads"),
     ),
 )
 

@@ -14,7 +14,6 @@ import json
 from dataclasses import dataclass, field
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -51,6 +50,8 @@ def load_model(directory: str, dtype: torch.dtype = torch.float32, adapter: str 
         directory, dtype=dtype, attn_implementation="eager"
     )
     if adapter is not None:
+        from peft import PeftModel  # only where it is needed: tools/parity.py does without
+
         model = PeftModel.from_pretrained(
             model, adapter, is_trainable=True, autocast_adapter_dtype=False
         )
@@ -72,7 +73,7 @@ def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     def hook(module, args, output):
         outputs.append((output[0] if isinstance(output, tuple) else output)[0])
 
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def router_hook(module, args, output):
         routers.append(output[0])

@@ -7,7 +7,8 @@
 One forward and backward pass over all rollouts of the file, in fp32: by the product in real
 processes, and by tests/reference.py, which shares no code with it.  Prints both beside each other
 and exits with 1 where any value, or any parameter's gradient, deviates beyond ``--tolerance``.
-All flags of examples/pretrain_phf.sh are understood.
+All flags of examples/pretrain_phf.sh are understood; with LoRA (--lora-rank, --lora-adapter) the
+reference is peft's.
 """
 
 from __future__ import annotations
@@ -137,6 +138,16 @@ def _complete(given: list[str]) -> list[str]:
     return arguments
 
 
+def _check_lora(config: Config) -> None:
+    if config.lora.lora_rank and config.lora.lora_adapter is None:
+        raise ValueError(
+            "--lora-rank: add --lora-adapter; a new adapter has other random numbers in peft, and "
+            "half of its gradients are zero"
+        )
+    if config.lora.lora_rank and (config.method.teacher != "frozen" or config.lora.lora_dropout):
+        raise ValueError("with --lora-rank compare a frozen teacher, without --lora-dropout")
+
+
 def run(given: list[str], tolerance: float, directory: str) -> int:
     """Compare and print; 0 within the tolerance, 1 beyond it."""
     from tests import reference
@@ -144,6 +155,7 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
     arguments = _complete(given)
     config = parse_args(arguments)
     preflight.check(config)
+    _check_lora(config)
     processes = preflight.model_parallel_size(config)
     preflight.check_world_size(config, processes)
     assert config.model.hf_model is not None and config.rollout.replay_file is not None
@@ -154,6 +166,7 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
         samples,
         _reference_options(config),
         teacher_directory=config.teacher.teacher_hf_model,
+        adapter=config.lora.lora_adapter,
     )
     rows = compare(product, expected)
     _print(rows, tolerance)

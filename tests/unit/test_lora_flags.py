@@ -26,6 +26,7 @@ MISTAKES = {
     REAL + "--lora-dropout 1": "--lora-dropout 1.0: need 0 to below 1",
     REAL + "--lora-target-modules q_proj,lm_head": "'lm_head' is not one of q_proj,k_proj",
     REAL + "--lora-target-modules q_proj,": "'' is not one of",
+    REAL + "--teacher-offload": "with --lora-rank the teacher shares the student's weights",
     REAL + "--lora-adapter MODEL": "adapter_config.json: cannot be read",
     REAL + "--lora-adapter DAMAGED": "adapter_config.json: is not JSON",
     REAL + "--lora-adapter DORA": "adapter_config.json: use_dora: only plain LoRA",
