@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | breakages | parity | lint: each sets up its own environment in .venv first.
+# make demo | test | test-matrix | test-slurm | breakages | parity | lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
 # GPUs the plain package brings CUDA; on one without, any CPU build of this version will do.
@@ -7,19 +7,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix breakages parity lint format setup clean
+.PHONY: demo test test-matrix test-slurm breakages parity lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
 
 # Every combination of three layout settings, up to 16 processes: about 20 minutes on 2 CPU cores.
 test-matrix: $(READY)
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel/test_matrix.py -s --matrix-strength 3 \
 		--matrix-processes 16 --matrix-report runs/matrix.json
+
+# Jobs on a real two-node SLURM cluster on this machine; needs root, installs Debian's packages.
+test-slurm: $(READY)
+	bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest tests/slurm
 
 # Break the product on purpose; the tests must notice.
 breakages: $(READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import torch
@@ -73,6 +74,38 @@ def make_adapter(
             if "lora_B" in name:
                 p.copy_(0.1 * torch.randn_like(p))
     adapted.save_pretrained(path)
+    return path
+
+
+def make_answering_model(path: str, right: float) -> str:
+    """A model of the embedded task that answers ``\\boxed{7}`` with probability ``right``, else
+
+    ``\\boxed{3}``: its layers add nothing, so that each token's logits depend on the last one
+    alone.
+    """
+    from megatron_phf.data.arithmetic import make_hf_directory
+    from megatron_phf.data.tokenizer import load_tokenizer
+
+    make_hf_directory(path, seed=1)
+    tokenizer = load_tokenizer(path)
+    ids = {token: i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(32)))}
+    config = Qwen3Config.from_pretrained(path, tie_word_embeddings=False)
+    model = Qwen3ForCausalLM(config)
+    follows = {
+        "<|assistant|>": {"\\boxed{": 1.0}, "\\boxed{": {"7": right, "3": 1 - right},
+        "7": {"}": 1.0}, "3": {"}": 1.0}, "}": {"<|end|>": 1.0},
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.fill_(1.0 if "norm" in name else 0.0)
+        model.model.embed_tokens.weight.copy_(torch.eye(32, config.hidden_size))
+        logits = torch.full((32, 32), -40.0)  # [next, last]
+        for last, nexts in follows.items():
+            for token, probability in nexts.items():
+                logits[ids[token], ids[last]] = math.log(probability)
+        # The final norm scales a unit vector by the root of its length.
+        model.lm_head.weight[:, :32] = logits / math.sqrt(config.hidden_size)
+    model.save_pretrained(path)
     return path
 
 

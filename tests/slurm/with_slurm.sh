@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# with_slurm.sh COMMAND...: run it where a local SLURM cluster can be had; elsewhere say why not.
+# Debian's packages are installed where root and apt-get are there; no service is started.
+set -euo pipefail
+packages=(slurmctld slurmd slurm-client munge iproute2)
+skip() { echo "SLURM tests not run: $*"; exit 0; }
+PATH=$PATH:/usr/sbin:/sbin
+[ "$(id -u)" = 0 ] || skip "they need root, for network namespaces"
+unshare --net --uts true 2>/dev/null || skip "this machine allows no network namespaces"
+if ! command -v slurmctld slurmd sbatch munged ip nsenter >/dev/null; then
+    command -v apt-get >/dev/null || skip "no apt-get to install ${packages[*]} with"
+    export DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 # 1: packages start no services
+    { apt-get -q update && apt-get -q install -y --no-install-recommends "${packages[@]}"; } \
+        >/dev/null || skip "apt-get could not install ${packages[*]}"
+fi
+exec "$@"
