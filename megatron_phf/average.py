@@ -52,8 +52,11 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, student: list[FlowGPTModel]) -> None:
         """One step towards the weights of ``student``, chunks of the same layout."""
-        new = [p.data.float() for chunk in student for _, p in self._selected(chunk)]
-        torch._foreach_lerp_([average for _, average in self.pairs()], new, 1.0 - self._decay)
+        averages = [average for _, average in self.pairs()]
+        weights = [p.data for chunk in student for _, p in self._selected(chunk)]
+        # An offloaded teacher's average is on the host, and is updated there.
+        new = [w.to(a.device, torch.float32) for w, a in zip(weights, averages, strict=True)]
+        torch._foreach_lerp_(averages, new, 1.0 - self._decay)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """For megatron-core's dist_checkpointing: one entry a chunk, keys prefixed ``teacher.``."""

@@ -19,7 +19,9 @@ def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> An
 
 @dataclass(frozen=True)
 class ModelConfig:
-    hf_model: str | None = _flag(None, "HuggingFace model directory (Qwen3, Qwen2, Llama)")
+    hf_model: str | None = _flag(
+        None, "HuggingFace model directory (Qwen3, Qwen3-MoE, Qwen2, Llama)"
+    )
     trust_remote_code: bool = _flag(False, "run Python code that comes with the tokenizer")
     dtype: str = _flag("auto", "auto: bf16 on CUDA, fp32 on CPU", ("auto", "fp32", "bf16"))
     transformer_impl: str = _flag(
@@ -31,6 +33,9 @@ class ModelConfig:
     pad_attention_heads: bool = _flag(
         False, "add exact zero heads where the model's do not divide by the TP size"
     )
+    moe_aux_loss_coeff: float | None = _flag(
+        None, "weight of the routers' load-balancing loss (None: the model's own; 0 is off)"
+    )
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class ParallelConfig:
     tensor_model_parallel_size: int = _flag(1, "tensor parallel size")
     pipeline_model_parallel_size: int = _flag(1, "pipeline parallel size")
     num_virtual_stages_per_pipeline_rank: int = _flag(1, "virtual (interleaved) stages")
-    context_parallel_size: int = _flag(1, "context parallel size (not yet available: must be 1)")
+    context_parallel_size: int = _flag(1, "context parallel size: shard sequences")
+    expert_model_parallel_size: int = _flag(1, "expert parallel size, within data parallelism")
     sequence_parallel: bool = _flag(False, "shard activations along the sequence over TP")
     use_distributed_optimizer: bool = _flag(False, "shard the optimizer state over DP")
     num_layers_in_first_pipeline_stage: int | None = _flag(None, "uneven split: first stage")
@@ -103,6 +109,40 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """A teacher that is another model, and where a teacher's own weights are kept."""
+
+    teacher_hf_model: str | None = _flag(
+        None, "frozen teacher from another model directory of the same vocabulary"
+    )
+    teacher_layer_map: str | None = _flag(
+        None, "its layer for each student layer, as 2,4,6,8 (default: by relative depth)"
+    )
+    teacher_num_layers_in_first_pipeline_stage: int | None = _flag(
+        None, "uneven split of the other model: first stage"
+    )
+    teacher_num_layers_in_last_pipeline_stage: int | None = _flag(
+        None, "uneven split of the other model: last stage"
+    )
+    teacher_offload: bool = _flag(
+        False, "a teacher's own weights stay in host memory between its passes"
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    lora_rank: int = _flag(0, "train low-rank adapters of this rank alone; 0 trains all weights")
+    lora_alpha: float = _flag(128.0, "the adapters' output is scaled by this / --lora-rank")
+    lora_dropout: float = _flag(0.0, "of the adapters' input, in the student's training pass")
+    lora_target_modules: str = _flag(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "linears with an adapter, by their HuggingFace names",
+    )
+    lora_adapter: str | None = _flag(None, "start from this PEFT adapter directory")
+    save_adapter: str | None = _flag(None, "export the trained adapters to this PEFT directory")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     train_iters: int = _flag(100, "optimizer steps")
     global_batch_size: int = _flag(32, "rollouts an optimizer step")
@@ -148,6 +188,8 @@ class Config:
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     method: MethodConfig = MethodConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     output: OutputConfig = OutputConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()

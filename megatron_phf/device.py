@@ -67,6 +67,18 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in host memory; pinned where there is CUDA, so that it comes back fast."""
+    if not has_cuda():
+        return tensor.cpu()
+    return torch.empty_like(tensor, device=_CPU, pin_memory=True).copy_(tensor)
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the device of this process, before anything queued there after this call."""
+    return tensor.to(device(), non_blocking=True)
+
+
 def default_dtype() -> torch.dtype:
     """bf16 on CUDA, fp32 on the CPU, where bf16 is slower and proves less."""
     return torch.bfloat16 if has_cuda() else torch.float32
@@ -141,6 +153,9 @@ class _Stream:
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()
 
+    def record_event(self, event: _Stream | None = None) -> _Stream:
+        return event or _Stream()
+
     def elapsed_time(self, other: _Stream) -> float:
         return (other.seconds - self.seconds) * 1e3
 
@@ -180,6 +195,35 @@ class _View(types.ModuleType):
         return getattr(self.__dict__["_real"], name)
 
 
+def _all_gather(
+    tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """gloo's, also of tensors with different lengths (tokens of experts), which it refuses."""
+    lengths = [len(t) if t.dim() else 1 for t in tensors]
+    if len(set(lengths)) == 1:
+        return dist.all_gather(tensors, tensor, group=group, async_op=async_op)
+    gathered = tensor.new_empty((sum(lengths), *tensor.shape[1:]))
+    copies = torch.cat([tensor] * len(tensors))
+    dist.all_to_all_single(gathered, copies, lengths, [len(tensor)] * len(tensors), group=group)
+    for target, part in zip(tensors, gathered.split(lengths), strict=True):
+        target.copy_(part)
+    return None
+
+
+def _all_to_all_single(
+    output: torch.Tensor,
+    tensor: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """torch's, with sizes that megatron-core turns into numbers only when they leave a GPU."""
+    sizes = [
+        None if s is None else list(map(int, s)) for s in (output_split_sizes, input_split_sizes)
+    ]
+    return dist.all_to_all_single(output, tensor, *sizes, **kwargs)
+
+
 def _cpu_view() -> _View:
     nothing = {name: lambda *args, **kwargs: None for name in ("set_device", "synchronize")}
     nothing |= {n: lambda *args, **kwargs: None for n in ("empty_cache", "manual_seed_all")}
@@ -205,7 +249,8 @@ def _cpu_view() -> _View:
         },
     )
     factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
-    return _View(torch, {"cuda": cuda, **factories})
+    distributed = _View(dist, {"all_gather": _all_gather, "all_to_all_single": _all_to_all_single})
+    return _View(torch, {"cuda": cuda, "distributed": distributed, **factories})
 
 
 def _patch_rng(random_module: types.ModuleType) -> None:

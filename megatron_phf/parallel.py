@@ -6,6 +6,7 @@ The only reader of megatron-core's ``parallel_state``.  The model is tensor- and
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ def initialize(config: ParallelConfig) -> None:
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
     )
 
@@ -44,10 +46,26 @@ def destroy_model_parallel() -> None:
     megatron-core only forgets its groups.  Over gloo each keeps a thread that wakes a hundred
     times a second: what one layout leaves behind slows all later ones of the process.
     """
+    dist.barrier()  # a peer may still be in a collective of one of them
     mpu.destroy_model_parallel()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed below 2^31 for one purpose, named by ``parts`` (numbers and strings)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def seed_dropout(value: int, iteration: int) -> None:
+    """Seed all generators for one step's masks: a resumed run draws what an unbroken one would.
+
+    Stages and data-parallel ranks get masks of their own; tensor-parallel ranks share the default
+    generator, and megatron's tracker has one for each of them.
+    """
+    seed(derived_seed("dropout", value, iteration, pipeline_rank(), data_parallel_rank()))
 
 
 def destroy() -> None:
@@ -91,6 +109,21 @@ def pipeline_ranks() -> list[int]:
     return dist.get_process_group_ranks(mpu.get_pipeline_model_parallel_group())
 
 
+def context_parallel_group() -> dist.ProcessGroup:
+    """The ranks that share each sequence."""
+    return mpu.get_context_parallel_group()
+
+
+def context_parallel_rank() -> int:
+    """Rank within the context-parallel group."""
+    return mpu.get_context_parallel_rank()
+
+
+def context_parallel_size() -> int:
+    """Size of the context-parallel group."""
+    return mpu.get_context_parallel_world_size()
+
+
 def is_first_stage() -> bool:
     """Whether this process embeds the tokens (of its first virtual chunk)."""
     return mpu.is_pipeline_first_stage(ignore_virtual=True)
@@ -112,13 +145,46 @@ def data_parallel_size() -> int:
 
 
 def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
-    """In place: every model-parallel rank gets the last stage's tensor of its TP rank 0."""
-    if tensor_parallel_size() * pipeline_size() == 1:
-        return
-    group = mpu.get_model_parallel_group()
-    # Tensor-parallel ranks are neighbours in megatron's rank order.
-    source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
-    dist.broadcast(tensor, src=source, group=group)
+    """In place: every model-parallel rank gets the last stage's tensor of its TP rank 0.
+
+    So do all context-parallel ranks, which generate the same sequences: their first one's.
+    """
+    if tensor_parallel_size() * pipeline_size() > 1:
+        group = mpu.get_model_parallel_group()
+        # Tensor-parallel ranks are neighbours in megatron's rank order.
+        source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
+        dist.broadcast(tensor, src=source, group=group)
+    if context_parallel_size() > 1:
+        first = mpu.get_context_parallel_global_ranks()[0]
+        dist.broadcast(tensor, src=first, group=context_parallel_group())
+
+
+def gather_over_pipeline(value: Any) -> list[Any]:
+    """Every pipeline stage's picklable ``value``, first to last."""
+    gathered: list[Any] = [None] * pipeline_size()
+    dist.all_gather_object(gathered, value, group=mpu.get_pipeline_model_parallel_group())
+    return gathered
+
+
+def exchange_between_stages(
+    sends: dict[int, torch.Tensor], receives: dict[int, torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """Point to point in this process's pipeline: one flat tensor to, and from, each stage named.
+
+    ``receives`` are filled and returned.  Both ends must name each other with the same size; a
+    tensor without elements is not sent.
+    """
+    group = mpu.get_pipeline_model_parallel_group()
+    operations = [
+        dist.P2POp(function, tensor, group=group, group_peer=stage)
+        for function, tensors in ((dist.isend, sends), (dist.irecv, receives))
+        for stage, tensor in sorted(tensors.items())
+        if tensor.numel()
+    ]
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return receives
 
 
 def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
@@ -126,6 +192,42 @@ def sum_over_data_parallel(values: torch.Tensor) -> torch.Tensor:
     if data_parallel_size() > 1:
         dist.all_reduce(values, group=mpu.get_data_parallel_group())
     return values
+
+
+def gather_over_tensor_parallel(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every tensor-parallel rank's ``tensor``, all of one shape, in rank order."""
+    parts = [torch.empty_like(tensor) for _ in range(tensor_parallel_size())]
+    dist.all_gather(parts, tensor.contiguous(), group=tensor_parallel_group())
+    return parts
+
+
+def broadcast_from_stage(tensor: torch.Tensor, stage: int) -> None:
+    """In place: every pipeline stage gets the tensor of ``stage``."""
+    if pipeline_size() > 1:
+        group = mpu.get_pipeline_model_parallel_group()
+        dist.broadcast(tensor, src=pipeline_ranks()[stage], group=group)
+
+
+def raise_together(problem: str | None) -> None:
+    """Raise ValueError on every rank where one has a ``problem``; every rank calls it."""
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, problem)
+    for text in gathered:
+        if text is not None:
+            raise ValueError(text)
+
+
+def max_over_experts(value: int) -> int:
+    """The largest ``value`` of the ranks whose tokens meet in the same experts; collective there.
+
+    They go through a layer together or not at all.  ``value`` itself without expert parallelism.
+    """
+    if mpu.get_expert_model_parallel_world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device.device())
+    group = mpu.get_expert_tensor_and_model_parallel_group()
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return int(tensor)
 
 
 def gather_over_data_parallel(value: Any) -> list[Any]:

@@ -18,7 +18,18 @@ from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
-from megatron_phf.model.architecture import check_split, parse_architecture, read_architecture
+from megatron_phf.model.adapter_config import check_lora, target_modules
+from megatron_phf.model.architecture import (
+    Architecture,
+    check_split,
+    parse_architecture,
+    read_architecture,
+)
+from megatron_phf.model.teacher_architecture import (
+    check_models,
+    check_teacher_flags,
+    read_teacher,
+)
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -26,6 +37,7 @@ _AT_LEAST_ONE = {
         "pipeline_model_parallel_size",
         "num_virtual_stages_per_pipeline_rank",
         "context_parallel_size",
+        "expert_model_parallel_size",
         "recompute_num_layers",
     ),
     "train": ("train_iters", "global_batch_size", "micro_batch_size"),
@@ -79,8 +91,8 @@ def _check_numbers(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     parallel, rollout = config.parallel, config.rollout
-    if parallel.context_parallel_size > 1:
-        raise ValueError("--context-parallel-size above 1 is not available yet; use 1")
+    if parallel.context_parallel_size > 1 and config.is_embedded:
+        raise ValueError("--context-parallel-size above 1 needs an --hf-model")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise ValueError("--sequence-parallel needs --tensor-model-parallel-size above 1")
     virtual = parallel.num_virtual_stages_per_pipeline_rank
@@ -121,10 +133,17 @@ def check_world_size(config: Config, world_size: int) -> None:
         raise ValueError(
             f"{world_size} process(es) do not divide into models of "
             f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}; start a "
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size} x "
+            f"--context-parallel-size {parallel.context_parallel_size}; start a "
             f"multiple of {model_parallel} (torchrun --nproc-per-node)"
         )
     replicas = world_size // model_parallel
+    experts = parallel.expert_model_parallel_size
+    if replicas * parallel.context_parallel_size % experts:
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} does not divide the {replicas} data-parallel "
+            f"rank(s) of {world_size} process(es); start a multiple of {model_parallel * experts}"
+        )
     if train.global_batch_size % (replicas * train.micro_batch_size):
         raise ValueError(
             f"--global-batch-size {train.global_batch_size} is not a multiple of "
@@ -139,16 +158,40 @@ def check_world_size(config: Config, world_size: int) -> None:
         )
 
 
+def _check_expert_flags(arch: Architecture, config: Config) -> None:
+    coefficient = config.model.moe_aux_loss_coeff
+    if coefficient is not None and arch.experts is None:
+        raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
+    if coefficient is not None and coefficient < 0:
+        raise ValueError(f"--moe-aux-loss-coeff {coefficient}: need at least 0")
+    teacher = read_teacher(arch, config)
+    if config.parallel.expert_model_parallel_size > 1 and not (
+        arch.experts or (teacher and teacher.experts)
+    ):
+        raise ValueError("--expert-model-parallel-size is for models with experts; leave it out")
+    on_experts = {"gate_proj", "up_proj", "down_proj"} & set(target_modules(config.lora))
+    if config.lora.lora_rank and arch.experts and on_experts:
+        raise ValueError(
+            "--lora-target-modules: adapters on experts are not available; use "
+            "q_proj,k_proj,v_proj,o_proj"
+        )
+
+
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_finite(config)
     _check_numbers(config)
     _check_combinations(config)
+    check_teacher_flags(config)
+    check_lora(config)
     if config.model.hf_model is not None:
-        check_split(read_architecture(config.model.hf_model), config)
+        _check_expert_flags(read_architecture(config.model.hf_model), config)
+        check_models(config, config.model.hf_model)
         check_weight_index(config.model.hf_model)
     else:
-        check_split(parse_architecture(MODEL_CONFIG, "the embedded model"), config)
+        arch = parse_architecture(MODEL_CONFIG, "the embedded model")
+        _check_expert_flags(arch, config)
+        check_split(arch, config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
         read_problems(

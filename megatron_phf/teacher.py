@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,15 @@ import torch
 from megatron_phf.average import WeightAverage
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.gpt import FlowGPTModel, frozen_copy
+from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
+from megatron_phf.model.hf_weights import load_hf_weights
+from megatron_phf.model.teacher_architecture import TEACHER_FLAG, read_teacher, teacher_config
+from megatron_phf.offload import HostWeights
+from megatron_phf.teacher_lora import AdapterEmaTeacher, BaseModelTeacher
+
+# Where a teacher's weights are during its passes.
+Resident = Callable[[], contextlib.AbstractContextManager[None]]
+_always: Resident = contextlib.nullcontext
 
 
 class Teacher(Protocol):
@@ -36,14 +45,14 @@ class Teacher(Protocol):
 
 
 class StatelessTeacher:
-    """Frozen on a copy of the starting weights, or live on the student's own: nothing to keep."""
+    """Frozen on weights of its own, or live on the student's: nothing to keep."""
 
-    def __init__(self, chunks: list[FlowGPTModel]) -> None:
-        self.chunks = chunks
+    def __init__(self, chunks: list[FlowGPTModel], resident: Resident = _always) -> None:
+        self.chunks, self._resident = chunks, resident
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to do: the weights are in place."""
-        return contextlib.nullcontext()
+        """The weights are in place, or come from the host."""
+        return self._resident()
 
     def update(self, student: list[FlowGPTModel]) -> None:
         """Nothing."""
@@ -59,13 +68,15 @@ class StatelessTeacher:
 class EmaTeacher:
     """theta_T <- rho theta_T + (1 - rho) theta_S after each optimizer step, on a copy."""
 
-    def __init__(self, chunks: list[FlowGPTModel], decay: float) -> None:
-        self.chunks = chunks
+    def __init__(
+        self, chunks: list[FlowGPTModel], decay: float, resident: Resident = _always
+    ) -> None:
+        self.chunks, self._resident = chunks, resident
         self.average = WeightAverage(chunks, decay, copy=False)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Nothing to do: the weights are in place."""
-        return contextlib.nullcontext()
+        """The weights are in place, or come from the host."""
+        return self._resident()
 
     def update(self, student: list[FlowGPTModel]) -> None:
         """One step of the average."""
@@ -88,10 +99,31 @@ class EmaTeacher:
         self._apply()
 
 
+def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
+    """The model of ``--teacher-hf-model``, in the student's layout and with its vocabulary rows."""
+    teacher, settings = read_teacher(arch, config), teacher_config(config)
+    assert teacher is not None and settings.model.hf_model is not None
+    chunks = build_model(teacher, settings)
+    load_hf_weights(chunks, teacher, settings, settings.model.hf_model, TEACHER_FLAG)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
 def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
-    """The teacher of ``config.method.teacher``, starting at the student's weights."""
+    """The teacher of ``--teacher``, starting at the student's weights; or another model."""
     kind = config.method.teacher
     if kind == "live":
         return StatelessTeacher(student)
-    copy = frozen_copy(student, arch, config)
-    return EmaTeacher(copy, config.method.ema_decay) if kind == "ema" else StatelessTeacher(copy)
+    if config.teacher.teacher_hf_model is not None:
+        copy = _other_model(arch, config)
+    elif config.lora.lora_rank:
+        if kind == "ema":
+            return AdapterEmaTeacher(student, config.method.ema_decay)
+        return BaseModelTeacher(student)
+    else:
+        copy = frozen_copy(student, arch, config)
+    resident = HostWeights(copy).on_device if config.teacher.teacher_offload else _always
+    if kind == "ema":
+        return EmaTeacher(copy, config.method.ema_decay, resident)
+    return StatelessTeacher(copy, resident)

@@ -1,6 +1,6 @@
 """Break the product on purpose, one line at a time, and see the tests turn red.
 
-    make breakages        (python -m tests.breakages; about three minutes)
+    make breakages        (python -m tests.breakages; about six minutes)
 
 Each breakage is made in a copy of the tree, after the same tests have passed in an unbroken one.
 Exits with 1 if any of them goes unnoticed, or if the line that it breaks is no longer there.
@@ -18,6 +18,9 @@ from pathlib import Path
 from tests.launch import REPO, environment
 
 PARITY = "tests/parallel/test_parity.py"
+LARGER = "tests/parallel/test_teacher_model.py"
+MOE, CONTEXT = "tests/parallel/test_moe.py", "tests/parallel/test_context.py"
+LORA = "tests/parallel/test_lora.py"
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ BREAKAGES = (
     Breakage(
         "the flow loss forgets the number of microbatches",
         "megatron_phf/train/step.py",
-        "flow_scale = self.config.method.phf_alpha * replicas / num_sequences",
-        "flow_scale = self.config.method.phf_alpha * replicas * len(batches) / num_sequences",
+        "flow_scale = self.config.method.phf_alpha * averaged / num_sequences",
+        "flow_scale = self.config.method.phf_alpha * averaged * len(batches) / num_sequences",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
     Breakage(
@@ -73,6 +76,97 @@ BREAKAGES = (
         "replicas = parallel.data_parallel_size()",
         "replicas = 1",
         (PARITY, "-k", "test_equals_reference and empty_dp2 and not pp2 and not tp2"),
+    ),
+    Breakage(
+        "relative depth rounds down",
+        "megatron_phf/layer_map.py",
+        "2 * layer * teacher_layers + student_layers",
+        "2 * layer * teacher_layers",
+        (LARGER, "-k", "tall] or deep] or shallow]"),
+    ),
+    Breakage(
+        "an absent direction term halves the geometry term",
+        "megatron_phf/losses/flow.py",
+        "return geometry if direction is None",
+        "return geometry / 2 if direction is None",
+        (LARGER, "-k", "tall] or deep] or shallow]"),
+    ),
+    Breakage(
+        "padding that only the student has takes part",
+        "megatron_phf/train/step.py",
+        "vocab_size=self._vocab_size",
+        "vocab_size=self.arch.vocab_size",
+        (LARGER, "-k", "tall] or deep] or shallow]"),
+    ),
+    Breakage(
+        "a stage unpacks microbatches in another order than they were sent",
+        "megatron_phf/model/flow_targets.py",
+        "extend((i, move.item) for i in numbers)",
+        "extend((i, move.item) for i in (1, 0, *numbers[2:]))",
+        (LARGER, "-k", "deep_pp2_late or deep_pp2_apart"),
+    ),
+    Breakage(
+        "an offloaded teacher stays on the device",
+        "megatron_phf/offload.py",
+        "                p.data = data\n",
+        "                del data\n",
+        ("tests/unit/test_offload.py",),
+    ),
+    Breakage(
+        "padding counts in the routers' load-balancing loss",
+        "megatron_phf/train/step.py",
+        "set_padding(self.student, [self.shards.piece(b.padding) for b in batches])",
+        "set_padding(self.student, None)",
+        (MOE, "-k", "test_gradient and ep2_mb4"),
+    ),
+    Breakage(
+        "the flow loss forgets the average over context-parallel ranks",
+        "megatron_phf/train/step.py",
+        "averaged = replicas * parallel.context_parallel_size()",
+        "averaged = replicas",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "context-parallel ranks hold neighbouring chunks instead of megatron's zig-zag",
+        "megatron_phf/model/rows.py",
+        "    return torch.cat((chunks[rank], chunks[-1 - rank]))",
+        "    return torch.cat((chunks[2 * rank], chunks[2 * rank + 1]))",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "sequence-parallel ranks do not sum the gradient of a replicated LoRA matrix",
+        "megatron_phf/model/lora.py",
+        "whole.sequence_parallel = config.parallel.sequence_parallel and tp > 1",
+        "whole.sequence_parallel = False",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and tp2_sp]"),
+    ),
+    Breakage(
+        "adapters add q, k and v one after the other, not by query group",
+        "megatron_phf/model/lora.py",
+        "torch.cat(parts, -1).flatten(-2)",
+        "torch.cat([p.flatten(-2) for p in parts], -1)",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and tp2]"),
+    ),
+    Breakage(
+        "a recomputed first layer gets no gradient for its adapters",
+        "megatron_phf/model/lora.py",
+        "return output.requires_grad_() if torch.is_grad_enabled() else output",
+        "return output",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and pp2_full]"),
+    ),
+    Breakage(
+        "rollouts drop out",
+        "megatron_phf/model/gpt.py",
+        "        chunk.eval()\n    try",
+        "        pass\n    try",
+        (LORA, "-k", "test_rollouts_use_the_adapters and rollouts_tp2_pp2"),
+    ),
+    Breakage(
+        "zero heads get channels in an adapter",
+        "megatron_phf/model/lora.py",
+        "F.pad(part, padding)",
+        "F.pad(part, padding, value=0.1)",
+        (LORA, "-k", "test_value_and_gradient_equal_peft and padded_heads"),
     ),
 )
 

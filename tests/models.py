@@ -7,25 +7,33 @@ import math
 import random
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 _CLASSES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
 
 
-def make_model(path: str, architecture: str = "qwen3", **settings) -> str:
+ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def make_model(path: str, architecture: str = "qwen3", seed: int = 7, **settings) -> str:
     """Write a model directory with random weights, norms and biases too; returns ``path``."""
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     values = {
         "vocab_size": 250,
         "hidden_size": 64,
@@ -49,6 +57,23 @@ def make_model(path: str, architecture: str = "qwen3", **settings) -> str:
             if name.endswith("bias"):
                 p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(path)
+    return path
+
+
+def make_adapter(
+    path: str, model: str, rank: int = 8, alpha: int = 12, targets: str = ALL_LINEARS
+) -> str:
+    """Write a peft adapter for the model directory, lora_B random too; returns ``path``."""
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=targets.split(","), task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    torch.manual_seed(11)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.1 * torch.randn_like(p))
+    adapted.save_pretrained(path)
     return path
 
 

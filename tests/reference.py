@@ -31,6 +31,9 @@ class Options:
     window_size: int = 128
     window_rule: str = "even"
     objective: str = "jsd"
+    layer_map: tuple[int, ...] | None = None  # None: by relative depth
+    aux_coeff: float = 0.0  # of the routers' load-balancing loss
+    micro_batch_size: int = 1  # over which it is computed
 
 
 @dataclass
@@ -41,26 +44,89 @@ class Result:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def load_model(directory: str, dtype: torch.dtype = torch.float32):
-    """The model with transformers' eager attention, in eval mode."""
+def load_model(directory: str, dtype: torch.dtype = torch.float32, adapter: str | None = None):
+    """The model with transformers' eager attention, in eval mode; peft adds the adapter."""
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation="eager"
     )
+    if adapter is not None:
+        from peft import PeftModel  # only where it is needed: tools/parity.py does without
+
+        model = PeftModel.from_pretrained(
+            model, adapter, is_trainable=True, autocast_adapter_dtype=False
+        )
     return model.eval()
 
 
-def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """logits [s, v] and each layer's output [s, h], before the final norm."""
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    """What an optimizer gets: of a model with an adapter, the adapter, as peft names it on disk."""
+    return {
+        name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def run(model, ids: list[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """logits [s, v]; each layer's output [s, h], before the final norm; router logits [s, E]."""
     outputs: list[Tensor] = []
+    routers: list[Tensor] = []
 
     def hook(module, args, output):
         outputs.append((output[0] if isinstance(output, tuple) else output)[0])
 
-    handles = [layer.register_forward_hook(hook) for layer in model.model.layers]
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def router_hook(module, args, output):
+        routers.append(output[0])
+
+    layers = plain.model.layers
+    handles = [layer.register_forward_hook(hook) for layer in layers]
+    gates = [layer.mlp.gate for layer in layers if hasattr(layer.mlp, "gate")]
+    handles += [gate.register_forward_hook(router_hook) for gate in gates]
     logits = model(torch.tensor([ids])).logits[0]
     for handle in handles:
         handle.remove()
-    return logits, outputs
+    return logits, outputs, routers
+
+
+def load_balancing(logits: Tensor, per_token: int) -> Tensor:
+    """Router logits [T, E] of one layer and microbatch -> E sum_i f_i P_i, 1 when balanced."""
+    tokens, experts = logits.shape
+    probabilities = torch.softmax(logits.float(), -1)
+    total = torch.zeros(())
+    chosen = torch.topk(probabilities, per_token).indices
+    for i in range(experts):
+        fraction = int((chosen == i).sum()) / (tokens * per_token)
+        total = total + fraction * probabilities[:, i].sum() / tokens
+    return experts * total
+
+
+def aux_loss(model, routers: list[list[Tensor]], o: Options) -> Tensor:
+    """Router logits by sample and layer -> load-balancing loss: mean over microbatches [layers].
+
+    A microbatch is that many samples in a row, whichever data-parallel rank has it.
+    """
+    size, per_token = o.micro_batch_size, model.config.num_experts_per_tok
+    groups = [routers[i : i + size] for i in range(0, len(routers), size)]
+    values = [
+        torch.stack([load_balancing(torch.cat(layer), per_token) for layer in zip(*g, strict=True)])
+        for g in groups
+    ]
+    return torch.stack(values).mean(0)
+
+
+def by_file_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In memory transformers fuses a layer's experts; files name each one's matrices."""
+    result = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            result[name] = tensor
+            continue
+        prefix, kind = name.rsplit(".", 1)
+        for i, expert in enumerate(tensor):
+            parts = kind.replace("gate_up_proj", "gate_proj up_proj").split()
+            for part, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                result[f"{prefix}.{i}.{part}.weight"] = matrix
+    return result
 
 
 def window(n: int, size: int, rule: str) -> list[int]:
@@ -114,15 +180,29 @@ def unit_transitions(hidden: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def flow_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list, list]:
-    """Hidden states at the window, [m, h] a layer -> direction, geometry, adjacent values."""
+def relative_depth(student_layers: int, teacher_layers: int) -> list[int]:
+    """Student layer l -> teacher layer round(l L_T / L_S), halves up, at least 1."""
+    exact = [layer * teacher_layers / student_layers for layer in range(1, student_layers + 1)]
+    return [max(1, int(x + 0.5)) for x in exact]
+
+
+def flow_terms(
+    student: list[Tensor], teacher: list[Tensor], layer_map: list[int] | None = None
+) -> tuple[list, list, list]:
+    """Hidden states at the window, [m, h] a layer -> direction, geometry, adjacent values.
+
+    ``layer_map``: the teacher layer (1-based) of each student layer.  Without equal widths there
+    are no directions to compare: an empty list.
+    """
+    teacher = [teacher[k - 1] for k in layer_map or relative_depth(len(student), len(teacher))]
+    same_width = student[0].shape[1] == teacher[0].shape[1]
     if student[0].shape[0] < 2:
-        zero = torch.zeros(())
-        return [zero] * len(student), [zero] * len(student), [zero] * (len(student) - 1)
+        zero, number = torch.zeros(()), len(student)
+        return [zero] * (number if same_width else 0), [zero] * number, [zero] * (number - 1)
     s, t = [unit_transitions(h) for h in student], [unit_transitions(h) for h in teacher]
     n = s[0].shape[0]
     direction = [sum(1 - (a * b).sum() for a, b in zip(x, y, strict=True)) / n
-                 for x, y in zip(s, t, strict=True)]  # fmt: skip
+                 for x, y in zip(s, t, strict=True) if same_width]  # fmt: skip
     geometry = [((x @ x.T - y @ y.T) ** 2).sum() / n**2 for x, y in zip(s, t, strict=True)]
     adjacent = [
         ((s[i] @ s[i + 1].T - t[i] @ t[i + 1].T) ** 2).sum() / n**2 for i in range(len(s) - 1)
@@ -131,12 +211,15 @@ def flow_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list
 
 
 def sequence_terms(student, teacher, sample: dict, o: Options):
-    """(list of per-token (loss, clipped, entropy), flow terms) of one replay line."""
+    """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
     response = sample["response_ids"]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
-    logits, hidden = run(student, prompt + response)
+    logits, hidden, routers = run(student, prompt + response)
     with torch.no_grad():
-        teacher_logits, teacher_hidden = run(teacher, privileged + response)
+        teacher_logits, teacher_hidden, _ = run(teacher, privileged + response)
+    # Vocabularies may be padded differently: what both have.
+    common = min(logits.shape[1], teacher_logits.shape[1])
+    logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
     tokens = []
     for i, token in enumerate(response):
         pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
@@ -146,29 +229,34 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
             tokens.append(sampled_token(*pair, token, o))
     w = window(len(response), o.window_size, o.window_rule)
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
-    flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden])
-    return tokens, flow
+    flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden], o.layer_map)
+    return tokens, flow, routers
 
 
 def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor, dict]:
     """The total loss of a global batch, with graph, and its metrics."""
-    tokens, flows = [], []
+    tokens, flows, routers = [], [], []
     for sample in samples:
-        more, flow = sequence_terms(student, teacher, sample, o)
+        more, flow, logits = sequence_terms(student, teacher, sample, o)
         tokens += more
         flows.append(flow)
+        routers.append(logits)
     opsd = sum(t[0] for t in tokens) / len(tokens)
     means = [[sum(f[k][i] for f in flows) / len(flows) for i in range(len(flows[0][k]))]
              for k in range(3)]  # fmt: skip
     direction, geometry, adjacent = means
-    local = sum((d + g) / 2 for d, g in zip(direction, geometry, strict=True)) / len(direction)
+    # Each layer's loss is the mean of its terms: without directions, of the one that is left.
+    layers = geometry
+    if direction:
+        layers = [(d + g) / 2 for d, g in zip(direction, geometry, strict=True)]
+    local = sum(layers) / len(layers)
     flow = (local + sum(adjacent) / len(adjacent)) / 2
     loss = opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),
         "flow": flow.item(),
-        "flow_direction_per_layer": [x.item() for x in direction],
+        "flow_direction_per_layer": [x.item() for x in direction] or None,
         "flow_geometry_per_layer": [x.item() for x in geometry],
         "flow_adjacent_per_pair": [x.item() for x in adjacent],
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
@@ -176,7 +264,11 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
         "rollout_tokens": len(tokens),
     }
     for name, values in zip(("direction", "geometry", "adjacent"), means, strict=True):
-        metrics[f"flow_{name}"] = (sum(values) / len(values)).item()
+        metrics[f"flow_{name}"] = (sum(values) / len(values)).item() if values else None
+    if o.aux_coeff:
+        balance = aux_loss(student, routers, o)
+        metrics["moe_aux_loss"] = balance.mean().item()
+        loss = loss + o.aux_coeff * balance.sum()
     return loss, metrics
 
 
@@ -186,12 +278,24 @@ def read_replay(path: str) -> list[dict]:
         return [json.loads(line) for line in f if line.strip()]
 
 
-def compute(directory: str, samples: list[dict], o: Options, dtype=torch.float32) -> Result:
-    """Value of every metric and gradient of every parameter; the teacher has the same weights."""
-    student, teacher = load_model(directory, dtype), load_model(directory, dtype)
+def compute(
+    directory: str,
+    samples: list[dict],
+    o: Options,
+    dtype=torch.float32,
+    teacher_directory: str | None = None,
+    adapter=None,
+) -> Result:
+    """Value of every metric and gradient of every trained parameter.
+
+    The teacher has the same weights without the adapter, or is the model in
+    ``teacher_directory``.
+    """
+    student = load_model(directory, dtype, adapter)
+    teacher = load_model(teacher_directory or directory, dtype)
     loss, metrics = objective(student, teacher, samples, o)
     loss.backward()
-    gradients = {n: p.grad for n, p in student.named_parameters()}
+    gradients = by_file_name({n: p.grad for n, p in trainable(student).items()})
     metrics["grad_norm"] = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
     return Result(metrics, gradients)
 
@@ -206,10 +310,13 @@ def train(
     clip_grad: float,
     teacher_kind: str,
     ema_decay: float,
+    adapter: str | None = None,
 ) -> tuple[list[dict], dict[str, Tensor]]:
     """``steps`` AdamW steps (no weight decay, constant rate), equal parts of ``samples`` each."""
-    student, teacher = load_model(directory), load_model(directory)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, eps=eps, weight_decay=0.0)
+    student = load_model(directory, adapter=adapter)
+    teacher = load_model(directory, adapter=None if teacher_kind == "frozen" else adapter)
+    weights = list(trainable(student).values())
+    optimizer = torch.optim.AdamW(weights, lr=lr, eps=eps, weight_decay=0.0)
     size, history = len(samples) // steps, []
     for i in range(steps):
         if teacher_kind == "live":
@@ -217,14 +324,19 @@ def train(
         optimizer.zero_grad()
         loss, metrics = objective(student, teacher, samples[i * size : (i + 1) * size], o)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip_grad)
         optimizer.step()
         if teacher_kind == "ema":
             with torch.no_grad():
                 for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
                     t.mul_(ema_decay).add_(s, alpha=1 - ema_decay)
         history.append({**metrics, "grad_norm": float(norm)})
-    return history, {n: p.detach() for n, p in student.named_parameters()}
+    return history, by_file_name({n: p.detach() for n, p in trainable(student).items()})
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Of ``2,4,6``: (2, 4, 6)."""
+    return tuple(int(word) for word in text.split(","))
 
 
 def main() -> None:
@@ -232,12 +344,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--hf-model", required=True)
     parser.add_argument("--replay-file", required=True)
+    parser.add_argument("--teacher-hf-model")
     for f in dataclasses.fields(Options):
         flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, type=type(f.default), default=f.default)
+        kind = type(f.default) if f.default is not None else layer_numbers
+        parser.add_argument(flag, type=kind, default=f.default)
     given = vars(parser.parse_args())
     directory, replay = given.pop("hf_model"), given.pop("replay_file")
-    print(json.dumps(compute(directory, read_replay(replay), Options(**given)).metrics))
+    teacher, o = given.pop("teacher_hf_model"), Options(**given)
+    result = compute(directory, read_replay(replay), o, teacher_directory=teacher)
+    print(json.dumps(result.metrics))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python tools/check_export.py runs/train/hf runs/train/export_probe.safetensors
 
+An adapter directory (``--save-adapter``) is loaded by ``peft`` on its base model.
 The probe (token sequences, and the student's next-token logits for them) is written by the training
 job beside every export.  Exit status 1 where the largest difference exceeds ``--tolerance``.
 """
@@ -9,7 +10,40 @@ job beside every export.  Exit status 1 where the largest difference exceeds ``-
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from typing import Any
+
+
+def load_export(directory: str) -> Any:
+    """The model of a HuggingFace directory, or of a PEFT adapter and its base model.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    base, adapter = directory, os.path.join(directory, "adapter_config.json")
+    try:
+        if os.path.isfile(adapter):
+            with open(adapter, encoding="utf-8") as f:
+                base = str(json.load(f)["base_model_name_or_path"])
+        model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{base}: transformers cannot load it ({error})") from error
+    if base == directory:
+        return model
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(
+            f"{directory}: an adapter needs the package peft: pip install peft"
+        ) from error
+    try:
+        return PeftModel.from_pretrained(model, directory)
+    except Exception as error:  # torch's and safetensors' own among them
+        raise ValueError(f"{directory}: peft cannot load it ({error})") from error
 
 
 def largest_difference(model_directory: str, probe_file: str) -> tuple[float, float]:
@@ -20,28 +54,22 @@ def largest_difference(model_directory: str, probe_file: str) -> tuple[float, fl
     """
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     try:
         probe = load_file(probe_file)
         tokens, expected = probe["tokens"], probe["logits"]
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{probe_file}: no export probe ({error})") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_directory, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model_directory}: transformers cannot load it ({error})") from error
+    model = load_export(model_directory)
     with torch.no_grad():
-        logits = model.eval()(tokens).logits[:, -1].float()
+        logits = model.eval()(input_ids=tokens).logits[:, -1].float()
     return float((logits - expected).abs().max()), float(expected.std())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; 0 within the tolerance, 1 beyond it, 2 where a file is unreadable."""
     parser = argparse.ArgumentParser(description="Compare an export's logits with the student's.")
-    parser.add_argument("model", help="exported HuggingFace directory")
+    parser.add_argument("model", help="exported HuggingFace or adapter directory")
     parser.add_argument("probe", help="export_probe.safetensors of the same run")
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, help="of the logits; for bf16 try 0.25"

@@ -7,7 +7,8 @@
 One forward and backward pass over all rollouts of the file, in fp32: by the product in real
 processes, and by tests/reference.py, which shares no code with it.  Prints both beside each other
 and exits with 1 where any value, or any parameter's gradient, deviates beyond ``--tolerance``.
-All flags of examples/pretrain_phf.sh are understood.
+All flags of examples/pretrain_phf.sh are understood; with LoRA (--lora-rank, --lora-adapter) the
+reference is peft's.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from megatron_phf import preflight  # noqa: E402
 from megatron_phf.config import Config  # noqa: E402
 from megatron_phf.flags import parse_args  # noqa: E402
+from megatron_phf.model.architecture import aux_loss_coeff, read_architecture  # noqa: E402
 
 _VALUES = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
 _LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")
@@ -38,7 +40,9 @@ _SMALLEST = 1e-6
 def _reference_options(config: Config) -> Any:
     from tests import reference
 
-    m = config.method
+    m, given = config.method, config.teacher.teacher_layer_map
+    layers = None if given is None else tuple(int(word) for word in given.split(","))
+    arch = read_architecture(config.model.hf_model or "")
     return reference.Options(
         alpha=m.phf_alpha,
         beta=m.opsd_beta,
@@ -49,6 +53,9 @@ def _reference_options(config: Config) -> Any:
         window_size=m.phf_window_size,
         window_rule=m.phf_window_rule,
         objective=m.opsd_objective,
+        layer_map=layers,
+        aux_coeff=aux_loss_coeff(arch, config),
+        micro_batch_size=config.train.micro_batch_size,
     )
 
 
@@ -85,7 +92,9 @@ def compare(product: tuple[dict, dict], expected: Any) -> list[tuple[str, float,
     rows = []
     for key in (*_VALUES, *_LISTS, *_OTHERS):
         wanted, found = expected.metrics[key], metrics[key]
-        if found is None:  # alpha 0: the flow is not computed
+        if found is None and wanted is None:  # no directions to compare: other widths
+            continue
+        if found is None and metrics["flow"] is None:  # alpha 0: the flow is not computed
             continue
         pairs = zip(found, wanted, strict=True) if key in _LISTS else [(found, wanted)]
         for i, (a, b) in enumerate(pairs):
@@ -129,6 +138,16 @@ def _complete(given: list[str]) -> list[str]:
     return arguments
 
 
+def _check_lora(config: Config) -> None:
+    if config.lora.lora_rank and config.lora.lora_adapter is None:
+        raise ValueError(
+            "--lora-rank: add --lora-adapter; a new adapter has other random numbers in peft, and "
+            "half of its gradients are zero"
+        )
+    if config.lora.lora_rank and (config.method.teacher != "frozen" or config.lora.lora_dropout):
+        raise ValueError("with --lora-rank compare a frozen teacher, without --lora-dropout")
+
+
 def run(given: list[str], tolerance: float, directory: str) -> int:
     """Compare and print; 0 within the tolerance, 1 beyond it."""
     from tests import reference
@@ -136,12 +155,19 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
     arguments = _complete(given)
     config = parse_args(arguments)
     preflight.check(config)
+    _check_lora(config)
     processes = preflight.model_parallel_size(config)
     preflight.check_world_size(config, processes)
     assert config.model.hf_model is not None and config.rollout.replay_file is not None
     product = run_product(arguments, processes, directory)
     samples = reference.read_replay(config.rollout.replay_file)[: config.train.global_batch_size]
-    expected = reference.compute(config.model.hf_model, samples, _reference_options(config))
+    expected = reference.compute(
+        config.model.hf_model,
+        samples,
+        _reference_options(config),
+        teacher_directory=config.teacher.teacher_hf_model,
+        adapter=config.lora.lora_adapter,
+    )
     rows = compare(product, expected)
     _print(rows, tolerance)
     worst = max(row[3] for row in rows)

@@ -22,7 +22,8 @@ class SequenceBatch:
 
     tokens [b, s]; ``predicting`` [b, r]: positions whose outputs predict the r response tokens;
     ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
-    ``window_valid`` bool [b, m]: positions of the flow window's own tokens.
+    ``window_valid`` bool [b, m]: positions of the flow window's own tokens; ``padding`` bool
+    [b, s]: True behind the response.
     """
 
     tokens: Tensor
@@ -30,6 +31,7 @@ class SequenceBatch:
     scored: Tensor
     window: Tensor
     window_valid: Tensor
+    padding: Tensor
 
     def target_ids(self) -> Tensor:
         """The scored response tokens, flat [n], in the order of ``scored``."""
@@ -74,7 +76,8 @@ def _sequences(
     # The output at position t-1 predicts token t: the last prompt token predicts the first one.
     predicting = (prompt_lengths - 1 + generated).masked_fill(~scored, 0)
     positions, valid = window
-    return SequenceBatch(tokens, predicting, scored, prompt_lengths + positions, valid)
+    padding = torch.arange(length)[None] >= prompt_lengths + lengths
+    return SequenceBatch(tokens, predicting, scored, prompt_lengths + positions, valid, padding)
 
 
 def _padded_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int) -> int:

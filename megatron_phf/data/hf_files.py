@@ -7,7 +7,6 @@ Python, no import of torch or transformers.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -92,11 +91,12 @@ class Fields:
             self._refuse(name, value, "a whole number from 1 on")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(self, name: str, default: float | None = None, zero: bool = False) -> float:
+        """A finite number above 0, or 0 where ``zero`` allows it."""
         value = self._value(name, default)
-        if type(value) not in (int, float) or not 0 < value <= _LARGEST or math.isnan(value):
-            self._refuse(name, value, "a number above 0")
+        good = type(value) in (int, float) and 0 <= value <= _LARGEST and (value > 0 or zero)
+        if not good:
+            self._refuse(name, value, f"a number {'from 0 on' if zero else 'above 0'}")
         return float(value)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""The losses of OPSD and PHF on plain tensors; this package imports torch alone.
+"""The losses of OPSD and PHF on plain tensors; torch is all that this package needs.
 
 In any trainer, with logits [n, v] of the scored response tokens and hidden states [b, m, h] of
 each layer at the window::
@@ -7,8 +7,14 @@ each layer at the window::
     output = generalized_jsd(student_logits, teacher_logits, DivergenceSpec(beta=0.5))
     flow = flow_loss(student_hidden, teacher_hidden, valid)    # one [b, m, h] a layer
     loss = output.per_token.mean() + 0.05 * flow.loss
+
+A teacher of another hidden size or depth (same vocabulary)::
+
+    layers = relative_layer_map(len(student_hidden), len(teacher_hidden))
+    flow = flow_loss(student_hidden, teacher_hidden, valid, layers)
 """
 
+from megatron_phf.layer_map import relative_layer_map
 from megatron_phf.losses.chunked import ChunkedDivergence, chunked_divergence
 from megatron_phf.losses.divergence import (
     CLIP_MODES,
@@ -25,6 +31,8 @@ from megatron_phf.losses.flow import (
     flow_layer_weights,
     flow_loss,
     geometry_loss,
+    layer_loss,
+    product_loss,
     transition_counts,
 )
 from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
@@ -44,7 +52,10 @@ __all__ = [
     "flow_loss",
     "generalized_jsd",
     "geometry_loss",
+    "layer_loss",
     "policy_gradient_loss",
+    "product_loss",
+    "relative_layer_map",
     "select_window",
     "transition_counts",
     "window_batch",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_phf.layer_map import check_layer_map
+
 
 def _working(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
@@ -66,15 +68,28 @@ def adjacent_loss(
 ) -> Tensor:
     """Directions of layers l and l+1, each [b, m-1, h] -> ||C^S - C^T||_F^2 / (m-1)^2 [b].
 
-    C = D_l D_{l+1}^T: the term of L_adj for one pair of neighbouring layers.
+    C = D_l D_{l+1}^T: the term of L_adj for one pair of neighbouring layers.  The hidden sizes of
+    student and teacher may differ.
     """
-    student = student_in @ student_out.mT
     teacher = _working(teacher_in) @ _working(teacher_out).mT
+    return product_loss(student_in @ student_out.mT, teacher, counts)
+
+
+def product_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+    """Products D D'^T [b, m-1, m-1] of student and teacher -> ||C^S - C^T||_F^2 / (m-1)^2 [b]."""
     return _per_square((student - teacher).square().sum((-1, -2)), counts)
 
 
+def layer_loss(direction: Tensor | None, geometry: Tensor) -> Tensor:
+    """L_layer = (L_dir + L_geo) / 2, the mean of its terms; L_geo alone where there is no L_dir
+
+    (``direction`` None: student and teacher of different hidden sizes).
+    """
+    return geometry if direction is None else (direction + geometry) / 2
+
+
 def flow_layer_weights(num_layers: int) -> tuple[float, float]:
-    """Weight in L_flow of one layer's L_layer = (L_dir + L_geo) / 2, and of one adjacent pair.
+    """Weight in L_flow of one layer's L_layer (``layer_loss``), and of one adjacent pair.
 
     L_flow = (mean over L layers + mean over L-1 pairs) / 2; with one layer there is no pair.
     """
@@ -85,20 +100,21 @@ def flow_layer_weights(num_layers: int) -> tuple[float, float]:
 class FlowTerms:
     """``loss`` = L_flow [], mean over sequences; parts [L], [L], [L-1], likewise means.
 
+    ``direction_per_layer``: None where student and teacher have different hidden sizes.
     ``short_sequences``: how many had fewer than two window positions; they contribute zero and
     stay in the means.
     """
 
     loss: Tensor
-    direction_per_layer: Tensor
+    direction_per_layer: Tensor | None
     geometry_per_layer: Tensor
     adjacent_per_pair: Tensor
     short_sequences: int
 
     @property
-    def direction(self) -> Tensor:
+    def direction(self) -> Tensor | None:
         """Mean of L_dir over layers."""
-        return self.direction_per_layer.mean()
+        return None if self.direction_per_layer is None else self.direction_per_layer.mean()
 
     @property
     def geometry(self) -> Tensor:
@@ -113,31 +129,52 @@ class FlowTerms:
 
 
 def flow_loss(
-    student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor], valid: Tensor
+    student_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor],
+    valid: Tensor,
+    layer_map: Sequence[int] | None = None,
 ) -> FlowTerms:
-    """Hidden states of all L layers at the window, each [b, m, h]; valid bool [b, m] -> L_flow.
+    """Hidden states of all layers at the window, each [b, m, h]; valid bool [b, m] -> L_flow.
 
-    The teacher is detached.
+    The teacher is detached.  It may have another hidden size (no direction term then, see
+    ``layer_loss``) and, with a layer map, another number of layers.
+
+    Args:
+        layer_map: the teacher layer (1-based) of each student layer, not decreasing, for example
+            ``relative_layer_map(len(student_hidden), len(teacher_hidden))``; None: layer by layer.
 
     Raises:
-        ValueError: no layers, or student and teacher with different numbers of them.
+        ValueError: no layers, a map that does not fit, or different numbers of layers without one.
     """
-    if not student_hidden or len(student_hidden) != len(teacher_hidden):
-        raise ValueError(
-            f"{len(student_hidden)} student and {len(teacher_hidden)} teacher layers: give the "
-            "same number, at least one"
-        )
+    mapped = _mapped_layers(student_hidden, teacher_hidden, layer_map)
     counts = transition_counts(valid)
     student = [directions(h, valid) for h in student_hidden]
-    teacher = [directions(h.detach(), valid) for h in teacher_hidden]
+    teacher = [directions(h.detach(), valid) for h in mapped]
     layers = list(zip(student, teacher, strict=True))
-    direction = torch.stack([direction_loss(s, t, counts).mean() for s, t in layers])
     geometry = torch.stack([geometry_loss(s, t, counts).mean() for s, t in layers])
+    direction = None
+    if student[0].shape[-1] == teacher[0].shape[-1]:
+        direction = torch.stack([direction_loss(s, t, counts).mean() for s, t in layers])
     pairs = [
         adjacent_loss(s, s_next, t, t_next, counts).mean()
         for (s, t), (s_next, t_next) in itertools.pairwise(layers)
     ]
-    adjacent = torch.stack(pairs) if pairs else direction.new_zeros(0)
+    adjacent = torch.stack(pairs) if pairs else geometry.new_zeros(0)
     local_weight, pair_weight = flow_layer_weights(len(layers))
-    loss = local_weight * (direction + geometry).sum() / 2 + pair_weight * adjacent.sum()
+    loss = local_weight * layer_loss(direction, geometry).sum() + pair_weight * adjacent.sum()
     return FlowTerms(loss, direction, geometry, adjacent, int((counts == 0).sum()))
+
+
+def _mapped_layers(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], layer_map: Sequence[int] | None
+) -> list[Tensor]:
+    """The teacher's layer for each of the student's."""
+    if not student or not teacher or (layer_map is None and len(student) != len(teacher)):
+        raise ValueError(
+            f"{len(student)} student and {len(teacher)} teacher layers: give the same number, at "
+            "least one, or a layer_map (relative_layer_map)"
+        )
+    if layer_map is None:
+        return list(teacher)
+    check_layer_map(layer_map, len(student), len(teacher))
+    return [teacher[k - 1] for k in layer_map]

@@ -13,13 +13,28 @@ from typing import Any
 from megatron_phf.config import Config, ParallelConfig, flag_of
 from megatron_phf.data.hf_files import Fields, read_json_object, shown
 
-ARCHITECTURES = ("qwen3", "qwen2", "llama")
+ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 # The numbers that megatron-core has fixed inside its Llama 3 rope scaling.
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that takes the place of the MLP in every layer.
+
+    ``ffn_hidden_size``: channels of one expert; ``normalize_weights``: the weights of a token's
+    ``per_token`` experts are scaled to sum 1; ``aux_loss_coeff``: of the load-balancing loss.
+    """
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int
+    normalize_weights: bool
+    aux_loss_coeff: float
 
 
 @dataclass(frozen=True)
@@ -40,11 +55,14 @@ class Architecture:
     rope_scaling_factor: float | None  # Llama 3's rope scaling, or none
     tie_word_embeddings: bool
     initializer_range: float
+    # Vocabulary rows on disk, where they are cut or padded to ``vocab_size`` (another teacher).
+    stored_vocab_size: int | None = None
+    experts: Experts | None = None
 
     @property
     def qk_layernorm(self) -> bool:
         """Qwen3 normalises queries and keys."""
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
     @property
     def add_qkv_bias(self) -> bool:
@@ -66,9 +84,21 @@ class Architecture:
         attention = self.hidden_size * self.kv_channels * (heads + self.num_attention_heads)
         attention += self.add_qkv_bias * self.kv_channels * heads
         norms = 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        layer = attention + norms
+        if self.experts is None:
+            layer += 3 * self.hidden_size * self.ffn_hidden_size
+        else:
+            layer += self.hidden_size * self.experts.count
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        total = self.num_layers * layer + embeddings + self.hidden_size
+        return total + self.num_expert_parameters()
+
+    def num_expert_parameters(self) -> int:
+        """Weights of all experts of all layers, which expert parallelism splits; 0 without."""
+        if self.experts is None:
+            return 0
+        expert = 3 * self.hidden_size * self.experts.ffn_hidden_size
+        return self.num_layers * self.experts.count * expert
 
 
 def _rope(content: Fields) -> tuple[float, float | None]:
@@ -96,6 +126,8 @@ def _refuse_unsupported(fields: Fields) -> None:
     biases = ["mlp_bias"] + (["attention_bias"] if model_type != "qwen2" else [])
     wanted: dict[str, Any] = {"hidden_act": "silu", **dict.fromkeys(biases, False)}
     wanted |= {"use_sliding_window": False}
+    if model_type == "qwen3_moe":  # experts in every layer
+        wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
     for name, value in wanted.items():
         if content.get(name, value) != value:
             raise ValueError(
@@ -117,15 +149,35 @@ def _check_heads(path: str, arch: Architecture) -> None:
         )
 
 
-def read_architecture(directory: str) -> Architecture:
-    """The architecture of the HuggingFace model in ``directory``.
+def _read_experts(content: Fields) -> Experts | None:
+    if content.text("model_type") != "qwen3_moe":
+        return None
+    # transformers 5 writes num_local_experts, the models on the hub say num_experts.
+    name = "num_local_experts" if "num_local_experts" in content.content else "num_experts"
+    experts = Experts(
+        count=content.size(name),
+        per_token=content.size("num_experts_per_tok"),
+        ffn_hidden_size=content.size("moe_intermediate_size"),
+        normalize_weights=content.boolean("norm_topk_prob", False),
+        aux_loss_coeff=content.number("router_aux_loss_coef", 0.0, zero=True),
+    )
+    if experts.per_token == 1 and experts.normalize_weights:
+        raise ValueError(
+            f"{content.path}: num_experts_per_tok=1 with norm_topk_prob gives every expert the "
+            "weight 1, which megatron-core does not support; use more experts a token"
+        )
+    return experts
+
+
+def read_architecture(directory: str, flag: str = "--hf-model") -> Architecture:
+    """The architecture of the HuggingFace model in ``directory``, which ``flag`` named.
 
     Raises:
         ValueError: no such directory, a damaged ``config.json``, or a feature that the
             Megatron model would compute differently.
     """
     if not os.path.isdir(directory):
-        raise ValueError(f"--hf-model {directory}: no such directory")
+        raise ValueError(f"{flag} {directory}: no such directory")
     path = os.path.join(directory, "config.json")
     return parse_architecture(read_json_object(path), path)
 
@@ -155,9 +207,18 @@ def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
         rope_scaling_factor=rope_scaling_factor,
         tie_word_embeddings=content.boolean("tie_word_embeddings", False),
         initializer_range=content.number("initializer_range", 0.02),
+        experts=_read_experts(content),
     )
     _check_heads(path, arch)
     return arch
+
+
+def aux_loss_coeff(arch: Architecture, config: Config) -> float:
+    """Weight of the load-balancing loss: the flag's, else the model's own; 0 without experts."""
+    if arch.experts is None:
+        return 0.0
+    given = config.model.moe_aux_loss_coeff
+    return arch.experts.aux_loss_coeff if given is None else given
 
 
 def check_split(arch: Architecture, config: Config) -> None:
@@ -170,11 +231,12 @@ def check_split(arch: Architecture, config: Config) -> None:
             f"{arch.num_attention_heads} attention heads in {arch.num_query_groups} key/value "
             "groups; choose a divisor, or add zero heads with --pad-attention-heads"
         )
-    if arch.ffn_hidden_size % tp:
+    channels = arch.ffn_hidden_size if arch.experts is None else arch.experts.ffn_hidden_size
+    if channels % tp:
         raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the model's "
-            f"{arch.ffn_hidden_size} MLP channels"
+            f"--tensor-model-parallel-size {tp} does not divide the model's {channels} MLP channels"
         )
+    _check_experts(arch, config)
     _check_stages(arch.num_layers, config)
     longest = max(config.data.max_prompt_length, config.data.max_teacher_prompt_length)
     if longest >= arch.max_position_embeddings:
@@ -182,6 +244,20 @@ def check_split(arch: Architecture, config: Config) -> None:
             f"a prompt of {longest} tokens leaves no room for a rollout in the model's "
             f"{arch.max_position_embeddings} positions; lower --max-prompt-length and "
             "--max-teacher-prompt-length"
+        )
+
+
+def _check_experts(arch: Architecture, config: Config) -> None:
+    parallel, flag = config.parallel, flag_of("expert_model_parallel_size")
+    size = parallel.expert_model_parallel_size
+    if arch.experts is None:
+        return
+    if arch.experts.count % size:
+        raise ValueError(f"{flag} {size} does not divide the model's {arch.experts.count} experts")
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            "a model with experts needs --sequence-parallel with --tensor-model-parallel-size "
+            f"{parallel.tensor_model_parallel_size} (megatron-core's rule for training them)"
         )
 
 

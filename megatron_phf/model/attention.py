@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_phf import parallel
+from megatron_phf.model.rows import context_positions
 
 
 def attend(
@@ -36,7 +40,8 @@ class CausalAttention(MegatronModule):
     """torch's fused attention as megatron's core attention, for the ``local`` layer spec.
 
     megatron-core's own ``DotProductAttention`` materialises [b, heads, s, s] scores.  Sequences
-    are padded on the right, so that causality alone hides the padding.
+    are padded on the right, so that causality alone hides the padding.  Under context parallelism
+    every rank gathers the keys and values of the whole sequence for its own queries.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class CausalAttention(MegatronModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "refused before launch"
+        self.context = parallel.context_parallel_group()
         assert config.attention_dropout == 0 and not attention_dropout, "rollouts have no dropout"
         self.scale = softmax_scale or config.kv_channels**-0.5
 
@@ -66,8 +71,15 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np * hn]."""
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        size, mask = self.context.size(), None
+        if size > 1:
+            key, value = (
+                gather_from_sequence_parallel_region(x, group=self.context) for x in (key, value)
+            )
+            parts = [context_positions(len(key), size, r).to(query.device) for r in range(size)]
+            mask = (parts[self.context.rank()][:, None] >= torch.cat(parts))[None, None]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return attend(q, k, v, None, is_causal=True, scale=self.scale)
+        return attend(q, k, v, mask, is_causal=mask is None, scale=self.scale)
 
 
 class KVCache:

@@ -3,7 +3,9 @@
 A layer's input is h^{l-1} and its output h^l, the two neighbours that L_adj(l-1, l) relates, so
 the whole of L_flow (PHF, arXiv:2606.29340) is a sum of terms that each one layer can compute.  On
 the first layer of a pipeline stage the input is what the previous stage sent, and its gradient
-goes back through the pipeline's own backward: no communication of ours crosses a stage.
+goes back through the pipeline's own backward: no communication of ours crosses a stage.  Only the
+targets of a teacher with other layers may have to travel, before the student's pass
+(:mod:`megatron_phf.model.flow_plan`).
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_phf import parallel
 from megatron_phf.losses import (
-    adjacent_loss,
     direction_loss,
     directions,
     flow_layer_weights,
-    geometry_loss,
+    layer_loss,
+    product_loss,
     transition_counts,
 )
-from megatron_phf.model.rows import gather_rows
+from megatron_phf.model.flow_plan import FlowPlan
+from megatron_phf.model.flow_targets import FlowTargets
+from megatron_phf.model.rows import SequenceShards, gather_rows
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -62,18 +65,26 @@ class FlowTap:
     visits a layer again when others have gone through it since.
     """
 
-    def __init__(self, num_layers: int, sequence_parallel: bool) -> None:
-        self._local_weight, self._adjacent_weight = flow_layer_weights(num_layers)
-        self._sequence_parallel = sequence_parallel
+    def __init__(self, plan: FlowPlan, widths: tuple[int, int], shards: SequenceShards) -> None:
+        """``widths``: hidden sizes of student and teacher; the direction term needs equal ones."""
+        self._local_weight, self._adjacent_weight = flow_layer_weights(len(plan.layer_map))
+        self.has_direction = widths[0] == widths[1]
+        assert not (plan.products and self.has_direction), "directions are needed themselves"
+        self._targets = FlowTargets(plan, widths[1])
+        self._shards = shards
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
-        self._targets: dict[tuple[int, int], Tensor] = {}
         self.values: dict[tuple[int, int], Tensor] = {}
 
     def start_recording(self, windows: list[FlowWindow]) -> None:
         """The teacher's pass over microbatches with ``windows`` comes next."""
-        self._targets, self._recording = {}, True
+        self._recording = True
         self._windows = dict(enumerate(windows))
+        self._targets.start([(w.valid.shape[0], w.valid.shape[1]) for w in windows])
+
+    def finish_recording(self) -> None:
+        """The teacher's pass is over; every rank of the pipeline calls it."""
+        self._targets.exchange()
 
     def start_comparing(self, windows: list[FlowWindow]) -> None:
         """The student's pass over the same microbatches comes next."""
@@ -82,12 +93,13 @@ class FlowTap:
 
     def stop(self) -> None:
         """Forget windows and targets; ``values`` stay until the next comparison."""
-        self._windows, self._targets = {}, {}
+        self._windows = {}
+        self._targets.clear()
 
     def visit(self, layer: int, microbatch: int, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Called by layer ``layer`` (1-based, global) with its ends; returns its output.
 
-        inputs, outputs: [s, b, h], or this rank's part of the sequence under sequence parallelism.
+        inputs, outputs: [s, b, h], or this rank's piece of the sequence.
         """
         window = self._windows.get(microbatch)
         if window is None:
@@ -100,32 +112,35 @@ class FlowTap:
         return outputs
 
     def _directions(self, hidden: Tensor, window: FlowWindow) -> Tensor:
-        group = parallel.tensor_parallel_group() if self._sequence_parallel else None
-        return directions(gather_rows(hidden, window.positions, group), window.valid)
+        return directions(gather_rows(hidden, window.positions, self._shards), window.valid)
 
     def _record(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> None:
-        if layer > 1 and (microbatch, layer - 1) not in self._targets:
-            self._targets[microbatch, layer - 1] = self._directions(inputs, window)
-        self._targets[microbatch, layer] = self._directions(outputs, window)
+        for number, hidden in ((layer - 1, inputs), (layer, outputs)):
+            if self._targets.wants(microbatch, number):
+                self._targets.record(microbatch, number, self._directions(hidden, window))
 
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
-        counts = transition_counts(window.valid)
-        student, teacher = self._directions(outputs, window), self._targets[microbatch, layer]
-        direction = direction_loss(student, teacher, counts)
-        geometry = geometry_loss(student, teacher, counts)
-        adjacent = torch.zeros_like(direction)
+        counts, targets = transition_counts(window.valid), self._targets
+        student = self._directions(outputs, window)
+        own = targets.products(microbatch, layer, layer)
+        geometry = product_loss(student @ student.mT, own, counts)
+        direction = None
+        if self.has_direction:
+            direction = direction_loss(student, targets.directions(microbatch, layer), counts)
+        adjacent = torch.zeros_like(geometry)
         if layer > 1:
             before = self._directions(inputs, window)
-            target = self._targets[microbatch, layer - 1]
-            adjacent = adjacent_loss(before, student, target, teacher, counts)
-        values = torch.stack((direction, geometry, adjacent))
-        self.values[microbatch, layer] = values.detach()
-        local = self._local_weight * (values[0] + values[1]) / 2
-        loss = (local + self._adjacent_weight * values[2]).sum() * window.gradient_scale
+            pair = targets.products(microbatch, layer - 1, layer)
+            adjacent = product_loss(before @ student.mT, pair, counts)
+        absent = torch.zeros_like(geometry)
+        values = (absent if direction is None else direction, geometry, adjacent)
+        self.values[microbatch, layer] = torch.stack(values).detach()
+        local = self._local_weight * layer_loss(direction, geometry)
+        loss = (local + self._adjacent_weight * adjacent).sum() * window.gradient_scale
         # Pipeline stages free their output's data once it is sent, which a view would not allow.
         attached = _AttachLoss.apply(outputs, loss)
         return make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,18 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.attention import CachedSelfAttention, CausalAttention
+from megatron_phf.model.flow_plan import make_flow_plan
 from megatron_phf.model.flow_tap import FlowTap
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
+from megatron_phf.model.moe import moe_settings
+from megatron_phf.model.rows import SequenceShards
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -65,6 +69,11 @@ def transformer_impl(config: Config) -> str:
     return "transformer_engine" if engine else "local"
 
 
+def _has_grouped_gemm(implementation: str) -> bool:
+    """Whether the experts of a rank can be one grouped GEMM; one after the other otherwise."""
+    return implementation == "transformer_engine" and is_te_min_version("1.9.0.dev0")
+
+
 def _recompute(config: Config) -> dict[str, Any]:
     layout = config.parallel
     if layout.recompute_granularity != "full":
@@ -82,7 +91,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
     tp = layout.tensor_model_parallel_size
     groups = arch.padded_groups(tp)
     virtual = layout.num_virtual_stages_per_pipeline_rank
-    on_gpu = device.has_cuda()
+    on_gpu, implementation = device.has_cuda(), transformer_impl(config)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -112,7 +121,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
         account_for_embedding_in_pipeline_split=layout.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=layout.account_for_loss_in_pipeline_split,
-        transformer_impl=transformer_impl(config),
+        transformer_impl=implementation,
         attention_backend=AttnBackend.auto,
         # These fuse by torch.compile or CUDA extensions, and only pay on a GPU.
         bias_activation_fusion=on_gpu,
@@ -124,16 +133,23 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=True,
         **_recompute(config),
+        **moe_settings(arch, config, grouped_gemm=_has_grouped_gemm(implementation)),
     )
 
 
 def _layer_spec(config: TransformerConfig) -> ModuleSpec:
     """One decoder layer, with our attention and the flow tap in it."""
     if config.transformer_impl == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
         spec = get_gpt_layer_local_spec(
-            qk_layernorm=config.qk_layernorm, normalization=config.normalization
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
         )
         spec.submodules.input_layernorm = LocalRMSNorm
         spec.submodules.pre_mlp_layernorm = LocalRMSNorm
@@ -187,11 +203,50 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
     return chunks
 
 
+def sequence_shards(config: TransformerConfig) -> SequenceShards:
+    """How this process's layers see a sequence."""
+    context = parallel.context_parallel_group() if config.context_parallel_size > 1 else None
+    sequence = parallel.tensor_parallel_group() if config.sequence_parallel else None
+    return SequenceShards(context, sequence)
+
+
+def make_flow_tap(
+    student: list[FlowGPTModel],
+    teacher: list[FlowGPTModel],
+    layer_map: Sequence[int],
+    window_size: int,
+) -> FlowTap:
+    """The tap for both models' layers in this layout; every rank of the pipeline calls it."""
+    widths = student[0].config.hidden_size, teacher[0].config.hidden_size
+    numbers = [
+        [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+        for chunks in (student, teacher)
+    ]
+    stages = parallel.gather_over_pipeline(numbers)
+    # A student layer needs two products, and about one teacher layer's directions.
+    smaller = 2 * (window_size - 1) < widths[1]
+    plan = make_flow_plan(
+        layer_map,
+        [student_layers for student_layers, _ in stages],
+        [teacher_layers for _, teacher_layers in stages],
+        parallel.pipeline_rank(),
+        products=widths[0] != widths[1] and smaller,
+    )
+    return FlowTap(plan, widths, sequence_shards(student[0].config))
+
+
 def set_flow_tap(chunks: list[FlowGPTModel], tap: FlowTap | None) -> None:
     """Let every layer of ``chunks`` show its ends to ``tap``."""
     for chunk in chunks:
         for layer in chunk.decoder.layers:
             layer.flow_tap = tap
+
+
+def set_padding(chunks: Sequence[torch.nn.Module], masks: Sequence[Tensor] | None) -> None:
+    """Let the routers of ``chunks`` know each microbatch's padding, as this process holds it."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.padding = masks
 
 
 def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) -> Any:
@@ -204,12 +259,28 @@ def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) 
 
 
 @contextlib.contextmanager
+def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """No gradients and eval mode within (no activation recompute); the modes as before after."""
+    modes = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
+
+
+@contextlib.contextmanager
 def without_sequence_parallel(chunks: list[FlowGPTModel]) -> Iterator[None]:
     """Turn sequence parallelism off within: a rollout decodes one token, which has no parts."""
     names = ("sequence_parallel", "reduce_scatter_embeddings")
     changed: list[tuple[Any, str]] = []
     for chunk in chunks:
-        for owner in (chunk.config, *chunk.modules()):
+        # Experts keep a copy of the configuration.
+        configs = {id(m.config): m.config for m in chunk.modules() if hasattr(m, "config")}
+        for owner in (*configs.values(), *chunk.modules()):
             changed += [(owner, name) for name in names if getattr(owner, name, False) is True]
     for owner, name in changed:
         setattr(owner, name, False)

@@ -7,9 +7,9 @@ export that is complete or not there at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
@@ -24,8 +24,11 @@ from torch import Tensor
 from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.hf_files import check_weight_index
+from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.directories import write_directory
 from megatron_phf.model.gpt import FlowGPTModel, model_dtype
+from megatron_phf.model.lora import is_adapter
 
 _SHARD_BYTES = 5 * 2**30
 _LAYER = "model.layers.{layer_number}."
@@ -38,7 +41,9 @@ class _Bridge:
 
     def _build_config(self) -> Any:
         # mbridge would build a TransformerConfig of its own choices; it reads just these.
-        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=None)
+        experts = self.arch.experts
+        count = None if experts is None else experts.count
+        return SimpleNamespace(gated_linear_unit=True, num_moe_experts=count)
 
     def _adjust_mapping_for_shared_weights(self) -> None:
         # mbridge writes into its class's dictionary here, for every later model of the process.
@@ -50,6 +55,8 @@ class _Bridge:
         return weight_path
 
     def _weight_to_mcore_format(self, name: str, hf_weights: list[Tensor]) -> Tensor:
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            hf_weights = [_fit_vocabulary(weight, self.arch) for weight in hf_weights]
         weight = super()._weight_to_mcore_format(name, hf_weights)  # type: ignore[misc]
         return _pad_heads(name, weight, self._extra_groups(), self.arch)
 
@@ -60,6 +67,16 @@ class _Bridge:
     def _extra_groups(self) -> int:
         padded = self.arch.padded_groups(parallel.tensor_parallel_size())
         return padded - self.arch.num_query_groups
+
+
+def _fit_vocabulary(weight: Tensor, arch: Architecture) -> Tensor:
+    """Rows as in ``arch.vocab_size``: those beyond are padding, and so are the ones added."""
+    if arch.stored_vocab_size is None:
+        return weight
+    if weight.shape[0] != arch.stored_vocab_size:
+        raise ValueError(f"{weight.shape[0]} vocabulary rows, not {arch.stored_vocab_size}")
+    missing = max(arch.vocab_size - arch.stored_vocab_size, 0)
+    return torch.cat((weight[: arch.vocab_size], weight.new_zeros(missing, weight.shape[1])))
 
 
 def _head_rows(name: str, extra_groups: int, arch: Architecture) -> tuple[int, int]:
@@ -89,6 +106,35 @@ def _pad_heads(name: str, weight: Tensor, extra_groups: int, arch: Architecture)
 def _drop_heads(name: str, weight: Tensor, extra_groups: int, arch: Architecture) -> Tensor:
     dim, rows = _head_rows(name, extra_groups, arch)
     return weight.narrow(dim, 0, weight.shape[dim] - rows) if rows else weight
+
+
+class _AsMbridgeNames:
+    """A model chunk as mbridge knows it: no adapters, experts named as in TE's layer spec.
+
+    The ``local`` spec has experts.local_experts.N.linear_fc1.weight, the other one
+    experts.linear_fc1.weightN.
+    """
+
+    _LOCAL = re.compile(r"experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+
+    def __init__(self, chunk: FlowGPTModel) -> None:
+        self._chunk = chunk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chunk, name)
+
+    def _named(self, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        for name, value in pairs:
+            if not is_adapter(name):
+                yield self._LOCAL.sub(r"experts.\2.weight\1", name), value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base model's."""
+        return dict(self._named(self._chunk.state_dict().items()))
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The base model's."""
+        return self._named(self._chunk.named_parameters())
 
 
 def _bridge(arch: Architecture, config: Config) -> Any:
@@ -121,28 +167,40 @@ def _bridge(arch: Architecture, config: Config) -> Any:
 
 @torch.no_grad()
 def load_hf_weights(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config, directory: str
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    directory: str,
+    flag: str = "--hf-model",
 ) -> None:
-    """Fill ``chunks`` with the safetensors of ``directory``; every rank calls it.
+    """Fill ``chunks`` with the safetensors of ``directory``, which ``flag`` named; collective.
 
     Raises:
         ValueError: weights are missing or damaged, or their index leads out of ``directory``.
     """
     check_weight_index(directory)
     try:
-        _bridge(arch, config).load_weights(chunks, directory, memory_efficient=True)
+        base = [_AsMbridgeNames(chunk) for chunk in chunks]
+        _bridge(arch, config).load_weights(base, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"--hf-model {directory}: its weights do not load ({error}); copy the model again"
+            f"{flag} {directory}: its weights do not load ({error}); copy the model again"
         ) from error
 
 
 def export_hf_weights(
     chunks: list[FlowGPTModel], arch: Architecture, config: Config
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HuggingFace name, whole tensor) on every rank, one at a time; collective."""
+    """(HuggingFace name, whole tensor) on every rank, one at a time; collective.
+
+    Adapters are merged into the weights they belong to.
+    """
     seen: set[str] = set()
-    for name, weight in _bridge(arch, config).export_weights(chunks):
+    weights = _bridge(arch, config).export_weights([_AsMbridgeNames(chunk) for chunk in chunks])
+    if config.lora.lora_rank:
+        scale = config.lora.lora_alpha / config.lora.lora_rank
+        weights = merge_adapter(weights, dict(export_adapter(chunks)), scale)
+    for name, weight in weights:
         # A tied embedding sits on the first and on the last stage.
         if name not in seen:
             seen.add(name)
@@ -210,22 +268,12 @@ def save_hf(
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
     weights = export_hf_weights(chunks, arch, config)
-    problem: str | None = None
-    if parallel.is_first_rank():
-        partial = target.rstrip("/") + ".partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
-            _write_shards(weights, partial)
-            _copy_model_files(source, partial, next(chunks[0].parameters()).dtype)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(target)
-            os.replace(partial, target)
-        except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
-            shutil.rmtree(partial, ignore_errors=True)
-            problem = f"--save-hf {target}: cannot be written ({error})"
+
+    def write(directory: str) -> None:
+        _write_shards(weights, directory)
+        _copy_model_files(source, directory, next(chunks[0].parameters()).dtype)
+
+    problem = write_directory(target, "--save-hf", write)
     for _ in weights:  # the other ranks, and rank 0 after an error: the export is collective
         pass
-    problem = parallel.broadcast_object(problem)
-    if problem is not None:
-        raise ValueError(problem)
+    parallel.raise_together(problem)

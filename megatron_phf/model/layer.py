@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,15 @@ class FlowTransformerLayer(TransformerLayer):
     """
 
     flow_tap: FlowTap | None = None
+    # Masks [b, s_local] by microbatch: which tokens the router's load-balancing loss leaves out.
+    # megatron-core's own argument for it is not sharded on later pipeline stages.
+    padding: Sequence[Tensor] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, h] (keyword) -> (output [s, b, h], context)."""
         microbatch = kwargs.pop("context_mask", None)
+        if self.padding is not None and microbatch is not None:
+            kwargs["padding_mask"] = self.padding[int(microbatch)]
         output, context = super().forward(*args, **kwargs)
         if self.flow_tap is not None and microbatch is not None:
             inputs = kwargs["hidden_states"]

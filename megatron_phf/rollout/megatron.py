@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.model.attention import KVCache
-from megatron_phf.model.gpt import FlowGPTModel, without_sequence_parallel
+from megatron_phf.model.gpt import FlowGPTModel, evaluating, without_sequence_parallel
 from megatron_phf.rollout.sampling import SamplingParams, sample, uniforms
 
 # A compaction copies the cache once; worth it when it frees this share of the rows.
@@ -26,7 +26,6 @@ class MegatronRollouts:
         self._vocab_size = vocab_size
         self._batch_size = batch_size
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -42,14 +41,15 @@ class MegatronRollouts:
         # Neighbours in length share a batch: less padding in front of the shorter.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         responses: list[list[int]] = [[] for _ in prompts]
-        with without_sequence_parallel(self._chunks):
-            for start in range(0, len(order), self._batch_size):
-                rows = order[start : start + self._batch_size]
-                lengths = torch.tensor([limits[i] for i in rows])
-                ids = [sample_ids[i] for i in rows]
-                table = uniforms(sampling.seed, ids, int(lengths.max()))
-                batch = _Batch(self, [prompts[i] for i in rows], sampling, table, lengths)
-                for i, response in zip(rows, batch.run(), strict=True):
+        size = self._batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        with evaluating(self._chunks), without_sequence_parallel(self._chunks):
+            for index in range(parallel.max_over_experts(len(batches))):
+                rows = batches[index] if index < len(batches) else []
+                # Experts wait for tokens of all their ranks: one that has no batch left sends some.
+                given = [(prompts[i], sample_ids[i], limits[i]) for i in rows] or [((0,), 0, 1)]
+                batch = _Batch(self, sampling, *zip(*given, strict=True))
+                for i, response in zip(rows, batch.run(), strict=False):
                     responses[i] = response
         return responses
 
@@ -68,12 +68,11 @@ class MegatronRollouts:
             dist.send(hidden.contiguous(), self._neighbour(+1), self._pipeline_group())
         return None
 
-    @torch.no_grad()
     def next_token_logits(self, sequences: Tensor) -> Tensor:
         """sequences [b, s] -> logits [b, vocabulary] after each, on every model-parallel rank."""
         tokens = sequences.to(device.device())
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with without_sequence_parallel(self._chunks):
+        with evaluating(self._chunks), without_sequence_parallel(self._chunks):
             caches = self.new_caches(tokens.shape[1], torch.ones_like(tokens, dtype=torch.bool))
             logits = self.forward(tokens, positions, caches)
         dtype = self._chunks[0].config.params_dtype
@@ -138,13 +137,15 @@ class _Batch:
     def __init__(
         self,
         engine: MegatronRollouts,
-        prompts: list[Sequence[int]],
         sampling: SamplingParams,
-        uniform: Tensor,
-        limits: Tensor,
+        prompts: Sequence[Sequence[int]],
+        sample_ids: Sequence[int],
+        limits: Sequence[int],
     ) -> None:
         self._engine, self._sampling = engine, sampling
-        self._uniform, self._limits = uniform, limits
+        self._limits = torch.tensor(limits)
+        self._steps = parallel.max_over_experts(max(limits))
+        self._uniform = uniforms(sampling.seed, sample_ids, self._steps)
         where = device.device()
         longest = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -154,20 +155,20 @@ class _Batch:
             seen[row, longest - len(prompt) :] = True
         self._tokens = tokens.to(where)
         self._positions = (seen.long().cumsum(-1) - 1).clamp(min=0).to(where)
-        self._caches = engine.new_caches(longest + int(limits.max()), seen.to(where))
+        self._caches = engine.new_caches(longest + self._steps, seen.to(where))
         self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long)
         self._rows = torch.arange(len(prompts))  # of the rows still in the batch
         self._responses: list[list[int]] = [[] for _ in prompts]
 
     def run(self) -> list[list[int]]:
-        """Generate until every row has stopped."""
+        """Generate until every row has stopped, here and where the same experts are used."""
         active = torch.ones(len(self._rows), dtype=torch.bool)
-        for step in range(int(self._limits.max())):
+        for step in range(self._steps):
             chosen = self._next_tokens(step)
             for i in active.nonzero().flatten().tolist():
                 self._responses[int(self._rows[i])].append(int(chosen[i]))
             active &= ~torch.isin(chosen, self._stop_ids) & (self._limits[self._rows] > step + 1)
-            if not active.any():
+            if not parallel.max_over_experts(int(active.any())):
                 break
             active, chosen = self._compact(active, chosen)
             self._tokens = chosen[:, None].to(self._tokens.device)
@@ -188,12 +189,14 @@ class _Batch:
 
     def _compact(self, active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Let finished rows leave once they are many."""
-        if active.float().mean() > _COMPACT_BELOW:
-            return active, chosen
         keep = active.nonzero().flatten()
+        if len(keep) == 0:  # others that use the same experts go on: one row keeps them company
+            keep = torch.zeros(1, dtype=torch.long)
+        if len(keep) > _COMPACT_BELOW * len(active):
+            return active, chosen
         self._rows = self._rows[keep]
         on_device = keep.to(self._tokens.device)
         self._positions = self._positions[on_device]
         for cache in self._caches:
             cache.keep(on_device)
-        return torch.ones(len(keep), dtype=torch.bool), chosen[keep]
+        return active[keep], chosen[keep]

@@ -14,9 +14,12 @@ from megatron_phf.config import Config
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
 from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
+from megatron_phf.model.adapter_io import load_peft_adapter, save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
 from megatron_phf.model.hf_weights import load_hf_weights, save_hf
+from megatron_phf.model.lora import add_adapters
+from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.teacher import make_teacher
@@ -29,9 +32,13 @@ from megatron_phf.train.summary import aligned_example, run_summary
 
 
 def load_student(arch: Architecture, config: Config, directory: str) -> list[FlowGPTModel]:
-    """This rank's part of the model in ``directory``."""
+    """This rank's part of the model in ``directory``, with adapters where the run trains some."""
     chunks = build_model(arch, config)
     load_hf_weights(chunks, arch, config, directory)
+    if config.lora.lora_rank:
+        add_adapters(chunks, arch, config)
+    if config.lora.lora_adapter is not None:
+        load_peft_adapter(chunks, arch, config, config.lora.lora_adapter)
     return chunks
 
 
@@ -92,6 +99,7 @@ def train_steps(
         metrics = dataclasses.replace(
             metrics,
             extra={
+                **metrics.extra,
                 "seconds": timer.seconds,
                 "tokens_per_second": metrics.rollout_tokens / total,
                 "peak_memory_bytes": device.peak_memory_bytes(),
@@ -106,34 +114,43 @@ def _make_source(
     config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any
 ) -> RolloutSource:
     rollout = config.rollout
+    vocab_size = common_vocab_size(arch, config)
     source: RolloutSource
     if rollout.rollout_engine == "replay":
         assert rollout.replay_file is not None
-        source = ReplaySource(rollout.replay_file, arch.vocab_size, config)
+        source = ReplaySource(rollout.replay_file, vocab_size, config)
     else:
         pairs = read_prompts(config, tokenizer)
-        check_token_ids(max(max(p.teacher_ids) for p in pairs), arch.vocab_size)
-        engine = MegatronRollouts(student, arch.vocab_size, rollout.rollout_batch_size)
+        check_token_ids(max(max(p.teacher_ids) for p in pairs), vocab_size)
+        engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
         sampling = sampling_params(config, stop_token_ids(tokenizer, config.model.hf_model))
         batch = config.train.global_batch_size
-        source = OnPolicySource(engine, pairs, sampling, batch, arch.max_position_embeddings)
+        teacher = read_teacher(arch, config) or arch
+        positions = arch.max_position_embeddings, teacher.max_position_embeddings
+        source = OnPolicySource(engine, pairs, sampling, batch, *positions)
     if rollout.record_rollouts is not None:
         source = RecordingSource(source, rollout.record_rollouts)
     return source
 
 
-def _export(
-    student: list[FlowGPTModel], arch: Architecture, config: Config, source: str, target: str
-) -> None:
+def _export(student: list[FlowGPTModel], arch: Architecture, config: Config, source: str) -> None:
     """Save the student, and what it computes: ``tools/check_export.py`` compares the two."""
-    save_hf(student, arch, config, source, target)
+    targets = [t for t in (config.lora.save_adapter, config.output.save_hf) if t is not None]
+    if not targets:
+        return
+    if config.lora.save_adapter is not None:
+        save_peft_adapter(student, arch, config, config.lora.save_adapter)
+    if config.output.save_hf is not None:
+        save_hf(student, arch, config, source, config.output.save_hf)
     tokens = torch.randint(arch.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     engine = MegatronRollouts(student, arch.vocab_size, len(tokens))
     logits = engine.next_token_logits(tokens).float().cpu()
     probe = os.path.join(config.output.output_dir, "export_probe.safetensors")
     if parallel.is_first_rank():
         save_file({"tokens": tokens, "logits": logits}, probe)
-    say(f"exported to {target}; compare its logits: python tools/check_export.py {target} {probe}")
+    for target in targets:
+        check = f"python tools/check_export.py {target} {probe}"
+        say(f"exported to {target}; compare its logits: {check}")
 
 
 def train(config: Config) -> list[StepMetrics]:
@@ -152,6 +169,5 @@ def train(config: Config) -> list[StepMetrics]:
         history = train_steps(distiller, source, logger, tokenizer)
     finally:
         logger.close()
-    if config.output.save_hf is not None:
-        _export(student, arch, config, directory, config.output.save_hf)
+    _export(student, arch, config, directory)
     return history

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
-from megatron_phf.losses import flow_layer_weights
+from megatron_phf.losses import flow_layer_weights, layer_loss
 
 if TYPE_CHECKING:
     from megatron_phf.train.step import OutputLoss
@@ -44,7 +44,8 @@ class StepMetrics:
     """One step's numbers; means are over the global batch.
 
     ``opsd``: per scored token, nats; ``flow``: L_flow per sequence, None where alpha is 0 (it is
-    not computed then); ``clipped_fraction``: of the vocabulary entries (entry clip) or of the
+    not computed then), ``flow_direction`` also where the teacher has another hidden size;
+    ``clipped_fraction``: of the vocabulary entries (entry clip) or of the
     tokens (token clip); ``teacher_entropy``: nats a token, at the loss's temperature.
     """
 
@@ -75,19 +76,20 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _flow_metrics(per_layer: Tensor, num_layers: int) -> dict[str, Any]:
+def _flow_metrics(per_layer: Tensor, has_direction: bool) -> dict[str, Any]:
     """per_layer [3, L]: direction, geometry, adjacent means; adjacent[0] is unused."""
-    direction, geometry, adjacent = per_layer.tolist()
-    local, pair = flow_layer_weights(num_layers)
-    flow = local * (sum(direction) + sum(geometry)) / 2 + pair * sum(adjacent[1:])
+    direction = per_layer[0] if has_direction else None
+    geometry, adjacent = per_layer[1], per_layer[2, 1:].tolist()
+    local, pair = flow_layer_weights(len(geometry))
+    layers = None if direction is None else direction.tolist()
     return {
-        "flow": flow,
-        "flow_direction": _mean(direction),
-        "flow_geometry": _mean(geometry),
-        "flow_adjacent": _mean(adjacent[1:]),
-        "flow_direction_per_layer": direction,
-        "flow_geometry_per_layer": geometry,
-        "flow_adjacent_per_pair": adjacent[1:],
+        "flow": local * float(layer_loss(direction, geometry).sum()) + pair * sum(adjacent),
+        "flow_direction": None if layers is None else _mean(layers),
+        "flow_geometry": _mean(geometry.tolist()),
+        "flow_adjacent": _mean(adjacent),
+        "flow_direction_per_layer": layers,
+        "flow_geometry_per_layer": geometry.tolist(),
+        "flow_adjacent_per_pair": adjacent,
     }
 
 
@@ -101,7 +103,8 @@ def _local_sums(
 ) -> Tensor:
     """[3 L + 4] float64: flow terms of the layers here, then opsd, clipped, entropy, tokens."""
     flow = torch.zeros(3, num_layers, dtype=torch.float64, device=device.device())
-    for (_, layer), terms in values.items():
+    # Context-parallel ranks have the same flow terms, and tokens of their own.
+    for (_, layer), terms in (values if parallel.context_parallel_rank() == 0 else {}).items():
         flow[:, layer - 1] += terms.double().sum(-1)
     output = torch.zeros(4, dtype=torch.float64, device=device.device())
     for o in outputs:
@@ -117,8 +120,12 @@ def summarize(
     config: Config,
     learning_rate: float,
     grad_norm: float,
+    has_direction: bool = True,
 ) -> StepMetrics:
-    """Reduce one step over the world; every rank calls it and gets the same metrics."""
+    """Reduce one step over the world; every rank calls it and gets the same metrics.
+
+    ``has_direction``: whether the values have a direction term (``FlowTap.has_direction``).
+    """
     sums = _local_sums(outputs, values, num_layers)
     if parallel.tensor_parallel_rank() > 0:  # they hold the same values as rank 0
         sums.zero_()
@@ -128,7 +135,7 @@ def summarize(
     flow = _no_flow()
     if alpha > 0:
         per_layer = sums[: 3 * num_layers].view(3, num_layers) / config.train.global_batch_size
-        flow = _flow_metrics(per_layer, num_layers)
+        flow = _flow_metrics(per_layer, has_direction)
     return StepMetrics(
         loss=opsd / tokens + alpha * (flow["flow"] or 0.0),
         opsd=opsd / tokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_phf.data.batch import SequenceBatch
+from megatron_phf.model.rows import SequenceShards
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
@@ -20,6 +20,7 @@ def run_pipeline(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[SequenceBatch],
     loss: LossFunction,
+    shards: SequenceShards,
     *,
     forward_only: bool,
 ) -> list[Any]:
@@ -37,7 +38,7 @@ def run_pipeline(
         index, batch = next(iterator)
         # The microbatch's number rides along to the layers (see FlowTransformerLayer).
         extra = {"context_mask": torch.tensor(index)}
-        hidden = model(batch.tokens, None, None, extra_block_kwargs=extra)
+        hidden = model(shards.part(batch.tokens), None, None, extra_block_kwargs=extra)
         return hidden, lambda output: loss(index, output)
 
     b, s = batches[0].tokens.shape
@@ -50,17 +51,3 @@ def run_pipeline(
         micro_batch_size=b,
         forward_only=forward_only,
     )
-
-
-@contextlib.contextmanager
-def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """No gradients and eval mode within (no activation recompute); the modes as before after."""
-    modes = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)

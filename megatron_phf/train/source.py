@@ -35,9 +35,12 @@ class OnPolicySource:
         sampling: SamplingParams,
         global_batch_size: int,
         max_positions: int,
+        teacher_positions: int | None = None,
     ) -> None:
+        """``teacher_positions``: where the teacher's positions end, if not with the student's."""
         self._engine, self._pairs, self._sampling = engine, pairs, sampling
         self._batch, self._max_positions = global_batch_size, max_positions
+        self._teacher_positions = max_positions if teacher_positions is None else teacher_positions
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
@@ -47,7 +50,10 @@ class OnPolicySource:
         prompts = [pair.student_ids for pair in pairs]
         # Both models must be able to read the whole response behind their prompt.
         room = [
-            self._max_positions - max(len(pair.student_ids), len(pair.teacher_ids))
+            min(
+                self._max_positions - len(pair.student_ids),
+                self._teacher_positions - len(pair.teacher_ids),
+            )
             for pair in pairs
         ]
         responses = self._engine.generate(prompts, self._sampling, sample_ids, room)

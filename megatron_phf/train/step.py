@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,14 +15,23 @@ from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.flow_tap import FlowTap, FlowWindow
-from megatron_phf.model.gpt import FlowGPTModel, set_flow_tap
-from megatron_phf.model.rows import gather_rows
+from megatron_phf.model.flow_tap import FlowWindow
+from megatron_phf.model.gpt import (
+    FlowGPTModel,
+    evaluating,
+    make_flow_tap,
+    sequence_shards,
+    set_flow_tap,
+    set_padding,
+)
+from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
+from megatron_phf.model.rows import gather_rows, part_rows
+from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import stop_if_nonfinite
 from megatron_phf.train.optimizer import StudentOptimizer
-from megatron_phf.train.pipeline import evaluating, run_pipeline
+from megatron_phf.train.pipeline import run_pipeline
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,18 @@ class OutputLoss:
     clipped: Tensor
     teacher_entropy: Tensor
     sequence: Tensor  # row of each token in its microbatch
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the output loss needs of the teacher on the last stage, elsewhere empty.
+
+    ``rows``: final hidden states [n, h] of each microbatch; ``head``: its output weight, which an
+    offloaded teacher leaves on the device until the student's pass is over.
+    """
+
+    rows: dict[int, Tensor]
+    head: Tensor | None
 
 
 class Distiller:
@@ -55,7 +77,10 @@ class Distiller:
             clip=method.opsd_clip,
             top_k=method.opsd_top_k,
         )
-        self.tap = FlowTap(arch.num_layers, student[0].config.sequence_parallel)
+        self.shards = sequence_shards(student[0].config)
+        self._vocab_size = common_vocab_size(arch, config)
+        layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
+        self.tap = make_flow_tap(student, teacher.chunks, layers, method.phf_window_size)
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
@@ -69,96 +94,138 @@ class Distiller:
         batch = self._local_batch(rollouts)
         with timer.phase("teacher"):
             targets = self._teacher_targets(batch)
+        if self.config.lora.lora_dropout > 0:
+            parallel.seed_dropout(self.config.train.seed, iteration)
         with timer.phase("student"):
             outputs = self._forward_backward(batch, targets)
+        del targets  # with it goes the output head of an offloaded teacher
         finite = self.optimizer.gradients_finite()
         stop_if_nonfinite(iteration, rollouts, outputs, self.tap.values, finite, self.config)
         with timer.phase("optimizer"):
             learning_rate, grad_norm = self.optimizer.step()
             self.teacher.update(self.student)
-        return summarize(
-            outputs, self.tap.values, self.arch.num_layers, self.config, learning_rate, grad_norm
+        return self.metrics(outputs, learning_rate, grad_norm)
+
+    def metrics(
+        self, outputs: list[OutputLoss], learning_rate: float, grad_norm: float
+    ) -> StepMetrics:
+        """The step's numbers, reduced over the world; every rank calls it."""
+        metrics = summarize(
+            outputs,
+            self.tap.values,
+            self.arch.num_layers,
+            self.config,
+            learning_rate,
+            grad_norm,
+            self.tap.has_direction,
         )
+        balance = mean_aux_loss(self.arch, self.config)
+        extra = {} if balance is None else {"moe_aux_loss": balance}
+        return dataclasses.replace(metrics, extra=extra)
 
     def _local_batch(self, rollouts: Sequence[Rollout]) -> LocalBatch:
         method, where = self.config.method, device.device()
-        sequence_parallel = self.student[0].config.sequence_parallel
         batch = make_local_batch(
             rollouts,
             self.config.train.micro_batch_size,
             flow_window(method.phf_window_size, method.phf_window_rule),
-            length_multiple=parallel.tensor_parallel_size() if sequence_parallel else 1,
+            length_multiple=self.shards.length_multiple,
         )
         moved = [type(m)(m.student.to(where), m.teacher.to(where)) for m in batch.microbatches]
         return LocalBatch(moved, batch.num_tokens, batch.num_sequences)
 
-    def _rows(self, hidden: Tensor, batch: SequenceBatch) -> Tensor:
-        """Final hidden states [s, b, h] -> those that predict a response token, [n, h]."""
-        sharded = self.student[0].config.sequence_parallel
-        group = parallel.tensor_parallel_group() if sharded else None
-        return gather_rows(hidden, batch.predicting, group)[batch.scored]
-
     def _windows(self, batches: Sequence[SequenceBatch], scale: float) -> list[FlowWindow]:
         return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
 
-    def _teacher_targets(self, batch: LocalBatch) -> dict[int, Tensor]:
+    def _teacher_targets(self, batch: LocalBatch) -> TeacherOutput:
         """The teacher's forward-only pass: flow targets into the tap on every stage, and, on the
 
-        last, final hidden states [n, h] of each microbatch.  Never its logits.
+        last, final hidden states.  Never its logits.
         """
         batches = [m.teacher for m in batch.microbatches]
         rows: dict[int, Tensor] = {}
 
         def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
-            rows[index] = self._rows(hidden, batches[index])
+            batch = batches[index]
+            # All of them on every context rank: the student's row may be elsewhere.
+            rows[index] = gather_rows(hidden, batch.predicting, self.shards)[batch.scored]
             return hidden.new_zeros(()), None
 
         self.tap.start_recording(self._windows(batches, scale=0.0))
         with self.teacher.active(), evaluating(self.teacher.chunks):
-            run_pipeline(self.teacher.chunks, batches, keep, forward_only=True)
-        return rows
+            run_pipeline(self.teacher.chunks, batches, keep, self.shards, forward_only=True)
+            last = self.teacher.chunks[-1]
+            head = last.output_weight().detach() if last.post_process else None
+        if self.config.method.phf_alpha > 0:
+            self.tap.finish_recording()
+        return TeacherOutput(rows, head)
 
-    def _forward_backward(self, batch: LocalBatch, targets: dict[int, Tensor]) -> list[OutputLoss]:
+    def _forward_backward(self, batch: LocalBatch, teacher: TeacherOutput) -> list[OutputLoss]:
         totals = torch.tensor([batch.num_tokens, batch.num_sequences], device=device.device())
         num_tokens, num_sequences = parallel.sum_over_data_parallel(totals).tolist()
         if num_tokens == 0:
             raise ValueError("all responses of a global batch are empty: nothing to train on")
         batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
-        # loss (not the layers' attached ones) by the number of microbatches: undo both.
+        # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
+        # averaged over context-parallel ranks too, for which the schedule makes up alike.
         replicas = parallel.data_parallel_size()
         token_weight = replicas * len(batches) / num_tokens
-        flow_scale = self.config.method.phf_alpha * replicas / num_sequences
+        averaged = replicas * parallel.context_parallel_size()
+        flow_scale = self.config.method.phf_alpha * averaged / num_sequences
 
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            rows = self._rows(hidden, batches[index])
-            return self._output_loss(batches[index], rows, targets.pop(index), token_weight)
+            assert teacher.head is not None, "the last stage computes the loss"
+            target = teacher.rows.pop(index), teacher.head
+            return self._output_loss(batches[index], hidden, target, token_weight)
 
         self.optimizer.zero_grad()
         self.tap.start_comparing(self._windows(batches, flow_scale))
-        outputs = run_pipeline(self.optimizer.wrapped, batches, loss, forward_only=False)
+        self._mask_padding(batches)
+        outputs = run_pipeline(
+            self.optimizer.wrapped, batches, loss, self.shards, forward_only=False
+        )
+        set_padding(self.student, None)
         self.tap.stop()
         return outputs
 
+    def _mask_padding(self, batches: Sequence[SequenceBatch]) -> None:
+        """Padding must not count in the routers' load-balancing loss.
+
+        The schedule gives that loss its share of the mean over microbatches.
+        """
+        if self.arch.experts is not None:
+            set_padding(self.student, [self.shards.piece(b.padding) for b in batches])
+            reset_aux_loss()
+
     def _output_loss(
-        self, batch: SequenceBatch, rows: Tensor, target: Tensor, token_weight: float
+        self,
+        batch: SequenceBatch,
+        hidden: Tensor,
+        teacher: tuple[Tensor, Tensor],
+        token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
-        student, teacher = self.student[-1], self.teacher.chunks[-1]
-        weight = student.output_weight()
+        """Final hidden states [s_local, b, h] -> the loss of the tokens that this context rank
+
+        predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output weight.
+        """
+        rows, mine = part_rows(hidden, batch.predicting, self.shards)
+        here, kept = batch.scored & mine, mine[batch.scored]
+        rows, weight = rows[here], self.student[-1].output_weight()
         result = chunked_divergence(
             rows,
-            target,
+            teacher[0][kept],
             weight,
-            teacher.output_weight().detach(),
+            teacher[1],
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
             group=parallel.tensor_parallel_group() if parallel.tensor_parallel_size() > 1 else None,
             vocab_start=parallel.tensor_parallel_rank() * weight.shape[0],
-            vocab_size=self.arch.vocab_size,
+            vocab_size=self._vocab_size,
             chunk_tokens=self.config.method.logits_chunk_tokens,
-            target_ids=batch.target_ids(),
+            target_ids=batch.target_ids()[kept],
             objective=self.config.method.opsd_objective,
         )
-        sequence = batch.scored.nonzero()[:, 0]
+        sequence = here.nonzero()[:, 0]
         report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
         return result.loss, report

@@ -7,43 +7,41 @@ from typing import Any
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
+from megatron_phf.model.teacher_architecture import layer_map, read_teacher
+from megatron_phf.train.memory import memory_estimate
 
-_GIB = 2**30
 _SHOWN_TOKENS = 12
 
 
-def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
-    """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
+def _teacher_lines(arch: Architecture, config: Config) -> list[str]:
+    """What is said of a teacher that is another model."""
+    teacher = read_teacher(arch, config)
+    if teacher is None:
+        return []
+    layers = layer_map(config, arch.num_layers, teacher.num_layers)
+    flow = "" if teacher.hidden_size == arch.hidden_size else ", no direction term"
+    return [
+        f"teacher  {teacher.model_type}, {teacher.num_layers} layers, hidden "
+        f"{teacher.hidden_size}, {teacher.num_parameters() / 1e6:.1f} M parameters{flow}; its "
+        f"layers for the student's: {','.join(str(layer) for layer in layers)}"
+    ]
 
-    Weights are split over TP x PP.  Gradients are fp32; Adam keeps two fp32 moments and, for bf16
-    weights, an fp32 copy, all three split over DP with the distributed optimizer.  ``targets``:
-    fp32 teacher directions of a full window, for each sequence of the local batch and each local
-    layer, and the teacher's final hidden states of as many new tokens as allowed.
-    """
-    width = model_dtype(config).itemsize
-    parallel_config = config.parallel
-    split = (
-        parallel_config.tensor_model_parallel_size * parallel_config.pipeline_model_parallel_size
+
+def _trainable(arch: Architecture, config: Config) -> str:
+    """How many of the parameters are trained, of the whole model, without padding."""
+    total, lora = arch.num_parameters(), config.lora
+    if not lora.lora_rank:
+        return f"{total / 1e6:.1f} M trainable of {total / 1e6:.1f} M parameters"
+    trained = num_adapter_parameters(arch, lora)
+    total += trained
+    return (
+        f"{trained / 1e6:.2f} M trainable of {total / 1e6:.1f} M parameters "
+        f"({100 * trained / total:.2f} %): LoRA rank {lora.lora_rank}, alpha {lora.lora_alpha:g}, "
+        f"dropout {lora.lora_dropout:g} on {','.join(target_modules(lora))}"
     )
-    weights = arch.num_parameters() / split
-    replicas = parallel.data_parallel_size()
-    shard = replicas if parallel_config.use_distributed_optimizer else 1
-    moments = 8 if width == 4 else 12
-    teachers = {"live": 0, "frozen": width, "ema": width if width == 4 else width + 4}
-    sequences = config.train.global_batch_size / replicas
-    window = min(config.method.phf_window_size, config.rollout.max_new_tokens) - 1
-    layers = arch.num_layers / parallel_config.pipeline_model_parallel_size + 1
-    directions = sequences * window * layers * arch.hidden_size * 4
-    rows = sequences * config.rollout.max_new_tokens * arch.hidden_size * width
-    return {
-        "weights": weights * width / _GIB,
-        "gradients": weights * 4 / _GIB,
-        "optimizer": weights * moments / shard / _GIB,
-        "teacher": weights * teachers[config.method.teacher] / _GIB,
-        "targets": (rows + (directions if config.method.phf_alpha > 0 else 0)) / _GIB,
-    }
 
 
 def run_summary(arch: Architecture, config: Config) -> str:
@@ -52,15 +50,18 @@ def run_summary(arch: Architecture, config: Config) -> str:
     memory = memory_estimate(arch, config)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     virtual = p.num_virtual_stages_per_pipeline_rank
+    expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size})"
+    context = "" if p.context_parallel_size == 1 else f" x CP {p.context_parallel_size}"
     return "\n".join(
         (
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
-            f"{arch.num_parameters() / 1e6:.1f} M parameters, "
             f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
+            *_teacher_lines(arch, config),
+            f"trained  {_trainable(arch, config)}",
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
-            f" (virtual {virtual}) x DP {parallel.data_parallel_size()}, sequence parallel "
-            f"{'on' if p.sequence_parallel else 'off'}, distributed optimizer "
-            f"{'on' if p.use_distributed_optimizer else 'off'}",
+            f" (virtual {virtual}){context} x DP {parallel.data_parallel_size()}{expert}, "
+            f"sequence parallel {'on' if p.sequence_parallel else 'off'}, "
+            f"distributed optimizer {'on' if p.use_distributed_optimizer else 'off'}",
             f"device   {device.describe()}",
             f"batch    {t.global_batch_size} rollouts a step, microbatches of {t.micro_batch_size}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "

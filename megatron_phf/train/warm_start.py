@@ -13,7 +13,7 @@ from megatron_phf.config import Config
 from megatron_phf.data.batch import SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
 from megatron_phf.model.rows import gather_rows
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
@@ -25,9 +25,7 @@ def cross_entropy(
     chunk: FlowGPTModel, hidden: Tensor, batch: SequenceBatch, vocab_size: int
 ) -> Tensor:
     """hidden [s, b, h] -> sum over the response tokens of -log p, nats."""
-    sharded = chunk.config.sequence_parallel
-    group = parallel.tensor_parallel_group() if sharded else None
-    rows = gather_rows(hidden, batch.predicting, group)[batch.scored]
+    rows = gather_rows(hidden, batch.predicting, sequence_shards(chunk.config))[batch.scored]
     rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows)
     logits = (rows @ chunk.output_weight().T).float().unsqueeze(1)
     first = parallel.tensor_parallel_rank() * logits.shape[-1]
@@ -48,7 +46,7 @@ def supervised_step(
 
     Returns the mean -log p a token, nats, over the global batch.
     """
-    sharded = student[0].config.sequence_parallel
+    shards = sequence_shards(student[0].config)
     both = [
         Rollout(prompt, prompt, e.response_ids)
         for e in examples
@@ -58,7 +56,7 @@ def supervised_step(
         both,
         micro_batch_size,
         flow_window(2, "even"),
-        length_multiple=parallel.tensor_parallel_size() if sharded else 1,
+        length_multiple=shards.length_multiple,
     )
     batches = [m.student.to(device.device()) for m in batch.microbatches]
     count = torch.tensor([float(batch.num_tokens)], device=device.device())
@@ -71,7 +69,7 @@ def supervised_step(
         return value * scale, value.detach()
 
     optimizer.zero_grad()
-    reported = run_pipeline(optimizer.wrapped, batches, loss, forward_only=False)
+    reported = run_pipeline(optimizer.wrapped, batches, loss, shards, forward_only=False)
     optimizer.step()
     nats = torch.stack([torch.zeros((), device=count.device), *reported]).sum()
     if parallel.tensor_parallel_rank() > 0:

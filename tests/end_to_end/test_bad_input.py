@@ -68,12 +68,14 @@ def test_too_few_rollouts(model: str, tmp_path: Path) -> None:
     fails_once(done, "7 rollouts make 1 step(s)")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "tensor"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "tensor", "teacher"])
 def test_damaged_weights(model: str, tmp_path: Path, damage: str) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     weights = broken / "model.safetensors"
-    if damage == "truncated":
+    flag = "--teacher-hf-model" if damage == "teacher" else "--hf-model"
+    models = [flag, str(broken), *(["--hf-model", model] if damage == "teacher" else [])]
+    if damage in ("truncated", "teacher"):
         weights.write_bytes(weights.read_bytes()[:5000])
     elif damage == "missing":
         weights.unlink()
@@ -83,10 +85,10 @@ def test_damaged_weights(model: str, tmp_path: Path, damage: str) -> None:
         save_file(tensors, weights, {"format": "pt"})
     path = make_replay(str(tmp_path / "r.jsonl"), [3] * 8)
     done = torchrun(
-        2, SCRIPT, "--hf-model", str(broken), "--replay-file", path, *REPLAY,
+        2, SCRIPT, *models, "--replay-file", path, *REPLAY,
         "--pipeline-model-parallel-size", "2", timeout=120,
     )  # fmt: skip
-    fails_once(done, f"--hf-model {broken}: its weights do not load")
+    fails_once(done, f"error: {flag} {broken}: its weights do not load")
 
 
 @pytest.mark.parametrize("flow", [True, False])

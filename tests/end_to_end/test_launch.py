@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.launch import run, torchrun
+from tests.models import make_model
 
 SCRIPT = "examples/pretrain_phf.sh"
 SHORT = ["--warm-start-iters", "2", "--train-iters", "2", "--demo-seeds", "1"]
@@ -168,3 +170,33 @@ def test_export_computes_what_the_student_computed(recorded: Path, embedded_mode
         load_file(Path(d) / "model.safetensors") for d in (recorded / "hf", embedded_model)
     )
     assert any(not torch.equal(trained[k], start[k]) for k in start)
+
+
+def test_a_larger_teacher_on_policy(recorded: Path, embedded_model: str, tmp_path: Path) -> None:
+    """Another width and depth, split over two stages, offloaded, and with fewer positions."""
+    teacher, positions = tmp_path / "teacher", 56
+    make_model(
+        str(teacher), vocab_size=32, num_hidden_layers=6, hidden_size=128,
+        max_position_embeddings=positions,
+    )  # fmt: skip
+    shutil.copy(Path(embedded_model) / "tokenizer.json", teacher)
+    done = torchrun(
+        2, SCRIPT, "--hf-model", embedded_model, "--data", str(recorded / "data.jsonl"),
+        "--student-template", str(recorded / "student.txt"),
+        "--teacher-template", str(recorded / "teacher.txt"), *REAL,
+        "--max-teacher-prompt-length", str(positions - 1), "--max-new-tokens", "64",
+        "--pipeline-model-parallel-size", "2", "--num-layers-in-first-pipeline-stage", "2",
+        "--num-layers-in-last-pipeline-stage", "1",
+        "--teacher-hf-model", str(teacher), "--teacher-offload", "--output-dir", str(tmp_path),
+        "--metrics-file", str(tmp_path / "metrics.jsonl"),
+        "--record-rollouts", str(tmp_path / "rollouts.jsonl"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "teacher  qwen3, 6 layers, hidden 128" in done.stdout
+    assert "no direction term; its layers for the student's: 2,4,6" in done.stdout
+    steps = metrics(tmp_path / "metrics.jsonl")
+    assert len(steps) == 3
+    assert all(step["flow"] > 0 and step["flow_direction"] is None for step in steps)
+    rollouts = metrics(tmp_path / "rollouts.jsonl")
+    ends = [len(r["teacher_prompt_ids"]) + len(r["response_ids"]) for r in rollouts]
+    assert max(ends) == positions  # the teacher can read every response to its end

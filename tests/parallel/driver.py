@@ -6,10 +6,14 @@ CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forwa
 pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
+``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
+``reshard``: save the weights to ``save`` where given; else load those of ``load`` into a random
+model; export.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -18,25 +22,35 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core import parallel_state as mpu
 from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_phf import device, parallel, preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
+from megatron_phf.model.adapter_io import export_adapter, save_peft_adapter
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.gpt import build_model, model_dtype
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
+from megatron_phf.model.lora import is_adapter
+from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.teacher import make_teacher
 from megatron_phf.train.loop import load_student, make_distiller
-from megatron_phf.train.metrics import PhaseTimer, summarize
+from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
+from tests.counted_device import CountedDevice
 
 
 def export(distiller: Distiller, path: str) -> None:
-    """Save the student's weights as they are."""
-    weights = export_hf_weights(distiller.student, distiller.arch, distiller.config)
+    """Save what is trained of the student as it is: all weights, or the adapters."""
+    if distiller.config.lora.lora_rank:
+        weights = export_adapter(distiller.student)
+    else:
+        weights = export_hf_weights(distiller.student, distiller.arch, distiller.config)
     tensors = {name: weight.float().cpu().contiguous() for name, weight in weights}
     if parallel.is_first_rank():
         save_file(tensors, path)
@@ -44,12 +58,12 @@ def export(distiller: Distiller, path: str) -> None:
 
 def complete_gradients(distiller: Distiller) -> None:
     """Undo the distributed optimizer's reduce-scatter: all ranks get all of the summed gradient."""
-    group = mpu.get_data_parallel_group()
     for chunk in distiller.optimizer.wrapped:
-        for buffer in chunk.buffers:
+        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+            group = buffer.data_parallel_group
             for bucket in buffer.buckets:
-                shards = bucket.grad_data.chunk(mpu.get_data_parallel_world_size())
-                mine = shards[mpu.get_data_parallel_rank()].clone()
+                shards = bucket.grad_data.chunk(group.size())
+                mine = shards[group.rank()].clone()
                 torch.distributed.all_gather(list(shards), mine, group=group)
 
 
@@ -59,12 +73,11 @@ def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
     outputs = distiller._forward_backward(batch, distiller._teacher_targets(batch))
     if distiller.config.parallel.use_distributed_optimizer:
         complete_gradients(distiller)
-    parameters = [p for chunk in distiller.student for p in chunk.parameters()]
+    parameters = [p for chunk in distiller.student for p in chunk.parameters() if p.requires_grad]
     weights = [p.data for p in parameters]
     for p in parameters:
         p.data = p.main_grad.to(p.dtype)
-    values = distiller.tap.values
-    metrics = summarize(outputs, values, distiller.arch.num_layers, distiller.config, 0.0, 0.0)
+    metrics = distiller.metrics(outputs, 0.0, 0.0)
     export(distiller, path)
     for p, data in zip(parameters, weights, strict=True):
         p.data = data
@@ -77,8 +90,27 @@ def steps(distiller: Distiller, source: ReplaySource, count: int, path: str) -> 
         distiller.step(i, source.rollouts(i), PhaseTimer()).as_json() for i in range(1, count + 1)
     ]
     export(distiller, path)
+    check_replicas(distiller)
     check_teacher_state(distiller, path)
     return history
+
+
+def check_only_adapters_train(distiller: Distiller) -> None:
+    """Gradients, DDP's buffers and the optimizer hold the adapters and nothing else."""
+    named = [pair for chunk in distiller.student for pair in chunk.named_parameters()]
+    adapters = {p for name, p in named if is_adapter(name)}
+    assert adapters and adapters == {p for _, p in named if p.requires_grad}
+    assert adapters == {p for _, p in named if hasattr(p, "main_grad")}
+    wrapped = distiller.optimizer.wrapped
+    assert all(not chunk.expert_parallel_buffers for chunk in wrapped)
+    assert adapters == {p for chunk in wrapped for buffer in chunk.buffers for p in buffer.params}
+    if (
+        distiller.config.parallel.use_distributed_optimizer
+        or model_dtype(distiller.config) is torch.bfloat16
+    ):
+        return  # it holds fp32 shards or copies
+    groups = distiller.optimizer.optimizer.param_groups
+    assert adapters == {p for group in groups for p in group["params"]}
 
 
 def check_teacher_state(distiller: Distiller, path: str) -> None:
@@ -101,16 +133,104 @@ def check_teacher_state(distiller: Distiller, path: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
 
 
+def check_teacher_weights(distiller: Distiller) -> None:
+    """Nothing of the optimizer or of DDP clings to the weights of a teacher that has its own."""
+    if distiller.config.method.teacher == "live":
+        return
+    frozen = [p for chunk in distiller.teacher.chunks for p in chunk.parameters()]
+    assert not any(p.requires_grad or hasattr(p, "main_grad") for p in frozen)
+    optimizer = distiller.optimizer
+    buffers = [b for c in optimizer.wrapped for b in (*c.buffers, *c.expert_parallel_buffers)]
+    trained = {id(p) for buffer in buffers for p in buffer.params}
+    trained |= {id(p) for group in optimizer.optimizer.param_groups for p in group["params"]}
+    assert trained
+    assert not trained & {id(p) for p in frozen}
+    memory = {p.untyped_storage().data_ptr() for c in distiller.student for p in c.parameters()}
+    assert not memory & {p.untyped_storage().data_ptr() for p in frozen}
+
+
+def check_offload(distiller: Distiller, counted: CountedDevice) -> None:
+    """Every weight is on the device in the teacher's pass, its head in the student's, then none."""
+    weights = sum(1 for chunk in distiller.teacher.chunks for _ in chunk.parameters())
+    forward_backward, update = distiller._forward_backward, distiller.teacher.update
+
+    def student_pass(batch, teacher):
+        assert counted.most == weights
+        assert counted.alive() == (teacher.head is not None)
+        return forward_backward(batch, teacher)
+
+    def after(student):
+        update(student)
+        assert counted.alive() == 0
+
+    distiller._forward_backward, distiller.teacher.update = student_pass, after
+
+
+def check_replicas(distiller: Distiller) -> None:
+    """Parameters that tensor-parallel ranks replicate are the same on all, bit for bit."""
+    for chunk in distiller.student:
+        for p in chunk.parameters():
+            if not p.tensor_model_parallel:
+                parts = parallel.gather_over_tensor_parallel(p.data)
+                assert all(torch.equal(part, parts[0]) for part in parts)
+
+
+def tensor_bytes() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    storages = (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def teacher_memory(student: list, config: Config) -> dict:
+    """What ``make_teacher`` allocates."""
+    before = tensor_bytes()
+    teacher = make_teacher(student, read_architecture(config.model.hf_model), config)
+    named = [pair for chunk in student for pair in chunk.named_parameters()]
+    adapters = sum(p.nbytes for name, p in named if is_adapter(name))
+    added = tensor_bytes() - before
+    del teacher
+    return {"added": added, "adapters": adapters, "model": sum(p.nbytes for _, p in named)}
+
+
 def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[int]]:
-    """Generate for ``prompts``, twice; the export goes beside ``path``."""
+    """Generate for ``prompts``, twice; the export goes beside ``path``.
+
+    ``spread``: every data-parallel rank generates for some of them, else all do for all.
+    """
     arch = read_architecture(config.model.hf_model)
     engine = MegatronRollouts(student, arch.vocab_size, case["batch_size"])
     sampling = SamplingParams(**case["sampling"])
     ids = range(len(case["prompts"]))
-    first = engine.generate(case["prompts"], sampling, ids, case.get("limits"))
-    assert first == engine.generate(case["prompts"], sampling, ids, case.get("limits"))
-    save_hf(student, arch, config, config.model.hf_model, path.removesuffix(".safetensors"))
+    if case.get("spread"):
+        ids = ids[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    asked = [case["prompts"][i] for i in ids]
+    limits = [case["limits"][i] for i in ids] if "limits" in case else None
+    first = engine.generate(asked, sampling, ids, limits)
+    assert first == engine.generate(asked, sampling, ids, limits)
+    if case.get("spread"):
+        shares = parallel.gather_over_data_parallel(dict(zip(ids, first, strict=True)))
+        rows = {i: row for share in shares for i, row in share.items()}
+        first = [rows[i] for i in sorted(rows)]
+    target = path.removesuffix(".safetensors")
+    save_hf(student, arch, config, config.model.hf_model, target)
+    if config.lora.lora_rank:
+        save_peft_adapter(student, arch, config, target + ".adapter")
     return first
+
+
+def reshard(config: Config, case: dict, path: str) -> None:
+    """Save the model's weights, or load another layout's, and export what there is then."""
+    arch = read_architecture(config.model.hf_model)
+    chunks = build_model(arch, config)
+    if case.get("save"):
+        load_hf_weights(chunks, arch, config, config.model.hf_model)
+        save_weights(chunks, case["save"])
+    else:
+        load_weights(chunks, case["load"])
+    tensors = {k: v.cpu().contiguous() for k, v in export_hf_weights(chunks, arch, config)}
+    if parallel.is_first_rank():
+        save_file(tensors, path)
 
 
 def run_case(config: Config, case: dict, path: str) -> object:
@@ -118,15 +238,33 @@ def run_case(config: Config, case: dict, path: str) -> object:
     preflight.check(config)
     preflight.check_world_size(config, torch.distributed.get_world_size())
     parallel.initialize(config.parallel)
+    if case["kind"] == "reshard":
+        return reshard(config, case, path)
     arch = read_architecture(config.model.hf_model)
+    counted = CountedDevice()
+    if config.teacher.teacher_offload and not device.has_cuda():
+        counted.install()
     student = load_student(arch, config, config.model.hf_model)
     if case["kind"] == "rollouts":
         return rollouts(student, config, case, path)
+    if case["kind"] == "teacher_memory":
+        return teacher_memory(student, config)
+    return distill_case(config, case, student, counted, path)
+
+
+def distill_case(
+    config: Config, case: dict, student: list, counted: CountedDevice, path: str
+) -> object:
+    """The kinds that train."""
+    arch = read_architecture(config.model.hf_model)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
     distiller = make_distiller(arch, config, student)
-    if config.method.teacher != "live":  # nothing of the optimizer or of DDP may cling to it
-        frozen = [p for chunk in distiller.teacher.chunks for p in chunk.parameters()]
-        assert not any(p.requires_grad or hasattr(p, "main_grad") for p in frozen)
+    if config.lora.lora_rank:
+        check_only_adapters_train(distiller)
+    if distiller.teacher.chunks is not student:
+        check_teacher_weights(distiller)
+    if config.teacher.teacher_offload:
+        check_offload(distiller, counted)
     if case.get("teacher_model"):
         load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
     if case["kind"] == "train":

@@ -15,6 +15,7 @@ from tests.parallel.test_parity import PP2, SP, TP2
 
 STEPS, BATCH = 3, 4
 LENGTHS = [5, 1, 9, 14, 3, 8, 2, 11, 6, 12, 4, 7]
+OFFLOAD = ["--teacher-offload"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
 
 # name -> (processes, layout flags, teacher, gradient clip)
@@ -28,6 +29,9 @@ CASES = {
     "live_tp2_sp": (2, TP2 + SP, "live", 0.1),
     "ema_tp2_pp2": (4, TP2 + PP2, "ema", 0.1),
     "frozen_tp2_dp2_distributed": (4, TP2 + DISTRIBUTED, "frozen", 0.1),
+    "ema_offload": (1, OFFLOAD, "ema", 0.1),
+    "frozen_offload_pp2": (2, PP2 + OFFLOAD, "frozen", 0.1),
+    "ema_offload_tp2": (2, TP2 + OFFLOAD, "ema", 0.1),
 }
 # A teacher that never moves tells nothing of its decay: move it fast.
 DECAY, RATE = 0.6, 1e-2

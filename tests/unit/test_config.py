@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,18 @@ def files(tmp_path_factory) -> dict[str, str]:
     config = json.loads(Path(scaled, "config.json").read_text())
     config["rope_parameters"]["rope_type"] = "yarn"
     Path(scaled, "config.json").write_text(json.dumps(config))
+    for name, tokens in {"one": ["a", "b"], "two": ["b", "a"]}.items():
+        path = make_model(str(directory / name), hidden_size=96, num_hidden_layers=6)
+        content = {"model": {"vocab": {token: i for i, token in enumerate(tokens)}}}
+        content["added_tokens"] = [{"content": "<end>", "id": 240}]
+        Path(path, "tokenizer.json").write_text(json.dumps(content))
+    make_model(str(directory / "few"), vocab_size=200)
+    shutil.copy(directory / "one" / "tokenizer.json", directory / "few")
     return {
+        "ONE": str(directory / "one"),
+        "TWO": str(directory / "two"),
+        "FEW": str(directory / "few"),
+        "SHORT": make_model(str(directory / "short"), max_position_embeddings=100),
         "MODEL": make_model(str(directory / "model")),
         "DATA": str(directory / "data.jsonl"),
         "BAD": str(directory / "bad.jsonl"),
@@ -94,7 +106,9 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 
 SHORT = "--max-new-tokens 64 --max-prompt-length 64 --max-teacher-prompt-length 128 "
-REAL = "--hf-model MODEL --data DATA " + SHORT
+DATA = "--data DATA " + SHORT
+REAL = "--hf-model MODEL " + DATA
+TWO = "--hf-model TWO " + DATA
 MISTAKES = {
     "--train-iters 0": "--train-iters 0: need at least 1",
     "--opsd-beta 1.5": "--opsd-beta 1.5: need 0 to 1",
@@ -122,6 +136,22 @@ MISTAKES = {
     REAL + "--pipeline-model-parallel-size 3": "does not divide the model's 4 layers",
     REAL + "--num-layers-in-first-pipeline-stage 3 --pipeline-model-parallel-size 3": "divide",
     REAL + "--student-template /nowhere.txt": "/nowhere.txt: no such file",
+    REAL + "--teacher-offload --lora-rank 4": "with --lora-rank the teacher shares the student's",
+    "--teacher-offload --teacher live": "--teacher-offload: a live teacher has no weights",
+    "--teacher-layer-map 1,2": "--teacher-layer-map needs --teacher-hf-model",
+    "--teacher-hf-model ONE": "--teacher-hf-model needs --hf-model",
+    REAL + "--teacher-hf-model /nowhere": "--teacher-hf-model /nowhere: no such directory",
+    REAL + "--teacher-hf-model ONE --teacher ema": "--teacher ema follows the student's weights",
+    REAL + "--teacher-hf-model ONE --teacher live": "--teacher live follows the student's weights",
+    REAL + "--teacher-hf-model ONE": "no tokenizer file (tokenizer.json, tokenizer.model",
+    TWO + "--teacher-hf-model ONE": "token 'b' has id 1 in",
+    TWO + "--teacher-hf-model FEW": "token 'b' has id 1 in",
+    "--hf-model ONE " + DATA + "--teacher-hf-model FEW": "embeddings for 0 to 200 - 1 only",
+    TWO + "--teacher-hf-model TWO --teacher-layer-map 1,2": "2 teacher layers for the student's 6",
+    TWO + "--teacher-hf-model TWO --teacher-layer-map 1,x": "not layer numbers separated by commas",
+    TWO + "--teacher-hf-model TWO --teacher-layer-map 1,1,1,3,2,4": "must not decrease",
+    TWO + "--teacher-hf-model SHORT": "short: a prompt of 128 tokens leaves no room",
+    TWO + "--teacher-hf-model MODEL --pipeline-model-parallel-size 3": "model: --pipeline-model-",
 }
 
 

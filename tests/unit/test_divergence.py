@@ -143,9 +143,9 @@ def chunked(rows, teacher_rows, weight, teacher_weight, spec, **settings):
 @given(seeds, specs, st.integers(1, 9), st.integers(0, 8))
 @settings(max_examples=60, deadline=None)
 def test_chunked_equals_whole(seed: int, spec: DivergenceSpec, chunk: int, padding: int) -> None:
-    n, h, v = 7, 3, 9
-    rows, teacher_rows = normal(seed, n, h).requires_grad_(), normal(seed + 1, n, h)
-    weight, teacher_weight = (normal(seed + i, v, h) for i in (2, 3))
+    n, h, wide, v = 7, 3, 5, 9  # the teacher's hidden size may be another
+    rows, teacher_rows = normal(seed, n, h).requires_grad_(), normal(seed + 1, n, wide)
+    weight, teacher_weight = normal(seed + 2, v, h), normal(seed + 3, v, wide)
     weight.requires_grad_()
     token_weights = normal(seed + 4, n)
     real = v - padding

@@ -15,6 +15,7 @@ from megatron_phf.losses import (
     flow_layer_weights,
     flow_loss,
     geometry_loss,
+    relative_layer_map,
     transition_counts,
 )
 from tests import reference
@@ -191,6 +192,56 @@ def test_geometry_of_different_hidden_sizes() -> None:
     counts = transition_counts(valid)
     assert geometry_loss(a, b, counts).shape == (1,)
     assert adjacent_loss(a, a, b, b, counts) == geometry_loss(a, b, counts)
+
+
+def other_hidden(seed: int, layers: int, width: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, M, width, generator=generator) for _ in range(layers)]
+
+
+@pytest.mark.parametrize("width", [H, 9, 2])
+@pytest.mark.parametrize("layer_map", [None, (1, 1, 4), (2, 3, 5)])
+def test_a_teacher_of_other_width_and_depth_equals_the_reference(
+    width: int, layer_map: tuple[int, ...] | None
+) -> None:
+    student = [x.float().requires_grad_() for x in hidden(1, batch=1)]
+    teacher = other_hidden(2, layers=5, width=width)
+    layers = layer_map or relative_layer_map(LAYERS, 5)
+    flow = flow_loss(student, teacher, all_valid(1), layers)
+    direction, geometry, adjacent = reference.flow_terms(
+        [h[0] for h in student], [h[0] for h in teacher], layer_map
+    )
+    if width == H:
+        assert torch.allclose(flow.direction_per_layer, torch.stack(direction), atol=1e-6)
+        local = (sum(direction) + sum(geometry)) / 2 / LAYERS
+    else:
+        assert flow.direction_per_layer is None
+        assert flow.direction is None
+        local = sum(geometry) / LAYERS
+    assert torch.allclose(flow.geometry_per_layer, torch.stack(geometry), atol=1e-6)
+    assert torch.allclose(flow.adjacent_per_pair, torch.stack(adjacent), atol=1e-6)
+    expected = (local + sum(adjacent) / (LAYERS - 1)) / 2
+    assert torch.allclose(flow.loss, expected, atol=1e-6)
+    found = torch.autograd.grad(flow.loss, student)
+    wanted = torch.autograd.grad(expected, student)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_a_rotated_and_embedded_teacher_gives_zero() -> None:
+    """Geometry and adjacent terms see only inner products: 5 channels inside 9 are the same."""
+    student = hidden(3)
+    inside = torch.linalg.qr(torch.randn(9, H, dtype=torch.float64)).Q.T
+    flow = flow_loss(student, [x @ inside for x in student], all_valid())
+    assert float(flow.loss.abs()) < 1e-12
+    assert flow.direction is None
+
+
+def test_layer_maps_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="teacher layer 4: the teacher has layers 1 to 3"):
+        flow_loss(hidden(1), hidden(2), all_valid(), (1, 2, 4))
+    with pytest.raises(ValueError, match="or a layer_map"):
+        flow_loss(hidden(1)[:2], hidden(2), all_valid())
 
 
 def test_layer_weights_rebuild_the_loss() -> None:

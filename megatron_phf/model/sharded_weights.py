@@ -1,0 +1,65 @@
+"""Weights as megatron-core's distributed checkpoint: saved in one layout, loaded in any other.
+
+Keys are megatron-core's own (``decoder.layers.self_attention.linear_qkv.weight`` holds all
+layers).  What padding adds depends on the layout: vocabulary rows on
+``--make-vocab-size-divisible-by`` times the tensor-parallel size, zero heads on that size.  Both
+are zeros at the end of their dimension, so a tensor may have another length there when it is
+loaded: missing rows become zeros again, superfluous ones are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+from megatron_phf.model import torch_dist
+from megatron_phf.model.gpt import FlowGPTModel
+
+_WITH_HEADS = ("self_attention.linear_qkv.", "self_attention.linear_proj.")
+
+
+def weights_sharded_state_dict(chunks: list[FlowGPTModel], prefix: str = "") -> dict[str, Any]:
+    """This rank's share of the weights: {"model0": {name: sharded tensor}, ...}, one a chunk.
+
+    ``prefix`` goes before every key of the checkpoint.
+    """
+    state = {}
+    for number, chunk in enumerate(chunks):
+        tensors = chunk.sharded_state_dict(prefix=prefix)
+        for value in tensors.values():
+            if isinstance(value, ShardedTensor) and any(n in value.key for n in _WITH_HEADS):
+                value.allow_shape_mismatch = True
+        state[f"model{number}"] = tensors
+    return state
+
+
+def load_weights_state(chunks: list[FlowGPTModel], state: dict[str, Any], prefix: str = "") -> None:
+    """Put tensors that ``torch_dist.read`` gave for ``weights_sharded_state_dict`` in place."""
+    for number, chunk in enumerate(chunks):
+        tensors = state[f"model{number}"].items()
+        chunk.load_state_dict({k.removeprefix(prefix): v for k, v in tensors}, strict=False)
+
+
+def save_weights(chunks: list[FlowGPTModel], directory: str) -> None:
+    """Write the weights into the new ``directory``; every rank calls it.
+
+    Raises:
+        ValueError: it cannot be written, on every rank.
+    """
+    try:
+        torch_dist.on_first_rank(None, lambda: os.makedirs(directory, exist_ok=True))
+        torch_dist.Snapshot(weights_sharded_state_dict(chunks), copy=False).write(directory)
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be written ({error})") from error
+
+
+def load_weights(chunks: list[FlowGPTModel], directory: str) -> None:
+    """Fill ``chunks`` from weights, or from the weights of a training checkpoint; collective.
+
+    Raises:
+        ValueError: damaged, or another model's.
+    """
+    state = torch_dist.read(weights_sharded_state_dict(chunks), directory, complete=False)
+    load_weights_state(chunks, state)

@@ -1,0 +1,76 @@
+"""How adapters join a linear layer: the fused output's order, the normed input, on and off."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_phf.model.lora import _attach, adapters_off
+
+
+class Adapter(torch.nn.Module):
+    """A low-rank product without any parallelism."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.a, self.b = torch.randn(2, columns), torch.randn(rows, 2)
+
+    def forward(self, x: Tensor, sequence_parallel: bool) -> Tensor:
+        return x @ self.a.T @ self.b.T
+
+
+class NormLinear(torch.nn.Module):
+    """Answers as megatron's wrapper of Transformer Engine's LayerNormLinear does."""
+
+    sequence_parallel = False
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.return_layernorm_output = False
+        self.weight, self.norm = torch.randn(rows, columns), torch.nn.RMSNorm(columns)
+
+    def forward(self, x: Tensor):
+        normed = self.norm(x)
+        output = normed @ self.weight.T
+        return ((output, normed) if self.return_layernorm_output else output), None
+
+
+class Linear(NormLinear):
+    """One without a norm, and without the attribute."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(rows, columns)
+        del self.return_layernorm_output
+
+    def forward(self, x: Tensor):
+        return x @ self.weight.T, None
+
+
+def test_a_fused_norms_result_is_the_adapters_input() -> None:
+    torch.manual_seed(0)
+    layer, adapter, x = NormLinear(6, 4), Adapter(6, 4), torch.randn(3, 2, 4)
+    base, _ = layer(x)
+    _attach(layer, {"q_proj": adapter}, {"q_proj": 6})
+    normed = layer.norm(x)
+    output, bias = layer(x)
+    assert bias is None
+    torch.testing.assert_close(output, base + adapter(normed, False))
+    assert float((adapter(normed, False) - adapter(x, False)).detach().norm()) > 0.1
+    with adapters_off([torch.nn.ModuleList([layer])]):
+        assert torch.equal(layer(x)[0], base)
+    assert not torch.equal(layer(x)[0], base)
+
+
+def test_query_groups_alternate_q_k_and_v() -> None:
+    """Two groups of two query heads of 3 channels; no adapter on k."""
+    torch.manual_seed(0)
+    q, v, x = Adapter(12, 4), Adapter(6, 4), torch.randn(5, 1, 4)
+    layer = Linear(24, 4)
+    base, _ = layer(x)
+    _attach(layer, {"q_proj": q, "v_proj": v}, {"q_proj": 6, "k_proj": 3, "v_proj": 3})
+    delta = layer(x)[0] - base
+    rows_q, rows_v, zero = q(x, False), v(x, False), torch.zeros(5, 1, 3)
+    expected = torch.cat(
+        (rows_q[..., :6], zero, rows_v[..., :3], rows_q[..., 6:], zero, rows_v[..., 3:]), -1
+    )
+    torch.testing.assert_close(delta, expected)

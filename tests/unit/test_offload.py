@@ -1,0 +1,77 @@
+"""An offloaded teacher's weights are on the device within its passes and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_phf.average import WeightAverage
+from megatron_phf.offload import HostWeights
+from megatron_phf.teacher import EmaTeacher, StatelessTeacher
+from tests.counted_device import CountedDevice
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> CountedDevice:
+    counted = CountedDevice()
+    counted.install(monkeypatch.setattr)
+    return counted
+
+
+def make_chunk(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+
+def test_weights_come_and_go(counted: CountedDevice) -> None:
+    chunk, x = make_chunk(1), torch.randn(5, 3)
+    before = chunk(x)
+    teacher = StatelessTeacher([chunk], HostWeights([chunk]).on_device)
+    host = [p.data_ptr() for p in chunk.parameters()]
+    assert counted.alive() == 0
+    for _ in range(2):
+        with teacher.active():
+            assert counted.alive() == 4
+            assert not {p.data_ptr() for p in chunk.parameters()} & set(host)
+            assert torch.equal(chunk(x), before)
+            head = chunk[1].weight.detach()
+        assert counted.alive() == 1  # what is still held, as the output head during the student's
+        assert torch.equal(head, chunk[1].weight)
+        del head
+        assert counted.alive() == 0
+        assert [p.data_ptr() for p in chunk.parameters()] == host
+
+
+def test_an_error_in_a_pass_leaves_nothing_behind(counted: CountedDevice) -> None:
+    chunk = make_chunk(1)
+    weights = HostWeights([chunk])
+    with pytest.raises(ZeroDivisionError), weights.on_device():
+        1 / 0  # noqa: B018
+    assert counted.alive() == 0
+
+
+def test_the_average_is_updated_on_the_host(counted: CountedDevice) -> None:
+    student, chunk = make_chunk(2), make_chunk(1)
+    expected = WeightAverage([make_chunk(1)], 0.75)
+    teacher = EmaTeacher([chunk], 0.75, HostWeights([chunk]).on_device)
+    for _ in range(3):
+        expected.update([student])
+        teacher.update([student])
+    assert counted.most == 0  # no weight went to the device for it
+    with teacher.active():
+        found = [p.data.clone() for p in chunk.parameters()]
+    for ours, (_, wanted) in zip(found, expected.pairs(), strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_a_bf16_average_stays_fp32_on_the_host() -> None:
+    """Without CUDA both places are one: nothing is copied."""
+    student, chunk = make_chunk(2).bfloat16(), make_chunk(1).bfloat16()
+    teacher = EmaTeacher([chunk], 0.999, HostWeights([chunk]).on_device)
+    where = [p.data_ptr() for p in chunk.parameters()]
+    teacher.update([student])
+    with teacher.active():
+        assert [p.data_ptr() for p in chunk.parameters()] == where
+    for p, average in teacher.average.pairs():
+        assert (p.dtype, average.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(p.data, average.bfloat16())

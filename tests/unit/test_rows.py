@@ -1,0 +1,40 @@
+"""Where a position lives when sequences are sharded over context and sequence parallelism."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_phf.model.rows import SequenceShards
+
+
+def group(size: int, rank: int) -> SimpleNamespace | None:
+    return SimpleNamespace(size=lambda: size, rank=lambda: rank) if size > 1 else None
+
+
+@pytest.mark.parametrize(("context", "sequence"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 2)])
+def test_every_position_is_in_one_place(context: int, sequence: int) -> None:
+    length = SequenceShards(group(context, 0), group(sequence, 0)).length_multiple * 3
+    whole = torch.arange(2 * length).view(2, length)  # the token's value names its place
+    positions = torch.arange(length).flip(0).expand(2, -1)
+    found, parts = torch.zeros(2, length, dtype=torch.long), torch.zeros(2, length).long()
+    for c in range(context):
+        for s in range(sequence):
+            shards = SequenceShards(group(context, c), group(sequence, s))
+            piece = shards.piece(whole)
+            assert piece.shape[1] == length // context // sequence
+            index, mine = shards.in_part(positions, length)
+            assert torch.equal(shards.part(whole).gather(1, index)[mine], whole.flip(1)[mine])
+            index, here = shards.in_piece(index, mine, piece.shape[1])
+            assert torch.equal(piece.gather(1, index)[here], whole.flip(1)[here])
+            found += here
+            parts += mine
+    assert (found == 1).all()
+    assert (parts == sequence).all()
+
+
+def test_zigzag_order_is_megatrons() -> None:
+    parts = [SequenceShards(group(2, rank), None).part(torch.arange(8)[None]) for rank in (0, 1)]
+    assert [p.flatten().tolist() for p in parts] == [[0, 1, 6, 7], [2, 3, 4, 5]]
