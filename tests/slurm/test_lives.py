@@ -23,10 +23,9 @@ class Run:
         self.cluster, self.out = cluster, out
         self.job = cluster.submit(
             out / "job.out", "--nodes=2", "--gpus-per-node=2", "--time=60", PRETRAIN,
-            "--hf-model", str(inputs / "hf"), "--data", str(inputs / "problems.jsonl"),
-            "--tensor-model-parallel-size", "2", "--teacher", "ema", "--dtype", "fp32",
+            *named(inputs), "--tensor-model-parallel-size", "2", "--teacher", "ema",
             "--global-batch-size", "8", "--micro-batch-size", "2", "--max-new-tokens", "24",
-            "--max-prompt-length", "64", "--max-teacher-prompt-length", "160", "--lr", "1e-3",
+            "--lr", "1e-3", "--dtype", "fp32",
             "--no-tensorboard", "--save-hf", str(out / "hf"),
             OUTPUT_DIR=str(out), TRAIN_ITERS=str(ITERS), SAVE_INTERVAL=str(INTERVAL),
         )  # fmt: skip
@@ -58,7 +57,17 @@ def inputs(tmp_path_factory) -> Path:
     make_hf_directory(str(path / "hf"), seed=3)
     lines = [{"problem": p.problem, "solution": p.solution} for p in make_problems("train", 40, 1)]
     (path / "problems.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    for side, text in (("student", "{problem}="), ("teacher", "{problem}|{solution}=")):
+        (path / f"{side}.txt").write_text(text)
     return path
+
+
+def named(inputs: Path) -> list[str]:
+    """The flags that name these files, and what fits their model."""
+    flags = ["--hf-model", str(inputs / "hf"), "--data", str(inputs / "problems.jsonl")]
+    for side in ("student", "teacher"):
+        flags += [f"--{side}-template", str(inputs / f"{side}.txt")]
+    return [*flags, "--max-prompt-length", "64", "--max-teacher-prompt-length", "160"]
 
 
 def time_limit(job: Job, minutes: int) -> None:
@@ -143,9 +152,7 @@ def test_job_array(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
     job = cluster.submit(
         tmp_path / "%a.out", "--array=1-4", "--gpus-per-node=1",
         "examples/slurm/ablations.sbatch", str(tmp_path / "runs.txt"),
-        "--hf-model", str(inputs / "hf"), "--data", str(inputs / "problems.jsonl"),
-        "--global-batch-size", "2", "--max-new-tokens", "8", "--max-prompt-length", "64",
-        "--max-teacher-prompt-length", "160", "--no-tensorboard",
+        *named(inputs), "--global-batch-size", "2", "--max-new-tokens", "8", "--no-tensorboard",
         OUTPUT_DIR=str(tmp_path), TRAIN_ITERS="2",
     )  # fmt: skip
     end = time.monotonic() + 150
