@@ -76,7 +76,7 @@ class Job:
         """What the job has printed so far."""
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
         """Wait; a job that ends in failure meanwhile fails the test at once."""
         end = time.monotonic() + seconds
         while not condition():
@@ -87,6 +87,6 @@ class Job:
             )
             time.sleep(0.2)
 
-    def wait_until(self, state: str, seconds: float = 150) -> None:
+    def wait_until(self, state: str, seconds: float = 400) -> None:
         """Wait for a job state."""
         self.wait_for(lambda: self.fields()["JobState"] == state, state, seconds)

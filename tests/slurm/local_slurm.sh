@@ -179,19 +179,15 @@ kill_node() { # NODE: as a power cut would
     pid=$(alive "slurmd.$1") || die "$1 does not run"
     uts=$(readlink "/proc/$pid/ns/uts")
     [ "$uts" != "$(readlink /proc/self/ns/uts)" ] || die "$1 has no UTS namespace of its own"
-    for p in /proc/[0-9]*; do
-        [ "$(readlink "$p/ns/uts" 2>/dev/null)" != "$uts" ] || kill -KILL "${p#/proc/}" 2>/dev/null || true
-    done
+    for p in $(inhabitants uts "$uts"); do kill -KILL "$p" 2>/dev/null || true; done
     rm -f "$RUN/slurmd.$1.started"
 }
 
-inhabitants() { # NS-LINK -> pids of every process in that network namespace
-    local p
-    for p in /proc/[0-9]*; do
-        [ "$(readlink "$p/ns/net" 2>/dev/null)" != "$1" ] || echo "${p#/proc/}"
-    done
+inhabitants() { # KIND NS-LINK -> pids of every process in that namespace, all looked at by one find
+    local link=${2//[/\\[}
+    { find /proc/[0-9]*/ns/"$1" -maxdepth 0 -lname "${link//]/\\]}" 2>/dev/null || true; } | cut -d/ -f3
 }
-no_inhabitants() { [ -z "$(inhabitants "$1" | grep -vx "$2")" ]; }
+no_inhabitants() { [ -z "$(inhabitants net "$1" | grep -vx "$2")" ]; }
 no_jobs() { [ -z "$(client squeue -h)" ]; }
 gone() { ! alive "$1" >/dev/null; }
 
@@ -217,9 +213,9 @@ stop() {
     if ns=$(alive ns); then
         link=$(readlink "/proc/$ns/ns/net" || true)
         if [ -n "$link" ] && [ "$link" != "$(readlink /proc/self/ns/net)" ]; then
-            for p in $(inhabitants "$link" | grep -vx "$ns" || true); do kill -TERM "$p" 2>/dev/null || true; done
+            for p in $(inhabitants net "$link" | grep -vx "$ns" || true); do kill -TERM "$p" 2>/dev/null || true; done
             wait_for 5 no_inhabitants "$link" "$ns" ||
-                for p in $(inhabitants "$link" | grep -vx "$ns" || true); do kill -KILL "$p" 2>/dev/null || true; done
+                for p in $(inhabitants net "$link" | grep -vx "$ns" || true); do kill -KILL "$p" 2>/dev/null || true; done
         fi
     fi
     end_one ns

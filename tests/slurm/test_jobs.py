@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.end_to_end.test_evaluate import expected, make_files
 from tests.slurm.cluster import Cluster
 
 PRETRAIN = "examples/slurm/pretrain_phf.sbatch"
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    running = Cluster()
-    yield running
-    running.stop()
 
 
 def test_evaluation_in_a_container_on_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
