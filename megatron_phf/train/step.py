@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from megatron_phf.model.gpt import FlowGPTModel, set_flow_tap
 from megatron_phf.model.rows import gather_rows
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
-from megatron_phf.train.nonfinite import stop_if_nonfinite
+from megatron_phf.train.nonfinite import NonfiniteSteps
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import evaluating, run_pipeline
 
@@ -47,6 +48,7 @@ class Distiller:
     ) -> None:
         self.config, self.arch = config, arch
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
+        self.nonfinite = NonfiniteSteps(config)
         method = config.method
         self._spec = DivergenceSpec(
             beta=method.opsd_beta,
@@ -63,8 +65,10 @@ class Distiller:
     def step(self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer) -> StepMetrics:
         """Train on this data-parallel rank's ``rollouts``.
 
+        A step whose loss or gradient is not finite changes nothing; its metrics say so.
+
         Raises:
-            ValueError: the loss or a gradient is not finite; the samples were written to a file.
+            ValueError: too many of those in a row; the samples were written to a file.
         """
         batch = self._local_batch(rollouts)
         with timer.phase("teacher"):
@@ -72,10 +76,12 @@ class Distiller:
         with timer.phase("student"):
             outputs = self._forward_backward(batch, targets)
         finite = self.optimizer.gradients_finite()
-        stop_if_nonfinite(iteration, rollouts, outputs, self.tap.values, finite, self.config)
+        skip = self.nonfinite.must_skip(iteration, rollouts, outputs, self.tap.values, finite)
+        learning_rate, grad_norm = self.optimizer.learning_rate, math.nan
         with timer.phase("optimizer"):
-            learning_rate, grad_norm = self.optimizer.step()
-            self.teacher.update(self.student)
+            if not skip:
+                learning_rate, grad_norm = self.optimizer.step()
+                self.teacher.update(self.student)
         return summarize(
             outputs, self.tap.values, self.arch.num_layers, self.config, learning_rate, grad_norm
         )

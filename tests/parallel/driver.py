@@ -6,8 +6,8 @@ CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forwa
 pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
-``reshard``: save the weights to ``save`` where given; else load those of ``load`` into a random
-model; export.
+``job``: the whole training job.  ``reshard``: save the weights to ``save`` where given; else load
+those of ``load`` into a random model; export.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, sa
 from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.train.loop import load_student, make_distiller
+from megatron_phf.signals import StopSignals
+from megatron_phf.train.heartbeat import Heartbeat
+from megatron_phf.train.loop import load_student, make_distiller, train
 from megatron_phf.train.metrics import PhaseTimer, summarize
 from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
@@ -138,6 +140,8 @@ def run_case(config: Config, case: dict, path: str) -> object:
     parallel.initialize(config.parallel)
     if case["kind"] == "reshard":
         return reshard(config, case, path)
+    if case["kind"] == "job":
+        return [m.as_json() for m in train(config, StopSignals(), Heartbeat())]
     arch = read_architecture(config.model.hf_model)
     student = load_student(arch, config, config.model.hf_model)
     if case["kind"] == "rollouts":
