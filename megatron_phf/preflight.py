@@ -41,6 +41,7 @@ _AT_LEAST_ONE = {
         "recompute_num_layers",
     ),
     "train": ("train_iters", "global_batch_size", "micro_batch_size"),
+    "checkpoint": ("max_consecutive_nonfinite_steps",),
     "rollout": ("max_new_tokens", "rollout_batch_size"),
     "data": ("max_prompt_length", "max_teacher_prompt_length"),
     "method": ("logits_chunk_tokens",),
@@ -115,6 +116,23 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("--opsd-top-k does not apply to --opsd-objective policy_gradient")
 
 
+def _check_checkpoints(config: Config) -> None:
+    c = config.checkpoint
+    for name in ("save_interval", "keep_last"):
+        if getattr(c, name) < 0:
+            raise ValueError(f"{flag_of(name)} {getattr(c, name)}: need at least 0")
+    for name in ("exit_interval", "exit_duration_in_mins"):
+        value = getattr(c, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{flag_of(name)} {value}: need more than 0")
+    if c.exact_checkpoint and c.load is None:
+        raise ValueError("--exact-checkpoint needs --load")
+    if c.save is None and (c.save_interval or c.async_save or c.keep_last):
+        raise ValueError("--save-interval, --async-save and --keep-last need --save")
+    if config.is_embedded and (c.save or c.load):
+        raise ValueError("--save and --load need --hf-model: the embedded task is many short runs")
+
+
 def model_parallel_size(config: Config) -> int:
     """Processes that hold one copy of the model."""
     parallel = config.parallel
@@ -184,6 +202,7 @@ def check(config: Config) -> None:
     _check_combinations(config)
     check_teacher_flags(config)
     check_lora(config)
+    _check_checkpoints(config)
     if config.model.hf_model is not None:
         _check_expert_flags(read_architecture(config.model.hf_model), config)
         check_models(config, config.model.hf_model)

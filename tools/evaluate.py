@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default=None, help="write the result to this JSON file")
     args, given = parser.parse_known_args(argv)
     run_rank(
-        lambda: _parse(given, args.k), lambda config: evaluate_model(config, args.k, args.output)
+        lambda: _parse(given, args.k),
+        lambda config, *_: evaluate_model(config, args.k, args.output),
     )
 
 

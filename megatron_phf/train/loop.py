@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,13 @@ from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
+from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics
 from megatron_phf.train.optimizer import StudentOptimizer
+from megatron_phf.train.session import Session
 from megatron_phf.train.source import OnPolicySource, RecordingSource, ReplaySource, RolloutSource
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
@@ -85,14 +89,20 @@ def train_steps(
     logger: RunLogger,
     tokenizer: Any | None = None,
     show_example: bool = True,
+    done: int = 0,
+    goes_on: Callable[[int], bool] = lambda iteration: True,
+    entered: Callable[[str], None] = lambda phase: None,
 ) -> list[StepMetrics]:
-    """Run ``train_iters`` steps; each reads as the method does (see ``Distiller.step``)."""
-    history = []
-    for iteration in range(1, distiller.config.train.train_iters + 1):
-        timer = PhaseTimer()
+    """Run the steps after ``done`` up to ``train_iters``, as long as ``goes_on`` after each.
+
+    Each reads as the method does (see ``Distiller.step``); ``entered`` hears of every phase.
+    """
+    history: list[StepMetrics] = []
+    for iteration in range(done + 1, distiller.config.train.train_iters + 1):
+        timer = PhaseTimer(lambda phase, step=iteration: entered(f"step {step}, {phase}"))  # type: ignore[misc]
         with timer.phase("rollout"):
             rollouts = source.rollouts(iteration)
-        if iteration == 1 and show_example:
+        if not history and show_example:
             say(aligned_example(rollouts[0], tokenizer))
         metrics = distiller.step(iteration, rollouts, timer)
         total = sum(timer.seconds.values())
@@ -103,15 +113,19 @@ def train_steps(
                 "seconds": timer.seconds,
                 "tokens_per_second": metrics.rollout_tokens / total,
                 "peak_memory_bytes": device.peak_memory_bytes(),
+                "nonfinite_steps": distiller.nonfinite.total,
             },
         )
         logger.step(iteration, metrics)
         history.append(metrics)
+        entered(f"step {iteration}, save")
+        if not goes_on(iteration):
+            break
     return history
 
 
 def _make_source(
-    config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any
+    config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any, done: int
 ) -> RolloutSource:
     rollout = config.rollout
     vocab_size = common_vocab_size(arch, config)
@@ -129,7 +143,9 @@ def _make_source(
         positions = arch.max_position_embeddings, teacher.max_position_embeddings
         source = OnPolicySource(engine, pairs, sampling, batch, *positions)
     if rollout.record_rollouts is not None:
-        source = RecordingSource(source, rollout.record_rollouts)
+        source = RecordingSource(
+            source, rollout.record_rollouts, done * config.train.global_batch_size
+        )
     return source
 
 
@@ -153,7 +169,7 @@ def _export(student: list[FlowGPTModel], arch: Architecture, config: Config, sou
         say(f"exported to {target}; compare its logits: {check}")
 
 
-def train(config: Config) -> list[StepMetrics]:
+def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[StepMetrics]:
     """Train the student of ``--hf-model`` and export it where asked; the steps' metrics."""
     directory = config.model.hf_model
     assert directory is not None
@@ -162,12 +178,18 @@ def train(config: Config) -> list[StepMetrics]:
     tokenizer = None if replay else load_tokenizer(directory, config.model.trust_remote_code)
     say(run_summary(arch, config))
     student = load_student(arch, config, directory)
-    source = _make_source(config, arch, student, tokenizer)
     distiller = make_distiller(arch, config, student)
-    logger = RunLogger(config, config.train.train_iters)
+    session = Session(config, distiller, signals)
+    done = session.begin()
+    source = _make_source(config, arch, student, tokenizer, done)
+    logger = RunLogger(config, config.train.train_iters, done=done)
     try:
-        history = train_steps(distiller, source, logger, tokenizer)
+        history = train_steps(
+            distiller, source, logger, tokenizer, True, done, session.goes_on, heartbeat.at
+        )
+        session.end(done + len(history))
     finally:
         logger.close()
-    _export(student, arch, config, directory)
+    if not session.stopped:
+        _export(student, arch, config, directory)
     return history
