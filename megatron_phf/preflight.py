@@ -115,6 +115,23 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("--opsd-top-k does not apply to --opsd-objective policy_gradient")
 
 
+def _check_tokenizer(config: Config) -> None:
+    kind, path = config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model
+    if path is None:
+        if kind == "SentencePieceTokenizer":
+            raise ValueError(f"--tokenizer-type {kind} needs --tokenizer-model, the model file")
+        return
+    if config.model.hf_model is None:
+        raise ValueError("--tokenizer-model needs --hf-model, the model it belongs to")
+    if kind == "HFTokenizer" and not os.path.isdir(path):
+        raise ValueError(
+            f"--tokenizer-model {path}: no such directory (for a SentencePiece file: "
+            "--tokenizer-type SentencePieceTokenizer)"
+        )
+    if kind == "SentencePieceTokenizer" and not os.path.isfile(path):
+        raise ValueError(f"--tokenizer-model {path}: no such file")
+
+
 def model_parallel_size(config: Config) -> int:
     """Processes that hold one copy of the model."""
     parallel = config.parallel
@@ -192,6 +209,7 @@ def check(config: Config) -> None:
         arch = parse_architecture(MODEL_CONFIG, "the embedded model")
         _check_expert_flags(arch, config)
         check_split(arch, config)
+    _check_tokenizer(config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
         read_problems(

@@ -65,14 +65,12 @@ def evaluate_model(config: Config, k: int, output: str | None) -> None:
 
     directory = config.model.hf_model
     assert directory is not None
-    arch, tokenizer = (
-        read_architecture(directory),
-        load_tokenizer(directory, config.model.trust_remote_code),
-    )
+    arch, tokenizer = read_architecture(directory), load_tokenizer(config)
+    stop_ids = stop_token_ids(tokenizer, directory)
+    check_token_ids(tokenizer, stop_ids, arch.vocab_size)
     pairs = _prompts(config, tokenizer)
-    check_token_ids(max(max(p.student_ids) for p in pairs), arch.vocab_size)
     room = arch.max_position_embeddings - max(len(p.student_ids) for p in pairs)
-    sampling = sampling_params(config, stop_token_ids(tokenizer, directory))
+    sampling = sampling_params(config, stop_ids)
     sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     engine = MegatronRollouts(
         load_student(arch, config, directory), arch.vocab_size, config.rollout.rollout_batch_size
