@@ -14,7 +14,6 @@ import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
-from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
@@ -26,10 +25,12 @@ from megatron_phf.model.architecture import (
     read_architecture,
 )
 from megatron_phf.model.teacher_architecture import (
+    TEACHER_FLAG,
     check_models,
     check_teacher_flags,
     read_teacher,
 )
+from megatron_phf.model.weight_files import check_hf_weights
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -194,6 +195,16 @@ def _check_expert_flags(arch: Architecture, config: Config) -> None:
         )
 
 
+def _check_weights(config: Config) -> None:
+    paths = {"--hf-model": config.model.hf_model, TEACHER_FLAG: config.teacher.teacher_hf_model}
+    for flag, path in paths.items():
+        if path is not None:
+            try:
+                check_hf_weights(path, read_architecture(path))
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from error
+
+
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_finite(config)
@@ -204,7 +215,7 @@ def check(config: Config) -> None:
     if config.model.hf_model is not None:
         _check_expert_flags(read_architecture(config.model.hf_model), config)
         check_models(config, config.model.hf_model)
-        check_weight_index(config.model.hf_model)
+        _check_weights(config)
     else:
         arch = parse_architecture(MODEL_CONFIG, "the embedded model")
         _check_expert_flags(arch, config)

@@ -46,8 +46,12 @@ def load_export(directory: str) -> Any:
         raise ValueError(f"{directory}: peft cannot load it ({error})") from error
 
 
-def largest_difference(model_directory: str, probe_file: str) -> tuple[float, float]:
+def largest_difference(
+    model_directory: str, probe_file: str, rounded_to: str | None = None
+) -> tuple[float, float]:
     """(largest absolute difference of the logits, their standard deviation).
+
+    ``rounded_to``: round the weights to this dtype and compute in fp32.
 
     Raises:
         ValueError: model or probe cannot be read.
@@ -61,6 +65,10 @@ def largest_difference(model_directory: str, probe_file: str) -> tuple[float, fl
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{probe_file}: no export probe ({error})") from error
     model = load_export(model_directory)
+    if rounded_to is not None:  # not the rotary tables, which are no weights
+        model = model.float()
+        for p in model.parameters():
+            p.data = p.data.to(getattr(torch, rounded_to)).float()
     with torch.no_grad():
         logits = model.eval()(input_ids=tokens).logits[:, -1].float()
     return float((logits - expected).abs().max()), float(expected.std())
@@ -74,9 +82,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, help="of the logits; for bf16 try 0.25"
     )
+    parser.add_argument(
+        "--rounded-to",
+        choices=("float32", "bfloat16"),
+        help="round the weights to this first, and compute in fp32",
+    )
     args = parser.parse_args(argv)
     try:
-        difference, deviation = largest_difference(args.model, args.probe)
+        difference, deviation = largest_difference(args.model, args.probe, args.rounded_to)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

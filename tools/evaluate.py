@@ -31,7 +31,7 @@ _DEFAULTS += ["--rollout-top-k", "0", "--max-new-tokens", "38912"]
 
 def _prompts(config: Config, tokenizer: Any) -> list[Any]:
     from megatron_phf.data.problems import FieldNames, read_problems
-    from megatron_phf.data.prompts import PromptPair, prompt_templates, render
+    from megatron_phf.data.prompts import PromptPair, fill, prompt_templates
 
     data = config.data
     assert data.data is not None
@@ -42,7 +42,7 @@ def _prompts(config: Config, tokenizer: Any) -> list[Any]:
         name = f"--data {data.data}: problem {problem.index + 1}"
         if problem.answer is None:
             raise ValueError(f"{name} has no {data.answer_field!r}; see --answer-field")
-        ids = tuple(render(tokenizer, template, problem, data.student_thinking))
+        ids = tuple(tokenizer.prompt(fill(template, problem), data.student_thinking))
         if len(ids) > limit:
             raise ValueError(f"{name} has {len(ids)} tokens, over --max-prompt-length {limit}")
         pairs.append(PromptPair(problem, ids, ids))
