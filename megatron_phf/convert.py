@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
@@ -24,10 +25,12 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.main import leave_on_error
 from megatron_phf.model import torch_dist
+from megatron_phf.model.adapter_io import save_peft_adapter
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
 from megatron_phf.model.hf_directory import copy_model_files
 from megatron_phf.model.hf_weights import load_hf_weights, save_hf
+from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.train.logging import say
@@ -49,6 +52,7 @@ class Job:
         hf_model: where configuration and tokenizer come from.
         dtype: of the target, ``fp32`` or ``bf16``; None keeps that of a Megatron source.
         probe: also compute logits with what was written, into this file.
+        lora: the LoRA flags of a Megatron source that was trained with them.
     """
 
     action: str
@@ -60,6 +64,7 @@ class Job:
     pipeline_model_parallel_size: int
     max_shard_bytes: int
     probe: str | None
+    lora: dict[str, Any] | None = None
 
     def config(self, dtype: str) -> Config:
         """The model's settings with weights of ``dtype``."""
@@ -72,6 +77,7 @@ class Job:
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
             max_prompt_length=1,
             max_teacher_prompt_length=1,
+            **(self.lora or {}),
         )
 
 
@@ -144,13 +150,20 @@ def _stored_dtype(directory: str) -> str:
     return _NAMES[dtype]
 
 
+def _load_checkpoint(job: Job, arch: Architecture, config: Config) -> list[FlowGPTModel]:
+    chunks = build_model(arch, config)
+    if job.lora is not None:
+        add_adapters(chunks, arch, config)
+    load_weights(chunks, job.source)
+    return chunks
+
+
 def megatron_to_hf(job: Job, arch: Architecture) -> None:
-    """Write the weights of the checkpoint ``source`` as a HuggingFace directory."""
+    """Write the weights of ``source`` as a HuggingFace directory, adapters merged into them."""
     stored = _stored_dtype(job.source)
     config = job.config(stored)
     before = psutil.Process().memory_info().rss
-    chunks = build_model(arch, config)
-    load_weights(chunks, job.source)
+    chunks = _load_checkpoint(job, arch, config)
     dtype = _DTYPES[job.dtype or stored]
     limit = job.max_shard_bytes
     save_hf(chunks, arch, config, job.hf_model, job.target, dtype=dtype, max_shard_bytes=limit)
@@ -159,9 +172,22 @@ def megatron_to_hf(job: Job, arch: Architecture) -> None:
         write_probe(chunks, arch, dtype, job.probe)
 
 
+def adapter_to_peft(job: Job, arch: Architecture) -> None:
+    """Write the adapters of ``source`` as a PEFT directory; its base is ``hf_model``."""
+    stored = _stored_dtype(job.source)
+    config = job.config(stored)
+    before = psutil.Process().memory_info().rss
+    chunks = _load_checkpoint(job, arch, config)
+    save_peft_adapter(chunks, arch, config, job.target)
+    _report_memory(chunks, before)
+    if job.probe is not None:
+        write_probe(chunks, arch, _DTYPES[stored], job.probe)
+
+
 ACTIONS: dict[str, Callable[[Job, Architecture], None]] = {
     "hf-to-megatron": hf_to_megatron,
     "megatron-to-hf": megatron_to_hf,
+    "adapter-to-peft": adapter_to_peft,
 }
 
 

@@ -121,8 +121,10 @@ class SentencePieceTokenizer:
 def _load_hf(path: str, source: str, trust_remote_code: bool) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    return HFTokenizer(AutoTokenizer.from_pretrained(path, **options), source)
+    tokenizer = AutoTokenizer.from_pretrained(
+        path, local_files_only=True, trust_remote_code=trust_remote_code
+    )
+    return HFTokenizer(tokenizer, source)
 
 
 def _load_sentencepiece(path: str, source: str, trust_remote_code: bool) -> Tokenizer:

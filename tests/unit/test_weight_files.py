@@ -84,7 +84,7 @@ DAMAGES = {
     "empty": (lambda d: (d / SECOND).write_bytes(b""), "00002-of-00003.safetensors: truncated"),
     "missing": (
         lambda d: (d / SECOND).unlink(),
-        "model-00002-of-00003.safetensors is missing, one of the 3 files",
+        "model-00002-of-00003.safetensors. is missing; copy",
     ),
     "index": (edit_index, "does not hold model.other"),
     "index json": (
