@@ -39,6 +39,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
+    tokenizer_type: str = _flag(
+        "HFTokenizer", "kind of tokenizer", ("HFTokenizer", "SentencePieceTokenizer")
+    )
+    tokenizer_model: str | None = _flag(
+        None, "HuggingFace directory, or SentencePiece file; without it --hf-model's tokenizer"
+    )
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     tensor_model_parallel_size: int = _flag(1, "tensor parallel size")
     pipeline_model_parallel_size: int = _flag(1, "pipeline parallel size")
@@ -201,6 +211,7 @@ class EmbeddedConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()

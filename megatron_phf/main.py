@@ -60,9 +60,20 @@ def _first_to_fail() -> bool:
     return False
 
 
-def _run(config: Config, job: Job, signals: StopSignals) -> None:
+def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) -> None:
+    """Run a rank's work; of an error the first rank to fail says what it is, and all leave."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message, category=UserWarning)
+    try:
+        run()
+    except ValueError as error:
+        _fail(f"error: {error}" if _first_to_fail() else "", signals)
+    except Exception:
+        rank = os.environ.get("RANK", "0")
+        _fail(f"rank {rank} failed:\n{traceback.format_exc()}" if _first_to_fail() else "", signals)
+
+
+def _run(config: Config, job: Job, signals: StopSignals) -> None:
     # Megatron's overlap of communication and computation counts on one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_phf import device, parallel
@@ -115,13 +126,7 @@ def run_rank(read: Callable[[], Config], job: Job) -> None:
         # Every rank finds the same; one says so.
         _fail(f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
     signals = StopSignals()
-    try:
-        _run(config, job, signals)
-    except ValueError as error:
-        _fail(f"error: {error}" if _first_to_fail() else "", signals)
-    except Exception:
-        rank = os.environ.get("RANK", "0")
-        _fail(f"rank {rank} failed:\n{traceback.format_exc()}" if _first_to_fail() else "", signals)
+    leave_on_error(lambda: _run(config, job, signals), signals)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -70,7 +70,7 @@ def seed_dropout(value: int, iteration: int) -> None:
 
 def destroy() -> None:
     """Leave every process group."""
-    mpu.destroy_model_parallel()
+    destroy_model_parallel()
     dist.destroy_process_group()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -14,7 +13,12 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
-from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
+from megatron_phf.data.tokenizer import (
+    Tokenizer,
+    check_token_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
 from megatron_phf.model.adapter_io import load_peft_adapter, save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
@@ -65,7 +69,7 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams
     )
 
 
-def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
+def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
     assert data.data is not None
@@ -80,6 +84,8 @@ def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
         data.overlong_prompts,
     )
     say(f"data     {len(pairs)} problems from {data.data}, {dropped} dropped as too long")
+    if not tokenizer.has_chat_template:
+        say("prompts  the tokenizer has no chat template: plain text and a newline")
     return pairs
 
 
@@ -87,7 +93,7 @@ def train_steps(
     distiller: Distiller,
     source: RolloutSource,
     logger: RunLogger,
-    tokenizer: Any | None = None,
+    tokenizer: Tokenizer | None = None,
     show_example: bool = True,
     done: int = 0,
     goes_on: Callable[[int], bool] = lambda iteration: True,
@@ -124,24 +130,42 @@ def train_steps(
     return history
 
 
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+    """What on-policy rollouts start from and end at."""
+
+    tokenizer: Tokenizer
+    pairs: list[PromptPair]
+    stop_ids: tuple[int, ...]
+
+
+def _read_prompts(config: Config, arch: Architecture, directory: str) -> _Prompts:
+    tokenizer = load_tokenizer(config)
+    stop_ids = stop_token_ids(tokenizer, directory)
+    check_token_ids(tokenizer, stop_ids, common_vocab_size(arch, config))
+    return _Prompts(tokenizer, read_prompts(config, tokenizer), stop_ids)
+
+
 def _make_source(
-    config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any, done: int
+    config: Config,
+    arch: Architecture,
+    student: list[FlowGPTModel],
+    prompts: _Prompts | None,
+    done: int,
 ) -> RolloutSource:
     rollout = config.rollout
     vocab_size = common_vocab_size(arch, config)
     source: RolloutSource
-    if rollout.rollout_engine == "replay":
+    if prompts is None:
         assert rollout.replay_file is not None
         source = ReplaySource(rollout.replay_file, vocab_size, config)
     else:
-        pairs = read_prompts(config, tokenizer)
-        check_token_ids(max(max(p.teacher_ids) for p in pairs), vocab_size)
         engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
-        sampling = sampling_params(config, stop_token_ids(tokenizer, config.model.hf_model))
+        sampling = sampling_params(config, prompts.stop_ids)
         batch = config.train.global_batch_size
         teacher = read_teacher(arch, config) or arch
         positions = arch.max_position_embeddings, teacher.max_position_embeddings
-        source = OnPolicySource(engine, pairs, sampling, batch, *positions)
+        source = OnPolicySource(engine, prompts.pairs, sampling, batch, *positions)
     if rollout.record_rollouts is not None:
         source = RecordingSource(
             source, rollout.record_rollouts, done * config.train.global_batch_size
@@ -175,13 +199,14 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
     assert directory is not None
     arch = read_architecture(directory)
     replay = config.rollout.rollout_engine == "replay"
-    tokenizer = None if replay else load_tokenizer(directory, config.model.trust_remote_code)
     say(run_summary(arch, config))
+    prompts = None if replay else _read_prompts(config, arch, directory)
     student = load_student(arch, config, directory)
     distiller = make_distiller(arch, config, student)
     session = Session(config, distiller, signals)
     done = session.begin()
-    source = _make_source(config, arch, student, tokenizer, done)
+    source = _make_source(config, arch, student, prompts, done)
+    tokenizer = None if prompts is None else prompts.tokenizer
     logger = RunLogger(config, config.train.train_iters, done=done)
     try:
         history = train_steps(

@@ -224,11 +224,11 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
 def reshard(config: Config, case: dict, path: str) -> None:
     """Save the model's weights, or load another layout's, and export what there is then."""
     arch = read_architecture(config.model.hf_model)
-    chunks = build_model(arch, config)
     if case.get("save"):
-        load_hf_weights(chunks, arch, config, config.model.hf_model)
+        chunks = load_student(arch, config, config.model.hf_model)
         save_weights(chunks, case["save"])
     else:
+        chunks = build_model(arch, config)
         load_weights(chunks, case["load"])
     tensors = {k: v.cpu().contiguous() for k, v in export_hf_weights(chunks, arch, config)}
     if parallel.is_first_rank():
