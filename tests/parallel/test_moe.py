@@ -45,7 +45,6 @@ GRADIENTS = {
     "tp2_live": (2, "moe", [*TP2, *MB2, "--teacher", "live"]),
     "pp2_vpp2": (2, "moe", [*PP2, *VPP2, *MB2]),
     "pp2_full": (2, "raw", [*PP2, *MB2, *FULL]),
-    "tp2_pp2": (4, "moe", [*TP2, *PP2, *MB2]),
     "pp2_ep2": (4, "moe", [*PP2, *EP2, *MB2]),
 }
 TRAINED = {"tp2_ep2": (4, "moe", [*TP2, *EP2, *MB2, *DISTRIBUTED])}
