@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.sharded_weights import weights_sharded_state_dict
 
 _PREFIX = "teacher."
 
@@ -61,8 +62,8 @@ class WeightAverage:
     def sharded_state_dict(self) -> dict[str, Any]:
         """For megatron-core's dist_checkpointing: one entry a chunk, keys prefixed ``teacher.``."""
         state = {}
-        for i, (chunk, values) in enumerate(zip(self._chunks, self._values, strict=True)):
-            entries = chunk.sharded_state_dict(prefix=_PREFIX)
+        whole = weights_sharded_state_dict(self._chunks, _PREFIX)
+        for i, (entries, values) in enumerate(zip(whole.values(), self._values, strict=True)):
             state[f"chunk{i}"] = {
                 key: _with_data(entries[key], value)
                 for key, value in ((_PREFIX + name, value) for name, value in values.items())

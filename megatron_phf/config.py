@@ -39,6 +39,16 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TokenizerConfig:
+    tokenizer_type: str = _flag(
+        "HFTokenizer", "kind of tokenizer", ("HFTokenizer", "SentencePieceTokenizer")
+    )
+    tokenizer_model: str | None = _flag(
+        None, "HuggingFace directory, or SentencePiece file; without it --hf-model's tokenizer"
+    )
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     tensor_model_parallel_size: int = _flag(1, "tensor parallel size")
     pipeline_model_parallel_size: int = _flag(1, "pipeline parallel size")
@@ -160,6 +170,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    save: str | None = _flag(None, "write checkpoints into this directory")
+    load: str | None = _flag(None, "resume from the newest checkpoint of this directory")
+    save_interval: int = _flag(0, "save every so many steps; 0: at the end alone")
+    async_save: bool = _flag(False, "train on while a checkpoint is written")
+    keep_last: int = _flag(0, "keep only so many checkpoints; 0 keeps all")
+    exact_checkpoint: bool = _flag(
+        False, "refuse where --load would take an older checkpoint, or start without one"
+    )
+    exit_interval: int | None = _flag(None, "save and end after a step that this divides")
+    exit_duration_in_mins: float | None = _flag(None, "save and end after so many minutes")
+    max_consecutive_nonfinite_steps: int = _flag(
+        3, "steps in a row without a finite loss and gradient that end the run; fewer are skipped"
+    )
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     output_dir: str = _flag("runs/train", "logs and everything else a run writes")
     metrics_file: str | None = _flag(None, "one JSON object a step")
@@ -184,6 +211,7 @@ class EmbeddedConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -191,6 +219,7 @@ class Config:
     teacher: TeacherConfig = TeacherConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()
 

@@ -51,7 +51,7 @@ class _Demo:
         check_split(self.arch, config)
         self.initial = initial
         self.base = os.path.join(self.directory, "base_model")
-        self.tokenizer = load_tokenizer(initial)
+        self.tokenizer = load_tokenizer(config.replaced(hf_model=initial))
         self.stop_ids = stop_token_ids(self.tokenizer, initial)
         seed = config.train.seed
         self.train = self._pairs(make_problems("train", _TRAIN_PROBLEMS, seed))
@@ -72,7 +72,8 @@ class _Demo:
     def warm_started(self) -> tuple[list[FlowGPTModel], int]:
         """The base model, exported too (every run below starts from that), and its steps."""
         student = load_student(self.arch, self.config, self.initial)
-        stop = self.tokenizer.eos_token_id
+        stop = self.tokenizer.eos_id
+        assert stop is not None
         examples = [
             Rollout(p.student_ids, p.teacher_ids, (*self._solution(p), stop)) for p in self.train
         ]
@@ -83,7 +84,7 @@ class _Demo:
         return student, len(losses)
 
     def _solution(self, pair: PromptPair) -> list[int]:
-        return self.tokenizer.encode(pair.problem.solution, add_special_tokens=False)
+        return self.tokenizer.encode(pair.problem.solution)
 
     def evaluate(self, student: list[FlowGPTModel]) -> Evaluation:
         """Held-out Average@k, at temperature 1 without filters."""

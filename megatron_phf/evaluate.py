@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_phf import parallel
 from megatron_phf.data.prompts import PromptPair
+from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.grading import average_at_k, bootstrap_interval, is_correct
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
@@ -27,7 +27,7 @@ class Evaluation:
 
 def evaluate(
     engine: RolloutEngine,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     pairs: Sequence[PromptPair],
     sampling: SamplingParams,
     k: int,
@@ -45,7 +45,7 @@ def evaluate(
     )
     graded = []
     for (problem, draw), response in zip(mine, responses, strict=True):
-        text = tokenizer.decode(response, skip_special_tokens=True)
+        text = tokenizer.decode(response)
         answer = pairs[problem].problem.answer
         assert answer is not None, "evaluation sets have answers"
         graded.append((problem, draw, is_correct(text, answer), text))

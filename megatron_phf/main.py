@@ -9,12 +9,19 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_phf import preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
+from megatron_phf.signals import StopSignals
+from megatron_phf.train.run_lock import RunLock
 
+if TYPE_CHECKING:
+    from megatron_phf.train.heartbeat import Heartbeat
+
+# What a rank does once it has joined the others.
+Job = Callable[[Config, StopSignals, "Heartbeat"], Any]
 # What megatron-core says on every rank of a machine without its optional packages.
 _EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed.*",
@@ -26,15 +33,17 @@ _EXPECTED_WARNINGS = (
 _SILENT_SECONDS = 20.0
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, signals: StopSignals | None = None) -> NoReturn:
     """Print and leave at once: destructors of process groups may wait for ranks that are gone.
 
     A rank without a message waits first: torchrun ends the others as soon as one leaves, and the
     one that has the message must not be among those.
     """
+    if signals is not None:
+        signals.restore()
     if message:
         print(message, file=sys.stderr, flush=True)
-    else:
+    elif signals is None or signals.received is None:
         time.sleep(_SILENT_SECONDS)
     sys.stdout.flush()
     os._exit(1)
@@ -51,29 +60,59 @@ def _first_to_fail() -> bool:
     return False
 
 
-def _run(config: Config, job: Callable[[Config], Any]) -> None:
+def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) -> None:
+    """Run a rank's work; of an error the first rank to fail says what it is, and all leave."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message, category=UserWarning)
+    try:
+        run()
+    except ValueError as error:
+        _fail(f"error: {error}" if _first_to_fail() else "", signals)
+    except Exception:
+        rank = os.environ.get("RANK", "0")
+        _fail(f"rank {rank} failed:\n{traceback.format_exc()}" if _first_to_fail() else "", signals)
+
+
+def _run(config: Config, job: Job, signals: StopSignals) -> None:
     # Megatron's overlap of communication and computation counts on one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     from megatron_phf import device, parallel
+    from megatron_phf.train.heartbeat import Heartbeat
 
     device.setup()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device.init_distributed(local_rank, config.parallel.distributed_timeout_minutes)
     parallel.initialize(config.parallel)
-    job(config)
+    heartbeat = Heartbeat()
+    try:
+        job(config, signals, heartbeat)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}\nthe other ranks:\n{heartbeat.report()}") from error
     parallel.destroy()
 
 
-def _train(config: Config) -> None:
+def _locked(config: Config) -> list[RunLock]:
+    """Rank 0 keeps other runs out of the directories that this one writes."""
+    directories = {"--output-dir": config.output.output_dir, "--save": config.checkpoint.save}
+    if os.environ.get("RANK", "0") != "0":
+        return []
+    return [RunLock(path, flag) for flag, path in directories.items() if path is not None]
+
+
+def _train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
     from megatron_phf import demo
     from megatron_phf.train.loop import train
 
-    (demo.run if config.is_embedded else train)(config)
+    locks = _locked(config)
+    if config.is_embedded:
+        demo.run(config)
+    else:
+        train(config, signals, heartbeat)
+    for lock in locks:
+        lock.release()
 
 
-def run_rank(read: Callable[[], Config], job: Callable[[Config], Any]) -> None:
+def run_rank(read: Callable[[], Config], job: Job) -> None:
     """Check what ``read`` gives, join the other ranks, run ``job``.
 
     torchrun's environment says who we are.  Leaves with status 1, and one message from one rank,
@@ -86,13 +125,8 @@ def run_rank(read: Callable[[], Config], job: Callable[[Config], Any]) -> None:
     except ValueError as error:
         # Every rank finds the same; one says so.
         _fail(f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
-    try:
-        _run(config, job)
-    except ValueError as error:
-        _fail(f"error: {error}" if _first_to_fail() else "")
-    except Exception:
-        rank = os.environ.get("RANK", "0")
-        _fail(f"rank {rank} failed:\n{traceback.format_exc()}" if _first_to_fail() else "")
+    signals = StopSignals()
+    leave_on_error(lambda: _run(config, job, signals), signals)
 
 
 def main(argv: list[str] | None = None) -> None:

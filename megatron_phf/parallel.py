@@ -30,7 +30,7 @@ def initialize(config: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
-        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
 
 
@@ -70,7 +70,7 @@ def seed_dropout(value: int, iteration: int) -> None:
 
 def destroy() -> None:
     """Leave every process group."""
-    mpu.destroy_model_parallel()
+    destroy_model_parallel()
     dist.destroy_process_group()
 
 
@@ -237,11 +237,23 @@ def gather_over_data_parallel(value: Any) -> list[Any]:
     return gathered
 
 
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    """The maximum of each value over the world; every rank must call it."""
+    tensor = torch.tensor([float(v) for v in values], device=device.device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on any rank of the world; every rank must call it."""
-    value = torch.tensor([float(flag)], device=device.device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return bool(max_over_ranks([flag])[0])
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's picklable ``value``, in rank order (of the world where no group is given)."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def broadcast_object(value: Any) -> Any:

@@ -14,7 +14,6 @@ import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
-from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
@@ -26,10 +25,12 @@ from megatron_phf.model.architecture import (
     read_architecture,
 )
 from megatron_phf.model.teacher_architecture import (
+    TEACHER_FLAG,
     check_models,
     check_teacher_flags,
     read_teacher,
 )
+from megatron_phf.model.weight_files import check_hf_weights
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -41,6 +42,7 @@ _AT_LEAST_ONE = {
         "recompute_num_layers",
     ),
     "train": ("train_iters", "global_batch_size", "micro_batch_size"),
+    "checkpoint": ("max_consecutive_nonfinite_steps",),
     "rollout": ("max_new_tokens", "rollout_batch_size"),
     "data": ("max_prompt_length", "max_teacher_prompt_length"),
     "method": ("logits_chunk_tokens",),
@@ -115,6 +117,40 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("--opsd-top-k does not apply to --opsd-objective policy_gradient")
 
 
+def _check_checkpoints(config: Config) -> None:
+    c = config.checkpoint
+    for name in ("save_interval", "keep_last"):
+        if getattr(c, name) < 0:
+            raise ValueError(f"{flag_of(name)} {getattr(c, name)}: need at least 0")
+    for name in ("exit_interval", "exit_duration_in_mins"):
+        value = getattr(c, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{flag_of(name)} {value}: need more than 0")
+    if c.exact_checkpoint and c.load is None:
+        raise ValueError("--exact-checkpoint needs --load")
+    if c.save is None and (c.save_interval or c.async_save or c.keep_last):
+        raise ValueError("--save-interval, --async-save and --keep-last need --save")
+    if config.is_embedded and (c.save or c.load):
+        raise ValueError("--save and --load need --hf-model: the embedded task is many short runs")
+
+
+def _check_tokenizer(config: Config) -> None:
+    kind, path = config.tokenizer.tokenizer_type, config.tokenizer.tokenizer_model
+    if path is None:
+        if kind == "SentencePieceTokenizer":
+            raise ValueError(f"--tokenizer-type {kind} needs --tokenizer-model, the model file")
+        return
+    if config.model.hf_model is None:
+        raise ValueError("--tokenizer-model needs --hf-model, the model it belongs to")
+    if kind == "HFTokenizer" and not os.path.isdir(path):
+        raise ValueError(
+            f"--tokenizer-model {path}: no such directory (for a SentencePiece file: "
+            "--tokenizer-type SentencePieceTokenizer)"
+        )
+    if kind == "SentencePieceTokenizer" and not os.path.isfile(path):
+        raise ValueError(f"--tokenizer-model {path}: no such file")
+
+
 def model_parallel_size(config: Config) -> int:
     """Processes that hold one copy of the model."""
     parallel = config.parallel
@@ -177,6 +213,16 @@ def _check_expert_flags(arch: Architecture, config: Config) -> None:
         )
 
 
+def _check_weights(config: Config) -> None:
+    paths = {"--hf-model": config.model.hf_model, TEACHER_FLAG: config.teacher.teacher_hf_model}
+    for flag, path in paths.items():
+        if path is not None:
+            try:
+                check_hf_weights(path, read_architecture(path))
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}") from error
+
+
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_finite(config)
@@ -184,14 +230,16 @@ def check(config: Config) -> None:
     _check_combinations(config)
     check_teacher_flags(config)
     check_lora(config)
+    _check_checkpoints(config)
     if config.model.hf_model is not None:
         _check_expert_flags(read_architecture(config.model.hf_model), config)
         check_models(config, config.model.hf_model)
-        check_weight_index(config.model.hf_model)
+        _check_weights(config)
     else:
         arch = parse_architecture(MODEL_CONFIG, "the embedded model")
         _check_expert_flags(arch, config)
         check_split(arch, config)
+    _check_tokenizer(config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
         read_problems(

@@ -103,7 +103,7 @@ BREAKAGES = (
         "a stage unpacks microbatches in another order than they were sent",
         "megatron_phf/model/flow_targets.py",
         "extend((i, move.item) for i in numbers)",
-        "extend((i, move.item) for i in (1, 0, *numbers[2:]))",
+        "extend((i, move.item) for i in reversed(numbers))",
         (LARGER, "-k", "deep_pp2_late or deep_pp2_apart"),
     ),
     Breakage(

@@ -6,6 +6,7 @@ import json
 import math
 import random
 
+import sentencepiece
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -83,12 +84,10 @@ def make_answering_model(path: str, right: float) -> str:
     ``\\boxed{3}``: its layers add nothing, so that each token's logits depend on the last one
     alone.
     """
-    from megatron_phf.data.arithmetic import make_hf_directory
-    from megatron_phf.data.tokenizer import load_tokenizer
+    from megatron_phf.data.arithmetic import make_hf_directory, make_tokenizer
 
     make_hf_directory(path, seed=1)
-    tokenizer = load_tokenizer(path)
-    ids = {token: i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(32)))}
+    ids = make_tokenizer().get_vocab()
     config = Qwen3Config.from_pretrained(path, tie_word_embeddings=False)
     model = Qwen3ForCausalLM(config)
     follows = {
@@ -106,6 +105,26 @@ def make_answering_model(path: str, right: float) -> str:
         # The final norm scales a unit vector by the root of its length.
         model.lm_head.weight[:, :32] = logits / math.sqrt(config.hidden_size)
     model.save_pretrained(path)
+    return path
+
+
+def make_sentencepiece(path: str, vocab_size: int, **settings) -> str:
+    """Train a SentencePiece model on a few kilobytes of sums in words; returns ``path``."""
+    generator = random.Random(5)
+    words = "The answer of this problem is an and so we add né numbers to get".split()  # noqa: SIM905
+    lines = [
+        " ".join([*generator.sample(words, 6), f"{generator.randrange(99)} + {i}, = {i * 7}."])
+        for i in range(200)
+    ]
+    with open(path, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=f,
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            minloglevel=2,
+            **settings,
+        )
     return path
 
 

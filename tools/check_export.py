@@ -16,20 +16,26 @@ import sys
 from typing import Any
 
 
-def load_export(directory: str) -> Any:
+def load_export(directory: str, base: str | None = None) -> Any:
     """The model of a HuggingFace directory, or of a PEFT adapter and its base model.
+
+    ``base``: where that lies, if not where the adapter says.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    base, adapter = directory, os.path.join(directory, "adapter_config.json")
+    adapter = os.path.join(directory, "adapter_config.json")
     try:
-        if os.path.isfile(adapter):
+        if not os.path.isfile(adapter):
+            base = directory
+        elif base is None:
             with open(adapter, encoding="utf-8") as f:
                 base = str(json.load(f)["base_model_name_or_path"])
-        model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{base}: transformers cannot load it ({error})") from error
     if base == directory:
@@ -46,8 +52,29 @@ def load_export(directory: str) -> Any:
         raise ValueError(f"{directory}: peft cannot load it ({error})") from error
 
 
-def largest_difference(model_directory: str, probe_file: str) -> tuple[float, float]:
+def write_probe(directory: str, probe_file: str, base: str | None = None) -> None:
+    """Write what transformers (and peft) compute in fp32, for comparison with another model.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    model = load_export(directory, base).float().eval()
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(size, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits[:, -1].contiguous()
+    save_file({"tokens": tokens, "logits": logits}, probe_file)
+
+
+def largest_difference(
+    model_directory: str, probe_file: str, rounded_to: str | None = None
+) -> tuple[float, float]:
     """(largest absolute difference of the logits, their standard deviation).
+
+    ``rounded_to``: round the weights to this dtype and compute in fp32.
 
     Raises:
         ValueError: model or probe cannot be read.
@@ -61,6 +88,10 @@ def largest_difference(model_directory: str, probe_file: str) -> tuple[float, fl
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{probe_file}: no export probe ({error})") from error
     model = load_export(model_directory)
+    if rounded_to is not None:  # not the rotary tables, which are no weights
+        model = model.float()
+        for p in model.parameters():
+            p.data = p.data.to(getattr(torch, rounded_to)).float()
     with torch.no_grad():
         logits = model.eval()(input_ids=tokens).logits[:, -1].float()
     return float((logits - expected).abs().max()), float(expected.std())
@@ -74,9 +105,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tolerance", type=float, default=1e-3, help="of the logits; for bf16 try 0.25"
     )
+    parser.add_argument(
+        "--rounded-to",
+        choices=("float32", "bfloat16"),
+        help="round the weights to this first, and compute in fp32",
+    )
+    parser.add_argument("--write", action="store_true", help="write the probe from this model")
+    parser.add_argument("--base", help="with --write: the base model of an adapter")
     args = parser.parse_args(argv)
     try:
-        difference, deviation = largest_difference(args.model, args.probe)
+        if args.write:
+            write_probe(args.model, args.probe, args.base)
+            return 0
+        difference, deviation = largest_difference(args.model, args.probe, args.rounded_to)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

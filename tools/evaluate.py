@@ -31,7 +31,7 @@ _DEFAULTS += ["--rollout-top-k", "0", "--max-new-tokens", "38912"]
 
 def _prompts(config: Config, tokenizer: Any) -> list[Any]:
     from megatron_phf.data.problems import FieldNames, read_problems
-    from megatron_phf.data.prompts import PromptPair, prompt_templates, render
+    from megatron_phf.data.prompts import PromptPair, fill, prompt_templates
 
     data = config.data
     assert data.data is not None
@@ -42,7 +42,7 @@ def _prompts(config: Config, tokenizer: Any) -> list[Any]:
         name = f"--data {data.data}: problem {problem.index + 1}"
         if problem.answer is None:
             raise ValueError(f"{name} has no {data.answer_field!r}; see --answer-field")
-        ids = tuple(render(tokenizer, template, problem, data.student_thinking))
+        ids = tuple(tokenizer.prompt(fill(template, problem), data.student_thinking))
         if len(ids) > limit:
             raise ValueError(f"{name} has {len(ids)} tokens, over --max-prompt-length {limit}")
         pairs.append(PromptPair(problem, ids, ids))
@@ -65,14 +65,12 @@ def evaluate_model(config: Config, k: int, output: str | None) -> None:
 
     directory = config.model.hf_model
     assert directory is not None
-    arch, tokenizer = (
-        read_architecture(directory),
-        load_tokenizer(directory, config.model.trust_remote_code),
-    )
+    arch, tokenizer = read_architecture(directory), load_tokenizer(config)
+    stop_ids = stop_token_ids(tokenizer, directory)
+    check_token_ids(tokenizer, stop_ids, arch.vocab_size)
     pairs = _prompts(config, tokenizer)
-    check_token_ids(max(max(p.student_ids) for p in pairs), arch.vocab_size)
     room = arch.max_position_embeddings - max(len(p.student_ids) for p in pairs)
-    sampling = sampling_params(config, stop_token_ids(tokenizer, directory))
+    sampling = sampling_params(config, stop_ids)
     sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     engine = MegatronRollouts(
         load_student(arch, config, directory), arch.vocab_size, config.rollout.rollout_batch_size
@@ -133,7 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default=None, help="write the result to this JSON file")
     args, given = parser.parse_known_args(argv)
     run_rank(
-        lambda: _parse(given, args.k), lambda config: evaluate_model(config, args.k, args.output)
+        lambda: _parse(given, args.k),
+        lambda config, *_: evaluate_model(config, args.k, args.output),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -143,3 +143,18 @@ def write_jsonl(path: str, objects: Iterable[dict[str, Any]]) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(partial, path)
+
+
+def keep_lines(path: str, wanted: Callable[[int, str], bool]) -> None:
+    """Keep the lines of a file with ``wanted(number from 1, line)``; a torn last line goes too.
+
+    The file is empty afterwards where there was none.
+    """
+    kept: list[str] = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = enumerate(f, start=1)
+            kept = [line for i, line in lines if line.endswith("\n") and wanted(i, line)]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(path + ".tmp", path)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_phf.config import DataConfig
 from megatron_phf.data.problems import Problem
+from megatron_phf.data.tokenizer import Tokenizer
 
 _CLOSING = "Please reason step by step, and put your final answer within \\boxed{}."
 STUDENT_TEMPLATE = "Problem: {problem}\n\n" + _CLOSING
@@ -79,30 +79,6 @@ def fill(template: str, problem: Problem) -> str:
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def render(tokenizer: Any, template: str, problem: Problem, thinking: bool) -> list[int]:
-    """Token ids of the prompt, through the tokenizer's chat template.
-
-    A tokenizer without one gets the plain text and a newline, with its own special tokens.
-    """
-    text = fill(template, problem)
-    if getattr(tokenizer, "chat_template", None) is None:
-        return list(tokenizer(text + "\n", add_special_tokens=True)["input_ids"])
-    try:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            enable_thinking=thinking,
-        )
-    except Exception as error:  # a template is a program, and can fail in any way
-        raise ValueError(
-            f"--hf-model: its chat template fails ({type(error).__name__}: {error}); "
-            "correct chat_template.jinja, or chat_template in tokenizer_config.json"
-        ) from error
-    return list(ids)
-
-
 @dataclass(frozen=True)
 class PromptPair:
     """The same problem as both sides are asked it."""
@@ -113,7 +89,7 @@ class PromptPair:
 
 
 def build_prompt_pairs(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     problems: Sequence[Problem],
     templates: PromptTemplates,
     max_student_tokens: int,
@@ -127,8 +103,8 @@ def build_prompt_pairs(
     """
     pairs, dropped = [], 0
     for problem in problems:
-        student = render(tokenizer, templates.student, problem, templates.student_thinking)
-        teacher = render(tokenizer, templates.teacher, problem, templates.teacher_thinking)
+        student = tokenizer.prompt(fill(templates.student, problem), templates.student_thinking)
+        teacher = tokenizer.prompt(fill(templates.teacher, problem), templates.teacher_thinking)
         sides = (
             (student, max_student_tokens, "student", "--max-prompt-length"),
             (teacher, max_teacher_tokens, "teacher", "--max-teacher-prompt-length"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable
 
 from megatron_phf import parallel
+from megatron_phf.output import replace_directory
 
 
 def write_directory(target: str, flag: str, write: Callable[[str], None]) -> str | None:
@@ -24,9 +24,7 @@ def write_directory(target: str, flag: str, write: Callable[[str], None]) -> str
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
         write(partial)
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(target)
-        os.replace(partial, target)
+        replace_directory(partial, target)
     except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
         shutil.rmtree(partial, ignore_errors=True)
         return f"{flag} {target}: cannot be written ({error})"

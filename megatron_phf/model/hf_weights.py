@@ -7,10 +7,7 @@ export that is complete or not there at all.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +15,6 @@ from typing import Any
 import torch
 from mbridge.core.bridge import _MODEL_REGISTRY
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_phf import parallel
@@ -28,9 +24,9 @@ from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
 from megatron_phf.model.gpt import FlowGPTModel, model_dtype
+from megatron_phf.model.hf_directory import SHARD_BYTES, copy_model_files, write_shards
 from megatron_phf.model.lora import is_adapter
 
-_SHARD_BYTES = 5 * 2**30
 _LAYER = "model.layers.{layer_number}."
 
 
@@ -207,71 +203,33 @@ def export_hf_weights(
             yield name, weight.detach()
 
 
-def _write_shards(weights: Iterable[tuple[str, Tensor]], directory: str) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        save_file(pending, os.path.join(directory, f"{len(shards)}.part"), {"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, weight in weights:
-        pending[name] = weight.cpu().contiguous()
-        total += weight.nbytes
-        if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
-            flush()
-    if pending:
-        flush()
-    _name_shards(shards, directory, total)
-
-
-def _name_shards(shards: list[list[str]], directory: str, total: int) -> None:
-    count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = ["model.safetensors"] if count == 1 else names
-    for i, name in enumerate(names):
-        os.replace(os.path.join(directory, f"{i}.part"), os.path.join(directory, name))
-    if count > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {w: f for f, shard in zip(names, shards, strict=True) for w in shard},
-        }
-        with open(os.path.join(directory, "model.safetensors.index.json"), "w") as f:
-            json.dump(index, f, indent=1)
-
-
-def _copy_model_files(source: str, target: str, dtype: torch.dtype) -> None:
-    """Configuration, tokenizer and templates: everything of ``source`` that is not weights."""
-    for name in sorted(os.listdir(source)):
-        kept = name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
-        if kept and os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
-    path = os.path.join(target, "config.json")
-    with open(path, encoding="utf-8") as f:
-        content = json.load(f)
-    content.pop("torch_dtype", None)
-    content["dtype"] = str(dtype).removeprefix("torch.")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2)
-
-
 def save_hf(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config, source: str, target: str
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    source: str,
+    target: str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Export to ``target``, with the configuration and tokenizer of ``source``; every rank calls.
 
-    Written beside and renamed at the end: ``target`` is whole, or as it was.
+    Written beside and renamed at the end: ``target`` is whole, or as it was.  Beside its part of
+    the model a rank holds a few copies of one tensor, and rank 0 one file of ``max_shard_bytes``.
+
+    Args:
+        dtype: of the files; None keeps the model's.
 
     Raises:
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
+    dtype = dtype or next(chunks[0].parameters()).dtype
     weights = export_hf_weights(chunks, arch, config)
 
     def write(directory: str) -> None:
-        _write_shards(weights, directory)
-        _copy_model_files(source, directory, next(chunks[0].parameters()).dtype)
+        write_shards(((n, w.to(dtype)) for n, w in weights), directory, max_shard_bytes)
+        copy_model_files(source, directory, dtype, config.tokenizer)
 
     problem = write_directory(target, "--save-hf", write)
     for _ in weights:  # the other ranks, and rank 0 after an error: the export is collective

@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
 
 from megatron_phf.model import torch_dist
 from megatron_phf.model.gpt import FlowGPTModel
@@ -61,5 +63,21 @@ def load_weights(chunks: list[FlowGPTModel], directory: str) -> None:
     Raises:
         ValueError: damaged, or another model's.
     """
-    state = torch_dist.read(weights_sharded_state_dict(chunks), directory, complete=False)
+    state = weights_sharded_state_dict(chunks)
+    # Left to megatron-core, the halves of each gated MLP would be joined in a second copy of it.
+    apply_factories(state)
+    state = torch_dist.read(state, directory, complete=False)
+    for number, chunk in enumerate(chunks):
+        tensors = state[f"model{number}"]
+        for name, parameter in chunk.named_parameters():
+            if isinstance(parts := tensors.get(name), list):
+                _fill(parameter, parts)
+                del tensors[name]
     load_weights_state(chunks, state)
+
+
+@torch.no_grad()
+def _fill(parameter: Tensor, parts: list[Tensor]) -> None:
+    for target, part in zip(parameter.chunk(len(parts)), parts, strict=True):
+        if target.data_ptr() != part.data_ptr():  # mostly it was read in place
+            target.copy_(part)

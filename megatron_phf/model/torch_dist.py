@@ -103,6 +103,23 @@ def on_first_rank(group: dist.ProcessGroup | None, action: Callable[..., None], 
         raise OSError(problem[0])
 
 
+def on_every_rank(group: dist.ProcessGroup | None, action: Callable[[], None]) -> None:
+    """Let every rank of ``group`` do something to the disk.
+
+    Raises:
+        OSError: on every rank, where one cannot.
+    """
+    problem = None
+    try:
+        action()
+    except OSError as error:
+        problem = _short(error)
+    problems: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(problems, problem, group=group)
+    if any(problems):
+        raise OSError(next(p for p in problems if p))
+
+
 def read(state: dict[str, Any], directory: str, *, complete: bool = True) -> dict[str, Any]:
     """The ``directory``'s values for ``state``, a sharded state dictionary; collective.
 

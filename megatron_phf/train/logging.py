@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
+from megatron_phf.data.problems import keep_lines
 from megatron_phf.train.metrics import StepMetrics
 
 
@@ -35,7 +37,8 @@ def say(text: str) -> None:
 class RunLogger:
     """Records the steps of one run on rank 0; does nothing elsewhere."""
 
-    def __init__(self, config: Config, total: int, name: str = "train") -> None:
+    def __init__(self, config: Config, total: int, name: str = "train", done: int = 0) -> None:
+        """``done``: steps of a run that is resumed; what was recorded after them goes."""
         self._active = parallel.is_first_rank()
         self._total = total
         self._metrics: Any = None
@@ -43,24 +46,31 @@ class RunLogger:
         self._wandb: Any = None
         self._bar: Any = None
         if self._active:
-            self._open(config, name)
+            self._open(config, name, done)
 
-    def _open(self, config: Config, name: str) -> None:
+    def _open(self, config: Config, name: str, done: int) -> None:
         output = config.output
         os.makedirs(output.output_dir, exist_ok=True)
         if output.metrics_file is not None:
             os.makedirs(os.path.dirname(os.path.abspath(output.metrics_file)), exist_ok=True)
-            self._metrics = open(output.metrics_file, "w", encoding="utf-8")  # noqa: SIM115
+            keep_lines(output.metrics_file, lambda number, line: 0 < _step_of(line) <= done)
+            self._metrics = open(output.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
         if output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(os.path.join(output.output_dir, "tensorboard", name))
+            board = os.path.join(output.output_dir, "tensorboard", name)
+            self._board = SummaryWriter(board, purge_step=done + 1 if done else None)
         if output.wandb_project is not None:
             self._wandb = _start_wandb(output.wandb_project, config, name)
         if output.progress:
             # disable=None: no bar in a file, where each refresh would be a line of its own
             self._bar = tqdm(
-                total=self._total, desc=name, unit="step", dynamic_ncols=True, disable=None
+                total=self._total,
+                initial=done,
+                desc=name,
+                unit="step",
+                dynamic_ncols=True,
+                disable=None,
             )
 
     def step(self, iteration: int, metrics: StepMetrics) -> None:
@@ -70,7 +80,7 @@ class RunLogger:
         values = {"step": iteration, **metrics.as_json()}
         tqdm.write(_line(iteration, self._total, values))
         if self._metrics is not None:
-            self._metrics.write(json.dumps(values) + "\n")
+            self._metrics.write(json.dumps(_finite(values)) + "\n")
             self._metrics.flush()
         scalars = _scalars(values)
         if self._board is not None:
@@ -88,6 +98,23 @@ class RunLogger:
                 sink.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the metrics file; 0 where it is torn."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity become null: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +13,12 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
-from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
+from megatron_phf.data.tokenizer import (
+    Tokenizer,
+    check_token_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
 from megatron_phf.model.adapter_io import load_peft_adapter, save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
@@ -22,10 +27,13 @@ from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
+from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics
 from megatron_phf.train.optimizer import StudentOptimizer
+from megatron_phf.train.session import Session
 from megatron_phf.train.source import OnPolicySource, RecordingSource, ReplaySource, RolloutSource
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
@@ -61,7 +69,7 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams
     )
 
 
-def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
+def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
     assert data.data is not None
@@ -76,6 +84,8 @@ def read_prompts(config: Config, tokenizer: Any) -> list[PromptPair]:
         data.overlong_prompts,
     )
     say(f"data     {len(pairs)} problems from {data.data}, {dropped} dropped as too long")
+    if not tokenizer.has_chat_template:
+        say("prompts  the tokenizer has no chat template: plain text and a newline")
     return pairs
 
 
@@ -83,16 +93,22 @@ def train_steps(
     distiller: Distiller,
     source: RolloutSource,
     logger: RunLogger,
-    tokenizer: Any | None = None,
+    tokenizer: Tokenizer | None = None,
     show_example: bool = True,
+    done: int = 0,
+    goes_on: Callable[[int], bool] = lambda iteration: True,
+    entered: Callable[[str], None] = lambda phase: None,
 ) -> list[StepMetrics]:
-    """Run ``train_iters`` steps; each reads as the method does (see ``Distiller.step``)."""
-    history = []
-    for iteration in range(1, distiller.config.train.train_iters + 1):
-        timer = PhaseTimer()
+    """Run the steps after ``done`` up to ``train_iters``, as long as ``goes_on`` after each.
+
+    Each reads as the method does (see ``Distiller.step``); ``entered`` hears of every phase.
+    """
+    history: list[StepMetrics] = []
+    for iteration in range(done + 1, distiller.config.train.train_iters + 1):
+        timer = PhaseTimer(lambda phase, step=iteration: entered(f"step {step}, {phase}"))  # type: ignore[misc]
         with timer.phase("rollout"):
             rollouts = source.rollouts(iteration)
-        if iteration == 1 and show_example:
+        if not history and show_example:
             say(aligned_example(rollouts[0], tokenizer))
         metrics = distiller.step(iteration, rollouts, timer)
         total = sum(timer.seconds.values())
@@ -103,33 +119,57 @@ def train_steps(
                 "seconds": timer.seconds,
                 "tokens_per_second": metrics.rollout_tokens / total,
                 "peak_memory_bytes": device.peak_memory_bytes(),
+                "nonfinite_steps": distiller.nonfinite.total,
             },
         )
         logger.step(iteration, metrics)
         history.append(metrics)
+        entered(f"step {iteration}, save")
+        if not goes_on(iteration):
+            break
     return history
 
 
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+    """What on-policy rollouts start from and end at."""
+
+    tokenizer: Tokenizer
+    pairs: list[PromptPair]
+    stop_ids: tuple[int, ...]
+
+
+def _read_prompts(config: Config, arch: Architecture, directory: str) -> _Prompts:
+    tokenizer = load_tokenizer(config)
+    stop_ids = stop_token_ids(tokenizer, directory)
+    check_token_ids(tokenizer, stop_ids, common_vocab_size(arch, config))
+    return _Prompts(tokenizer, read_prompts(config, tokenizer), stop_ids)
+
+
 def _make_source(
-    config: Config, arch: Architecture, student: list[FlowGPTModel], tokenizer: Any
+    config: Config,
+    arch: Architecture,
+    student: list[FlowGPTModel],
+    prompts: _Prompts | None,
+    done: int,
 ) -> RolloutSource:
     rollout = config.rollout
     vocab_size = common_vocab_size(arch, config)
     source: RolloutSource
-    if rollout.rollout_engine == "replay":
+    if prompts is None:
         assert rollout.replay_file is not None
         source = ReplaySource(rollout.replay_file, vocab_size, config)
     else:
-        pairs = read_prompts(config, tokenizer)
-        check_token_ids(max(max(p.teacher_ids) for p in pairs), vocab_size)
         engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
-        sampling = sampling_params(config, stop_token_ids(tokenizer, config.model.hf_model))
+        sampling = sampling_params(config, prompts.stop_ids)
         batch = config.train.global_batch_size
         teacher = read_teacher(arch, config) or arch
         positions = arch.max_position_embeddings, teacher.max_position_embeddings
-        source = OnPolicySource(engine, pairs, sampling, batch, *positions)
+        source = OnPolicySource(engine, prompts.pairs, sampling, batch, *positions)
     if rollout.record_rollouts is not None:
-        source = RecordingSource(source, rollout.record_rollouts)
+        source = RecordingSource(
+            source, rollout.record_rollouts, done * config.train.global_batch_size
+        )
     return source
 
 
@@ -153,21 +193,28 @@ def _export(student: list[FlowGPTModel], arch: Architecture, config: Config, sou
         say(f"exported to {target}; compare its logits: {check}")
 
 
-def train(config: Config) -> list[StepMetrics]:
+def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[StepMetrics]:
     """Train the student of ``--hf-model`` and export it where asked; the steps' metrics."""
     directory = config.model.hf_model
     assert directory is not None
     arch = read_architecture(directory)
     replay = config.rollout.rollout_engine == "replay"
-    tokenizer = None if replay else load_tokenizer(directory, config.model.trust_remote_code)
     say(run_summary(arch, config))
+    prompts = None if replay else _read_prompts(config, arch, directory)
     student = load_student(arch, config, directory)
-    source = _make_source(config, arch, student, tokenizer)
     distiller = make_distiller(arch, config, student)
-    logger = RunLogger(config, config.train.train_iters)
+    session = Session(config, distiller, signals)
+    done = session.begin()
+    source = _make_source(config, arch, student, prompts, done)
+    tokenizer = None if prompts is None else prompts.tokenizer
+    logger = RunLogger(config, config.train.train_iters, done=done)
     try:
-        history = train_steps(distiller, source, logger, tokenizer)
+        history = train_steps(
+            distiller, source, logger, tokenizer, True, done, session.goes_on, heartbeat.at
+        )
+        session.end(done + len(history))
     finally:
         logger.close()
-    _export(student, arch, config, directory)
+    if not session.stopped:
+        _export(student, arch, config, directory)
     return history

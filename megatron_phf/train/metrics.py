@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 class PhaseTimer:
     """Seconds of the phases of one step, the device waited for at each end."""
 
-    def __init__(self) -> None:
+    def __init__(self, entered: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self._entered = entered
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time within to phase ``name``."""
+        self._entered(name)
         device.synchronize()
         start = time.perf_counter()
         try:

@@ -1,12 +1,11 @@
-"""Stop at a loss or gradient that is not finite, with the samples it came from on disk."""
+"""Skip a step whose loss or gradient is not finite, its samples on disk; stop after several."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_phf import parallel
@@ -16,6 +15,50 @@ from megatron_phf.data.replay_file import Rollout, rollout_to_json
 
 if TYPE_CHECKING:
     from megatron_phf.train.step import OutputLoss
+
+
+class NonfiniteSteps:
+    """Counts the steps that were skipped: all of the run, and the last ones in a row."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.total = self.in_a_row = 0
+
+    def must_skip(
+        self,
+        iteration: int,
+        rollouts: Sequence[Rollout],
+        outputs: Sequence[OutputLoss],
+        values: Mapping[tuple[int, int], Tensor],
+        gradients_finite: bool,
+    ) -> bool:
+        """Whether the weights must not change; after each backward pass, on every rank alike.
+
+        Raises:
+            ValueError: as many in a row as --max-consecutive-nonfinite-steps; names the step and
+                the file with its samples.
+        """
+        bad = _bad_sequences(outputs, values, self._config.train.micro_batch_size)
+        loss_bad, gradient_bad = parallel.max_over_ranks([bool(bad), not gradients_finite])
+        if not loss_bad and not gradient_bad:
+            self.in_a_row = 0
+            return False
+        self.total, self.in_a_row = self.total + 1, self.in_a_row + 1
+        what = "loss" if loss_bad else "gradient"
+        # A gradient names no sample: the whole batch is written then.
+        named = bad if loss_bad else set(range(len(rollouts)))
+        path = _dump(iteration, rollouts, named, self._config)
+        limit = self._config.checkpoint.max_consecutive_nonfinite_steps
+        text = f"step {iteration}: the {what} is not finite; weights unchanged, samples in {path} "
+        if self.in_a_row >= limit:
+            raise ValueError(
+                f"{text}(replay them with --rollout-engine replay --replay-file; try a lower --lr "
+                f"or --clip-grad); {self.in_a_row} in a row, --max-consecutive-nonfinite-steps "
+                f"{limit}"
+            )
+        if parallel.is_first_rank():
+            print(f"warning: {text}({self.in_a_row} in a row)", flush=True)
+        return True
 
 
 def _bad_sequences(
@@ -35,37 +78,9 @@ def _bad_sequences(
 def _dump(iteration: int, rollouts: Sequence[Rollout], bad: set[int], config: Config) -> str:
     """Write the samples named by any rank, as a replay file; collective."""
     mine = {(parallel.data_parallel_rank(), i): rollout_to_json(rollouts[i]) for i in sorted(bad)}
-    gathered: list[dict[tuple[int, int], Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    samples = {key: sample for rank in gathered for key, sample in rank.items()}
+    samples = {k: sample for rank in parallel.gather_objects(mine) for k, sample in rank.items()}
     path = os.path.join(config.output.output_dir, f"nonfinite_step_{iteration}.jsonl")
     if parallel.is_first_rank():
         os.makedirs(config.output.output_dir, exist_ok=True)
         write_jsonl(path, [samples[key] for key in sorted(samples)])
     return path
-
-
-def stop_if_nonfinite(
-    iteration: int,
-    rollouts: Sequence[Rollout],
-    outputs: Sequence[OutputLoss],
-    values: Mapping[tuple[int, int], Tensor],
-    gradients_finite: bool,
-    config: Config,
-) -> None:
-    """Every rank calls it after the backward pass, before the weights change.
-
-    Raises:
-        ValueError: on every rank alike, naming the step and the file with the samples.
-    """
-    bad = _bad_sequences(outputs, values, config.train.micro_batch_size)
-    loss_bad = parallel.any_rank(bool(bad))
-    if not loss_bad and not parallel.any_rank(not gradients_finite):
-        return
-    what = "loss" if loss_bad else "gradient"
-    # A gradient names no sample: the whole batch is written then.
-    path = _dump(iteration, rollouts, bad if loss_bad else set(range(len(rollouts))), config)
-    raise ValueError(
-        f"step {iteration}: the {what} is not finite; weights unchanged, samples in {path} "
-        "(replay them with --rollout-engine replay --replay-file; try a lower --lr or --clip-grad)"
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -61,15 +62,66 @@ class StudentOptimizer:
 
     def step(self) -> tuple[float, float]:
         """Clip and update the weights; (learning rate used, gradient norm before clipping)."""
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = self.learning_rate
         with device.cuda_type_names():
             _, grad_norm, _ = self.optimizer.step()
         self._schedule.step(increment=1)
-        return float(learning_rate), float(grad_norm)
+        return learning_rate, float(grad_norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps that changed the weights."""
+        return self._schedule.num_steps
+
+    def sharded_state_dict(self, weights: dict[str, Any], loading: bool) -> dict[str, Any]:
+        """Moments and fp32 weights for dist_checkpointing; ``weights``: the student's.
+
+        megatron-core's default for the distributed optimizer, ``fully_sharded_model_space``, cuts
+        tensors by ``flattened_range``, which its own ShardedTensor no longer accepts
+        (``validate_metadata_integrity``, on any device).  ``fully_reshardable`` has whole tensors.
+        """
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,
+        }
+        for each in self.optimizer.chained_optimizers:
+            _allocate_state(each.optimizer)
+        with device.cuda_type_names():
+            return self.optimizer.sharded_state_dict(weights, loading, metadata=metadata)
+
+    def load_state_dict(self, state: dict[str, Any], schedule_steps: int) -> None:
+        """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's."""
+        kept = [{k: g[k] for k in ("betas", "eps")} for g in self.optimizer.param_groups]
+        with device.cuda_type_names():
+            self.optimizer.load_state_dict(state)
+        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
+            group.update(values)
+        self._schedule.num_steps = 0
+        self._schedule.step(increment=schedule_steps)
 
 
 def _buffers(chunk: DistributedDataParallel) -> list:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _allocate_state(adam: torch.optim.Optimizer) -> None:
+    """What torch's Adam has only after its first step, and megatron-core expects before.
+
+    NVIDIA's fused ones keep one step a group, and are left to megatron-core.
+    """
+    if not isinstance(adam, torch.optim.Adam):
+        return
+    for parameter in (p for group in adam.param_groups for p in group["params"]):
+        state = adam.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
 
 
 def _schedule(optimizer: object, train: TrainConfig) -> OptimizerParamScheduler:

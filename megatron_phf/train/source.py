@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
+from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
 from megatron_phf.rollout import RolloutEngine
@@ -89,13 +90,16 @@ class ReplaySource:
 
 
 class RecordingSource:
-    """Another source, every rollout of which is also appended to a replay file."""
+    """Another source, every rollout of which is also appended to a replay file.
 
-    def __init__(self, source: RolloutSource, path: str) -> None:
+    A resumed run keeps the first ``kept`` lines that the file has.
+    """
+
+    def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
         self._source, self._path = source, path
         if parallel.is_first_rank():
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            open(path, "w").close()
+            keep_lines(path, lambda number, line: number <= kept)
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""

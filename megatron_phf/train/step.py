@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from megatron_phf.model.rows import gather_rows, part_rows
 from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
-from megatron_phf.train.nonfinite import stop_if_nonfinite
+from megatron_phf.train.nonfinite import NonfiniteSteps
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
 
@@ -69,6 +70,7 @@ class Distiller:
     ) -> None:
         self.config, self.arch = config, arch
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
+        self.nonfinite = NonfiniteSteps(config)
         method = config.method
         self._spec = DivergenceSpec(
             beta=method.opsd_beta,
@@ -88,8 +90,10 @@ class Distiller:
     def step(self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer) -> StepMetrics:
         """Train on this data-parallel rank's ``rollouts``.
 
+        A step whose loss or gradient is not finite changes nothing; its metrics say so.
+
         Raises:
-            ValueError: the loss or a gradient is not finite; the samples were written to a file.
+            ValueError: too many of those in a row; the samples were written to a file.
         """
         batch = self._local_batch(rollouts)
         with timer.phase("teacher"):
@@ -100,10 +104,12 @@ class Distiller:
             outputs = self._forward_backward(batch, targets)
         del targets  # with it goes the output head of an offloaded teacher
         finite = self.optimizer.gradients_finite()
-        stop_if_nonfinite(iteration, rollouts, outputs, self.tap.values, finite, self.config)
+        skip = self.nonfinite.must_skip(iteration, rollouts, outputs, self.tap.values, finite)
+        learning_rate, grad_norm = self.optimizer.learning_rate, math.nan
         with timer.phase("optimizer"):
-            learning_rate, grad_norm = self.optimizer.step()
-            self.teacher.update(self.student)
+            if not skip:
+                learning_rate, grad_norm = self.optimizer.step()
+                self.teacher.update(self.student)
         return self.metrics(outputs, learning_rate, grad_norm)
 
     def metrics(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
@@ -72,11 +71,11 @@ def run_summary(arch: Architecture, config: Config) -> str:
     )
 
 
-def _text(tokenizer: Any, ids: tuple[int, ...]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False)
+def _text(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def aligned_example(rollout: Rollout, tokenizer: Any | None) -> str:
+def aligned_example(rollout: Rollout, tokenizer: Tokenizer | None) -> str:
     """One rollout as both models read it: prompts, and where each response token sits in each."""
     student, teacher = rollout.student_prompt_ids, rollout.teacher_prompt_ids
     lines = ["--- one aligned example ---"]

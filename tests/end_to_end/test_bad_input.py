@@ -68,27 +68,20 @@ def test_too_few_rollouts(model: str, tmp_path: Path) -> None:
     fails_once(done, "7 rollouts make 1 step(s)")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "tensor", "teacher"])
-def test_damaged_weights(model: str, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("flag", ["--hf-model", "--teacher-hf-model"])
+def test_damaged_weights_are_refused_before_launch(model: str, tmp_path: Path, flag: str) -> None:
+    """All kinds of damage: tests/unit/test_weight_files.py."""
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     weights = broken / "model.safetensors"
-    flag = "--teacher-hf-model" if damage == "teacher" else "--hf-model"
-    models = [flag, str(broken), *(["--hf-model", model] if damage == "teacher" else [])]
-    if damage in ("truncated", "teacher"):
-        weights.write_bytes(weights.read_bytes()[:5000])
-    elif damage == "missing":
-        weights.unlink()
-    else:
-        tensors = load_file(weights)
-        del tensors["model.layers.2.mlp.down_proj.weight"]
-        save_file(tensors, weights, {"format": "pt"})
+    weights.write_bytes(weights.read_bytes()[:-5])
     path = make_replay(str(tmp_path / "r.jsonl"), [3] * 8)
-    done = torchrun(
-        2, SCRIPT, *models, "--replay-file", path, *REPLAY,
-        "--pipeline-model-parallel-size", "2", timeout=120,
-    )  # fmt: skip
-    fails_once(done, f"error: {flag} {broken}: its weights do not load")
+    models = ["--hf-model", model, flag, str(broken)]  # of a flag given twice the last one counts
+    done = run(["bash", SCRIPT, *models, "--replay-file", path, *REPLAY], timeout=60)
+    assert done.returncode == 2
+    fails_once(done, f"error: {flag}: {weights}: ")
+    assert "truncated" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("flow", [True, False])
@@ -113,12 +106,28 @@ def test_a_loss_that_is_not_finite_names_its_samples(
         4, SCRIPT, "--hf-model", str(poisoned), "--replay-file", path, *REPLAY,
         "--tensor-model-parallel-size", "2", "--output-dir", str(tmp_path / "out"),
         "--metrics-file", str(tmp_path / "metrics.jsonl"),
-        *([] if flow else ["--phf-alpha", "0"]), timeout=120,
+        *([] if flow else ["--phf-alpha", "0"]), "--max-consecutive-nonfinite-steps", "1",
+        timeout=120,
     )  # fmt: skip
     fails_once(done, "step 2: the loss is not finite; weights unchanged")
     dumped = read_rollouts(str(tmp_path / "out" / "nonfinite_step_2.jsonl"), 250)
     assert [list(r.response_ids) for r in dumped] == [samples[5]["response_ids"]]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1  # step 1 stays
+    if flow:
+        return
+    # By default a single such step is skipped and counted.
+    done = torchrun(
+        1, SCRIPT, "--hf-model", str(poisoned), "--replay-file", path, *REPLAY,
+        "--output-dir", str(tmp_path / "out"), "--metrics-file", str(tmp_path / "more.jsonl"),
+        "--phf-alpha", "0", "--save-hf", str(tmp_path / "hf"), timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warning: step 2: the loss is not finite; weights unchanged" in done.stdout
+    first, second = (json.loads(x) for x in (tmp_path / "more.jsonl").read_text().splitlines())
+    assert (first["nonfinite_steps"], second["nonfinite_steps"]) == (0, 1)
+    assert second["loss"] is None and second["grad_norm"] is None
+    trained = load_file(tmp_path / "hf" / "model.safetensors")
+    assert not trained["lm_head.weight"].isnan().any()
 
 
 def test_an_export_that_cannot_be_written(model: str, tmp_path: Path) -> None:

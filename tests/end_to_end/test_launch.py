@@ -25,7 +25,7 @@ STEP_KEYS = {
     "step", "loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent",
     "flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair", "grad_norm",
     "learning_rate", "clipped_fraction", "clip_mode", "teacher_entropy", "rollout_tokens",
-    "seconds", "tokens_per_second", "peak_memory_bytes",
+    "seconds", "tokens_per_second", "peak_memory_bytes", "nonfinite_steps",
 }  # fmt: skip
 
 

@@ -7,8 +7,8 @@ pass of the first global batch; metrics, and gradients under HuggingFace names. 
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
 ``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
-``reshard``: save the weights to ``save`` where given; else load those of ``load`` into a random
-model; export.
+``job``: the whole training job.  ``reshard``: save the weights to ``save`` where given; else load
+those of ``load`` into a random model; export.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ from megatron_phf.model.lora import is_adapter
 from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
-from megatron_phf.train.loop import load_student, make_distiller
+from megatron_phf.train.heartbeat import Heartbeat
+from megatron_phf.train.loop import load_student, make_distiller, train
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
@@ -222,11 +224,11 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
 def reshard(config: Config, case: dict, path: str) -> None:
     """Save the model's weights, or load another layout's, and export what there is then."""
     arch = read_architecture(config.model.hf_model)
-    chunks = build_model(arch, config)
     if case.get("save"):
-        load_hf_weights(chunks, arch, config, config.model.hf_model)
+        chunks = load_student(arch, config, config.model.hf_model)
         save_weights(chunks, case["save"])
     else:
+        chunks = build_model(arch, config)
         load_weights(chunks, case["load"])
     tensors = {k: v.cpu().contiguous() for k, v in export_hf_weights(chunks, arch, config)}
     if parallel.is_first_rank():
@@ -240,6 +242,8 @@ def run_case(config: Config, case: dict, path: str) -> object:
     parallel.initialize(config.parallel)
     if case["kind"] == "reshard":
         return reshard(config, case, path)
+    if case["kind"] == "job":
+        return [m.as_json() for m in train(config, StopSignals(), Heartbeat())]
     arch = read_architecture(config.model.hf_model)
     counted = CountedDevice()
     if config.teacher.teacher_offload and not device.has_cuda():

@@ -23,11 +23,9 @@ DISTRIBUTED = ["--use-distributed-optimizer"]
 
 # name -> (processes, model, layout flags)
 CASES = {
-    "cp2": (2, "dense", CP2),
     "cp2_full": (2, "dense", [*CP2, *MB2, "--recompute-granularity", "full"]),
     "cp2_ep2": (2, "moe", [*CP2, *MB2, "--expert-model-parallel-size", "2"]),
     "cp4": (4, "dense", ["--context-parallel-size", "4", *MB2]),
-    "cp2_tp2_sp": (4, "dense", [*CP2, *TP2, *SP]),
     "cp2_pp2": (4, "dense", [*CP2, *PP2, *MB2]),
     "cp2_tp2_sp_moe": (4, "moe", [*CP2, *TP2, *SP, *MB2]),
 }

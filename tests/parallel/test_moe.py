@@ -45,7 +45,6 @@ GRADIENTS = {
     "tp2_live": (2, "moe", [*TP2, *MB2, "--teacher", "live"]),
     "pp2_vpp2": (2, "moe", [*PP2, *VPP2, *MB2]),
     "pp2_full": (2, "raw", [*PP2, *MB2, *FULL]),
-    "tp2_pp2": (4, "moe", [*TP2, *PP2, *MB2]),
     "pp2_ep2": (4, "moe", [*PP2, *EP2, *MB2]),
 }
 TRAINED = {"tp2_ep2": (4, "moe", [*TP2, *EP2, *MB2, *DISTRIBUTED])}
@@ -55,6 +54,12 @@ ROLLOUTS = {
     "rollouts_pp2": (2, "raw", PP2),
     "rollouts_tp2_ep2": (4, "moe", TP2 + EP2),
     "rollouts_pp2_ep2": (4, "moe", PP2 + EP2),
+}
+# The first saves a checkpoint's weights, the others load them.
+RESHARDED = {
+    "saved_ep2": (2, "moe", EP2),
+    "loaded_tp2": (2, "moe", TP2),
+    "loaded_pp2": (2, "moe", PP2),
 }
 # Ranks of an expert-parallel group leave the loop at different times, and have unlike batches.
 LIMITS, ROWS = [20, 1, 7, 2, 13, 3, 20], 3
@@ -113,6 +118,17 @@ def rollout_case(files: Path, name: str, greedy: dict) -> dict:
     }
 
 
+def reshard_case(files: Path, name: str) -> dict:
+    _, model, layout = RESHARDED[name]
+    data = ["--data", str(files / "data.jsonl"), "--dtype", "fp32", *SHORT]
+    return {
+        "name": name,
+        "kind": "reshard",
+        "argv": ["--hf-model", str(files / model), *data, *layout],
+        "save" if name.startswith("saved") else "load": str(files / "weights"),
+    }
+
+
 def training_case(files: Path, name: str) -> dict:
     _, model, layout = {**GRADIENTS, **TRAINED}[name]
     more = {"lr": 1e-2, "adam-eps": 1e-4, "lr-decay-style": "constant", "train-iters": STEPS}
@@ -122,18 +138,20 @@ def training_case(files: Path, name: str) -> dict:
     return {"name": name, "kind": kind, "steps": STEPS, "argv": argv}
 
 
+def case_of(files: Path, name: str, greedy: dict) -> dict:
+    if name in ROLLOUTS:
+        return rollout_case(files, name, greedy)
+    return (reshard_case if name in RESHARDED else training_case)(files, name)
+
+
 @pytest.fixture(scope="module")
 def results(files: Path, greedy: dict, request: pytest.FixtureRequest) -> Path:
     output = files / "out"
     output.mkdir()
-    wanted = selected(request, {**GRADIENTS, **TRAINED, **ROLLOUTS})
+    wanted = selected(request, {**GRADIENTS, **TRAINED, **ROLLOUTS, **RESHARDED})
     for processes in sorted({case[0] for case in wanted.values()}):
-        cases = [
-            rollout_case(files, name, greedy) if name in ROLLOUTS else training_case(files, name)
-            for name, (count, *_) in wanted.items()
-            if count == processes
-        ]
-        launch(processes, cases, output)
+        names = [name for name, (count, *_) in wanted.items() if count == processes]
+        launch(processes, [case_of(files, name, greedy) for name in names], output)
     return output
 
 
@@ -199,5 +217,14 @@ def test_greedy_equals_transformers(name: str, results: Path, greedy: dict) -> N
 def test_export_is_bit_equal(name: str, results: Path, files: Path) -> None:
     original = load_file(files / ROLLOUTS[name][1] / "model.safetensors")
     exported = load_file(results / name / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[key], original[key]) for key in original)
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_checkpoint_weights_load_in_another_layout(name: str, results: Path, files: Path) -> None:
+    original = load_file(files / RESHARDED[name][1] / "model.safetensors")
+    exported = load_file(results / f"{name}.safetensors")
+    exported.pop("lm_head.weight", None)  # tied
     assert exported.keys() == original.keys()
     assert all(torch.equal(exported[key], original[key]) for key in original)

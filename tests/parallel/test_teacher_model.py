@@ -33,6 +33,15 @@ TEACHERS = {
     },
     "shallow": {"num_hidden_layers": 2, "hidden_size": 48, "vocab_size": 249},
     "tall": {"num_hidden_layers": 6, "intermediate_size": 96},  # as wide as its student
+    "experts": {
+        "architecture": "qwen3_moe",
+        "hidden_size": 80,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 5,
+    },
     "odd": {
         "architecture": "llama",
         "hidden_size": 72,
@@ -52,6 +61,8 @@ CASES = {
     "shallow": (1, "six", "shallow", [], {"objective": "policy_gradient"}),
     "tall": (1, "small", "tall", [], {}),
     "wide_tp2_sp": (2, "small", "wide", [*TP2, *SP, *MB2], {}),
+    "experts": (1, "small", "experts", [], {}),
+    "deep_cp2": (2, "small", "deep", ["--context-parallel-size", "2"], {"layer_map": (1, 3, 6, 8)}),
     "deep_tp2": (2, "small", "deep", TP2, {"beta": 0.5, "clip_mode": "none"}),
     "deep_pp2": (2, "small", "deep", PP2, {}),
     # Stages hold other layers than are needed there; a pair of layers that no stage has both of.

@@ -152,6 +152,11 @@ MISTAKES = {
     TWO + "--teacher-hf-model TWO --teacher-layer-map 1,1,1,3,2,4": "must not decrease",
     TWO + "--teacher-hf-model SHORT": "short: a prompt of 128 tokens leaves no room",
     TWO + "--teacher-hf-model MODEL --pipeline-model-parallel-size 3": "model: --pipeline-model-",
+    REAL + "--tokenizer-type SentencePieceTokenizer": "needs --tokenizer-model, the model file",
+    REAL + "--tokenizer-type SentencePieceTokenizer --tokenizer-model /x": "/x: no such file",
+    REAL
+    + "--tokenizer-model DATA": "no such directory (for a SentencePiece file: --tokenizer-type",
+    "--tokenizer-model MODEL": "--tokenizer-model needs --hf-model",
 }
 
 

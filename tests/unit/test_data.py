@@ -13,6 +13,7 @@ from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.problems import FieldNames, Problem, read_problems, write_jsonl
 from megatron_phf.data.prompts import PromptTemplates, build_prompt_pairs, fill
 from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
+from megatron_phf.data.tokenizer import HFTokenizer
 from megatron_phf.grading import average_at_k, bootstrap_interval, is_correct
 
 GOOD = {"problem": "1+1?", "solution": "It is 2.", "answer": "2"}
@@ -89,6 +90,10 @@ class ThinkingTokenizer:
     """A chat template that shows which mode it was asked for."""
 
     chat_template = "yes"
+    eos_token_id = 1
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0}
 
     def apply_chat_template(self, messages, **options) -> list[int]:
         assert options["add_generation_prompt"] is True
@@ -98,15 +103,17 @@ class ThinkingTokenizer:
 
 def test_each_side_has_its_own_thinking_mode() -> None:
     problem = Problem("p", "s", None, 0)
-    ((pair,), _) = build_prompt_pairs(ThinkingTokenizer(), [problem], PromptTemplates(), 9999, 9999)
+    tokenizer = HFTokenizer(ThinkingTokenizer())
+    ((pair,), _) = build_prompt_pairs(tokenizer, [problem], PromptTemplates(), 9999, 9999)
     assert (pair.student_ids[0], pair.teacher_ids[0]) == (0, 1)  # the recipe's modes
     templates = PromptTemplates(student_thinking=True, teacher_thinking=False)
-    ((pair,), _) = build_prompt_pairs(ThinkingTokenizer(), [problem], templates, 9999, 9999)
+    ((pair,), _) = build_prompt_pairs(tokenizer, [problem], templates, 9999, 9999)
     assert (pair.student_ids[0], pair.teacher_ids[0]) == (1, 0)
 
 
 def test_prompts_that_are_too_long() -> None:
-    tokenizer, templates = make_tokenizer(), PromptTemplates("{problem}", "{problem}{solution}")
+    tokenizer = HFTokenizer(make_tokenizer())
+    templates = PromptTemplates("{problem}", "{problem}{solution}")
     problems = [Problem("1+1", "1", "1", 0), Problem("1+1+1+1", "1", "1", 1)]
     pairs, dropped = build_prompt_pairs(tokenizer, problems, templates, 6, 99)
     assert ([p.problem.index for p in pairs], dropped) == ([0], 1)

@@ -140,7 +140,8 @@ def test_weight_indexes(data: bytes) -> None:
 
 
 class NoStopToken:
-    eos_token_id = None
+    eos_id = None
+    source = "--hf-model m"
 
 
 @BOUNDED

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_phf.config import Config
 from megatron_phf.data.arithmetic import make_hf_directory
 from megatron_phf.data.hf_files import check_file_name, check_weight_index
 from megatron_phf.data.tokenizer import load_tokenizer
@@ -21,6 +22,8 @@ BUILTINS = {"eval", "exec", "compile", "__import__"}
 ALLOWED = {
     # --trust-remote-code, off by default
     ("megatron_phf/data/tokenizer.py", "trust_remote_code=trust_remote_code"),
+    # a list of the classes that an index may name
+    ("megatron_phf/model/torch_dist.py", "pickle"),
 }
 
 
@@ -141,26 +144,25 @@ def test_code_of_a_tokenizer_runs_only_when_told(model: Path, monkeypatch) -> No
     content["tokenizer_class"] = "Foreign"
     content["auto_map"] = {"AutoTokenizer": [None, "foreign.Foreign"]}
     path.write_text(json.dumps(content))
-    assert type(load_tokenizer(str(model))).__name__ != "Foreign"  # Qwen3's own will do
+    config = Config().replaced(hf_model=str(model))
+    assert type(load_tokenizer(config)._tokenizer).__name__ != "Foreign"  # Qwen3's own will do
     (model / "config.json").unlink()
     with pytest.raises(ValueError, match="--trust-remote-code"):  # and now nothing else will
-        load_tokenizer(str(model))
+        load_tokenizer(config)
     assert not proof.exists()
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(model / "cache"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert type(load_tokenizer(str(model), trust_remote_code=True)).__name__ == "Foreign"
+    trusted = load_tokenizer(config.replaced(trust_remote_code=True))
+    assert type(trusted._tokenizer).__name__ == "Foreign"
     assert proof.exists()
 
 
 def test_a_chat_template_stays_in_its_sandbox(model: Path) -> None:
     """transformers renders templates in jinja's sandbox: Python's own attributes are hidden."""
-    from megatron_phf.data.problems import Problem
-    from megatron_phf.data.prompts import render
-
-    tokenizer = load_tokenizer(str(model))
-    tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    tokenizer = load_tokenizer(Config().replaced(hf_model=str(model)))
+    tokenizer._tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(ValueError, match=r"chat template fails .SecurityError"):
-        render(tokenizer, "{problem}", Problem("1+1", "2", "2", 0), thinking=False)
+        tokenizer.prompt("1+1", thinking=False)
 
 
 @pytest.mark.parametrize(

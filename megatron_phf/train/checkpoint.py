@@ -1,0 +1,220 @@
+"""Save a run and take it up again: weights, optimizer, teacher, random generators, position.
+
+The data position is the step's number: rollouts and their prompts depend on nothing else
+(``train.source``).  What a run reads (model, data, templates) is not copied into its checkpoints
+but fingerprinted, and compared when it resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import threading
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+import megatron_phf
+from megatron_phf import device, parallel
+from megatron_phf.config import Config
+from megatron_phf.model import torch_dist
+from megatron_phf.model.gpt import model_dtype
+from megatron_phf.model.sharded_weights import load_weights_state, weights_sharded_state_dict
+from megatron_phf.train import checkpoint_files as files
+from megatron_phf.train.checkpoint_inputs import check_compatible, copy_model_files, inputs
+from megatron_phf.train.logging import say
+from megatron_phf.train.rng import rng_state, set_rng_state
+from megatron_phf.train.step import Distiller
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; ``iteration`` steps are done."""
+
+    iteration: int = 0
+    nonfinite_steps: int = 0  # skipped so far
+    nonfinite_in_a_row: int = 0
+
+
+class Checkpointer:
+    """The checkpoints of one run; every method is collective."""
+
+    def __init__(self, config: Config, distiller: Distiller) -> None:
+        self._config, self._distiller = config, distiller
+        self._directory = config.checkpoint.save
+        self._inputs = parallel.broadcast_object(
+            inputs(config) if parallel.is_first_rank() else None
+        )
+        # A group of its own: the thread's collectives must not mix with those of the steps.
+        separate = config.checkpoint.async_save or device.has_cuda()
+        self._group = dist.new_group(backend="gloo") if separate else None
+        if self._directory is not None and parallel.is_first_rank():
+            files.remove_leftovers(self._directory)
+        self._thread: threading.Thread | None = None
+        self._problem: OSError | None = None
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint, or start to (--async-save).
+
+        Raises:
+            ValueError: this one or the one before cannot be written; older ones stay.
+        """
+        assert self._directory is not None
+        self.finish()
+        background = self._config.checkpoint.async_save
+        snapshot = torch_dist.Snapshot(self._state(loading=False), copy=background)
+        manifest = self._manifest(progress)
+        if not background:
+            self._write(snapshot, progress.iteration, manifest)
+        else:
+            arguments = (snapshot, progress.iteration, manifest)
+            self._thread = threading.Thread(target=self._write, args=arguments, name="save")
+            self._thread.start()
+        if not background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for an asynchronous save; ValueError as for :meth:`save`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise ValueError(
+                f"--save {self._directory}: cannot be written ({problem}); checkpoints saved "
+                "before are as they were"
+            )
+
+    def _write(self, snapshot: torch_dist.Snapshot, iteration: int, manifest: dict) -> None:
+        """All ranks write beside the final place; rank 0 publishes.  Leaves an error behind."""
+        assert self._directory is not None
+        where = (self._directory, iteration)
+        partial, rank, group = files.partial_directory(*where), dist.get_rank(), self._group
+        try:
+            torch_dist.on_first_rank(group, files.start, *where)
+            snapshot.write(partial, group)
+            torch_dist.on_first_rank(group, copy_model_files, self._config, partial)
+            mine = [n for n in files.files_below(partial) if _writer(n) == rank]
+            torch_dist.on_every_rank(
+                group, lambda: manifest["files"].update(files.settle(partial, mine))
+            )
+            for part in parallel.gather_objects(manifest["files"], group):
+                manifest["files"].update(part)
+            torch_dist.on_first_rank(group, files.publish, *where, manifest)
+            if count := self._config.checkpoint.keep_last:
+                torch_dist.on_first_rank(group, files.keep_last, self._directory, count)
+        except OSError as error:
+            if rank == 0:
+                files.discard(*where)
+            self._problem = error
+
+    def _manifest(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "format": files.FORMAT,
+            "progress": asdict(progress),
+            "schedule_steps": self._distiller.optimizer.schedule_steps,
+            "versions": {
+                "megatron_phf": megatron_phf.__version__,
+                "megatron-core": megatron.core.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "config": asdict(self._config),
+            "architecture": asdict(self._distiller.arch),
+            "dtype": str(model_dtype(self._config)),
+            "layout": self._layout(),
+            "inputs": self._inputs,
+            "files": {},
+        }
+
+    def _layout(self) -> dict[str, Any]:
+        layout = asdict(self._config.parallel)
+        del layout["distributed_timeout_minutes"]
+        return {"world_size": dist.get_world_size(), **layout}
+
+    def _state(self, loading: bool, generators: bool = True) -> dict[str, Any]:
+        distiller = self._distiller
+        state = weights_sharded_state_dict(distiller.student)
+        state["optimizer"] = distiller.optimizer.sharded_state_dict(state, loading)
+        state["teacher"] = distiller.teacher.sharded_state_dict()
+        if generators:
+            prefix = f"rng.rank{dist.get_rank()}."
+            state["rng"] = {
+                name: ShardedTensor.from_rank_offsets(prefix + name, value)
+                for name, value in rng_state().items()
+            }
+        return state
+
+    def resume(self) -> Progress:
+        """Take up the newest good checkpoint of --load; a fresh start where there is none.
+
+        Raises:
+            ValueError: none is good, or (--exact-checkpoint) not the newest; or it belongs to
+                another model, data or method: names the file or flag.
+        """
+        directory = self._config.checkpoint.load
+        assert directory is not None
+        iterations = parallel.broadcast_object(files.saved_iterations(directory))
+        exact = self._config.checkpoint.exact_checkpoint
+        if not iterations:
+            if exact:
+                raise ValueError(f"--load {directory}: no checkpoint there (--exact-checkpoint)")
+            say(f"--load {directory}: no checkpoint there, starting from --hf-model")
+            return Progress()
+        for iteration in iterations:
+            path = files.iteration_directory(directory, iteration)
+            manifest, problem = _examined(path)
+            if problem is None:
+                return self._take(path, manifest)
+            if exact:
+                raise ValueError(f"damaged checkpoint: {problem} (--exact-checkpoint)")
+            say(f"damaged checkpoint: {problem}; trying the one before")
+        raise ValueError(
+            f"--load {directory}: all {len(iterations)} checkpoints are damaged; restore one, or "
+            "start anew without --load"
+        )
+
+    def _take(self, path: str, manifest: dict[str, Any]) -> Progress:
+        for change in check_compatible(path, manifest, self._manifest(Progress())):
+            say(f"changed since the checkpoint: {change}")
+        same_layout = manifest["layout"] == self._layout()
+        if not same_layout:
+            say("another layout than the checkpoint's: random generators start anew")
+        state = torch_dist.read(self._state(True, same_layout), path, complete=False)
+        load_weights_state(self._distiller.student, state)
+        self._distiller.optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"])
+        self._distiller.teacher.load_state_dict(state.get("teacher", {}))
+        if same_layout:
+            set_rng_state(state["rng"])
+        fields = {f.name for f in dataclasses.fields(Progress)}
+        progress = Progress(**{k: v for k, v in manifest["progress"].items() if k in fields})
+        say(f"resumed from {path} after step {progress.iteration}")
+        return progress
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a file: torch names its files ``__RANK_NUMBER.distcp``."""
+    first = name.removeprefix("__").split("_")[0]
+    return int(first) if name.startswith("__") and first.isdigit() else 0
+
+
+def _examined(path: str) -> tuple[dict[str, Any], str | None]:
+    """The manifest, and what is wrong with the checkpoint; each rank reads a part of the files."""
+    manifest: dict[str, Any] = {}
+    problem = None
+    if parallel.is_first_rank():
+        try:
+            manifest = files.read_manifest(path)
+        except ValueError as error:
+            problem = str(error)
+    manifest, problem = parallel.broadcast_object((manifest, problem))
+    if problem is not None:
+        return manifest, problem
+    names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
+    found = files.damage(path, {name: manifest["files"][name] for name in names})
+    problems = [text for part in parallel.gather_objects(found) for text in part]
+    return manifest, f"{path}: {'; '.join(problems)}" if problems else None

@@ -1,0 +1,129 @@
+"""A run that stops and resumes equals one that does not: bit for bit, or to 1e-5 when resharded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+from tests.models import make_model, make_replay
+from tests.parallel.cases import compare_tensors, launch
+from tests.parallel.test_parity import PP2, TP2
+
+STEPS, HALF, BATCH = 6, 3, 4
+UNEVEN = ["--num-layers-in-first-pipeline-stage", "2", "--num-layers-in-last-pipeline-stage", "1"]
+DISTRIBUTED = ["--use-distributed-optimizer"]
+TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+# name -> flags; rollouts are sampled by the student in each
+EXACT = {
+    "frozen_tp2": [*TP2, "--teacher", "frozen"],
+    "ema_dp2_distributed": [*DISTRIBUTED, "--teacher", "ema", "--dtype", "bf16"],
+    "live_pp2": [*PP2, *UNEVEN, "--teacher", "live", "--phf-alpha", "0"],
+    "ema_tp2_async": [*TP2, "--teacher", "ema", "--async-save"],
+}
+RESHARDED = {"pp2": (2, PP2), "tp2_pp2": (4, TP2 + PP2), "dp2": (2, [])}
+TRAIN = ["--train-iters", str(STEPS), "--global-batch-size", str(BATCH), "--lr", "1e-3"]
+TRAIN += ["--max-prompt-length", "64", "--max-teacher-prompt-length", "128", "--seed", "9"]
+TRAIN += ["--max-new-tokens", "8", "--no-tensorboard", "--lr-warmup-iters", "2"]
+TRAIN += ["--ema-decay", "0.6"]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def job(name: str, directory: Path, argv: list[str], **more: str) -> dict:
+    files = {"metrics-file": directory / f"{name}.jsonl", "output-dir": directory / "out", **more}
+    given = [word for key, value in files.items() for word in (f"--{key}", str(value))]
+    return {"name": name, "kind": "job", "argv": [*TRAIN, *argv, *given]}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    d = tmp_path_factory.mktemp("resume")
+    make_hf_directory(str(d / "hf"), seed=3)
+    problems = make_problems("train", 7, 1)
+    with open(d / "data.jsonl", "w") as f:
+        f.writelines(
+            json.dumps({"problem": p.problem, "solution": p.solution}) + "\n" for p in problems
+        )
+    for side, text in (("student", "{problem}="), ("teacher", "{problem}|{solution}=")):
+        (d / f"{side}.txt").write_text(text)
+    make_model(str(d / "model"))
+    make_replay(str(d / "replay.jsonl"), [5, 7, 3, 9] * STEPS)
+    sampled = ["--hf-model", str(d / "hf"), "--data", str(d / "data.jsonl")]
+    for side in ("student", "teacher"):
+        sampled += [f"--{side}-template", str(d / f"{side}.txt")]
+    half = ["--exit-interval", str(HALF)]
+    cases = []
+    for name, flags in EXACT.items():
+        argv, save = [*sampled, *flags], str(d / f"{name}.ckpt")
+        straight = job(f"{name}-straight", d, argv, **{"save-hf": str(d / f"{name}-straight")})
+        record = {"record-rollouts": str(d / f"{name}.rollouts")}
+        first = job(name, d, [*argv, *half], save=save, **record)
+        second = job(name, d, argv, load=save, **record, **{"save-hf": str(d / f"{name}-resumed")})
+        cases += [straight, first, second]
+    replayed = ["--hf-model", str(d / "model"), "--rollout-engine", "replay", "--teacher", "ema"]
+    replayed += ["--replay-file", str(d / "replay.jsonl"), "--dtype", "fp32", "--adam-eps", "1e-4"]
+    save = str(d / "reshard.ckpt")
+    cases.append(
+        job("reshard-straight", d, [*replayed, *TP2], **{"save-hf": str(d / "reshard-straight")})
+    )
+    cases.append(job("reshard-half", d, [*replayed, *TP2, *half], save=save))
+    for processes in (2, 4):
+        for name, (count, layout) in RESHARDED.items():
+            if count == processes:
+                more = {"load": save, "save-hf": str(d / f"reshard-{name}")}
+                cases.append(job(f"reshard-{name}", d, [*replayed, *layout], **more))
+        launch(processes, cases, d)
+        cases = []
+    return d
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_resumed_run_is_bit_equal(files: Path, name: str) -> None:
+    straight, resumed = (lines(files / f"{n}.jsonl") for n in (f"{name}-straight", name))
+    assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
+    for a, b in zip(straight, resumed, strict=True):
+        assert {k: v for k, v in a.items() if k not in TIMES} == {
+            k: v for k, v in b.items() if k not in TIMES
+        }
+    weights = [
+        load_file(files / f"{name}-{n}" / "model.safetensors") for n in ("straight", "resumed")
+    ]
+    for key in weights[0]:
+        assert torch.equal(weights[0][key], weights[1][key]), key
+    assert len(lines(files / f"{name}.rollouts")) == STEPS * BATCH
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_resharded_run_continues(files: Path, name: str) -> None:
+    straight, resumed = (lines(files / f"reshard-{n}.jsonl") for n in ("straight", name))
+    assert [line["step"] for line in resumed] == list(range(HALF + 1, STEPS + 1))
+    for a, b in zip(straight[HALF:], resumed, strict=True):
+        for key in ("loss", "opsd", "flow", "grad_norm", "teacher_entropy"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-7), key
+    expected, found = (
+        load_file(files / f"reshard-{n}" / "model.safetensors") for n in ("straight", name)
+    )
+    compare_tensors(found, expected, 1e-5)
+
+
+def test_what_is_on_the_disk(files: Path) -> None:
+    directory = files / "ema_tp2_async.ckpt"
+    assert (directory / "latest_checkpointed_iteration.txt").read_text() == str(HALF)
+    assert sorted(p.name for p in directory.iterdir()) == [
+        f"iter_{HALF:07d}",
+        "latest_checkpointed_iteration.txt",
+    ]
+    manifest = json.loads((directory / f"iter_{HALF:07d}" / "checkpoint.json").read_text())
+    assert {"hf/config.json", "hf/tokenizer.json", "common.pt", ".metadata"} <= manifest[
+        "files"
+    ].keys()
+    assert manifest["progress"]["iteration"] == HALF
+    shutil.rmtree(directory)

@@ -1,0 +1,69 @@
+"""Signals and locks, in processes of their own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_phf.train.run_lock import RunLock
+from tests.launch import REPO
+
+WAITS = """
+import time
+from megatron_phf.signals import StopSignals
+s = StopSignals()
+s.install()
+print("ready", flush=True)
+time.sleep(60)
+"""
+HOLDS = """
+import sys, time
+from megatron_phf.train.run_lock import RunLock
+lock = RunLock(sys.argv[1], "--save")
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def start(code: str, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", code, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_the_second_signal_ends_the_process_at_once() -> None:
+    process = start(WAITS)
+    process.send_signal(signal.SIGUSR1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_a_directory_takes_one_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_phf.train.run_lock._PATIENCE_SECONDS", 0.5)
+    process = start(HOLDS, str(tmp_path))
+    try:
+        with pytest.raises(ValueError, match=rf"--save {tmp_path} is in use by .*{process.pid}"):
+            RunLock(str(tmp_path), "--save")
+    finally:
+        process.kill()  # SIGKILL: nothing is cleaned up
+        process.wait()
+    lock = RunLock(str(tmp_path), "--save")
+    lock.release()
+
+
+def test_a_run_that_is_still_dying_is_waited_for(tmp_path: Path) -> None:
+    process = start(HOLDS, str(tmp_path))
+    begin = time.monotonic()
+    killer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {process.pid}"])
+    RunLock(str(tmp_path), "--save").release()
+    assert time.monotonic() - begin > 0.5
+    killer.wait()
+    process.wait()
