@@ -3,11 +3,12 @@
     python -m tests.soak [--kills 110] [--seed 1] [--directory DIR]        (make soak)
 
 Two ranks train a tiny model on their own rollouts and save after every step, asynchronously in
-every other attempt.  Each attempt: one random rank gets SIGKILL at a random time, one in five while the
-ranks start or resume, the others in the steps after that; the other rank gets the SIGTERM that
-torchrun would send, and must end; the newest checkpoint must be whole; the next attempt resumes.  At the end metrics and weights must be bit-equal to those
-of a run that nobody disturbed.  The ranks are forked from this process, which has imported
-everything once; ``tests/faults`` does the same with torchrun and fewer kills.
+every other attempt.  Each attempt: one random rank gets SIGKILL at a random time, one in five while
+the ranks start or resume, the others in the steps after that; the other rank gets the SIGTERM that
+torchrun would send, and must end; the newest checkpoint must be whole; the next attempt resumes.
+At the end metrics and weights must be bit-equal to those of a run that nobody disturbed.  The ranks
+are forked from this process, which has imported everything once; ``tests/faults`` does the same
+with torchrun and fewer kills.
 """
 
 from __future__ import annotations
