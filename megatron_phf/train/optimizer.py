@@ -98,7 +98,7 @@ class StudentOptimizer:
         """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's."""
         kept = [{k: g[k] for k in ("betas", "eps")} for g in self.optimizer.param_groups]
         each = self.optimizer.chained_optimizers
-        states = [state] if len(each) == 1 else [state[i] for i in range(len(each))]
+        states = [state] if len(each) == 1 else [part for _, part in sorted(state.items())]
         with device.cuda_type_names():
             for optimizer, part in zip(each, states, strict=True):
                 _load(optimizer, part)
