@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from typing import Any
 
 from megatron_phf.config import Config, flag_of
+from megatron_phf.model import hf_directory
+from megatron_phf.model.gpt import model_dtype
 from megatron_phf.train.checkpoint_files import fingerprint
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
@@ -54,11 +55,7 @@ def copy_model_files(config: Config, partial: str) -> None:
     source, target = config.model.hf_model, os.path.join(partial, "hf")
     assert source is not None
     os.makedirs(target)
-    for name in sorted(os.listdir(source)):
-        path = os.path.join(source, name)
-        kept = name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
-        if kept and os.path.isfile(path):
-            shutil.copyfile(path, os.path.join(target, name))
+    hf_directory.copy_model_files(source, target, model_dtype(config), config.tokenizer)
 
 
 def check_compatible(path: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
