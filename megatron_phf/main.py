@@ -88,6 +88,7 @@ def _run(config: Config, job: Job, signals: StopSignals) -> None:
         job(config, signals, heartbeat)
     except RuntimeError as error:
         raise RuntimeError(f"{error}\nthe other ranks:\n{heartbeat.report()}") from error
+    heartbeat.stop()
     parallel.destroy()
 
 

@@ -22,6 +22,7 @@ LARGER = "tests/parallel/test_teacher_model.py"
 MOE, CONTEXT = "tests/parallel/test_moe.py", "tests/parallel/test_context.py"
 LORA = "tests/parallel/test_lora.py"
 RESUME = "tests/parallel/test_resume.py"
+SECURITY, FUZZ = "tests/unit/test_security.py", "tests/unit/test_fuzz.py"
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,34 @@ BREAKAGES = (
         "F.pad(part, padding)",
         "F.pad(part, padding, value=0.1)",
         (LORA, "-k", "test_value_and_gradient_equal_peft and padded_heads"),
+    ),
+    Breakage(
+        "a weight index may lead out of its directory",
+        "megatron_phf/data/hf_files.py",
+        '        check_file_name(name, f"{path}: weight_map[{shown(weight)}]")',
+        "        pass",
+        (SECURITY, "-k", "test_names_that_lead_out"),
+    ),
+    Breakage(
+        "a tokenizer's code runs untold",
+        "megatron_phf/data/tokenizer.py",
+        "trust_remote_code=trust_remote_code\n",
+        "trust_remote_code=True\n",
+        (SECURITY, "-k", "test_code_of_a_tokenizer"),
+    ),
+    Breakage(
+        "half a surrogate pair passes as text",
+        "megatron_phf/data/problems.py",
+        "        text.encode()\n",
+        '        text.encode("utf-8", "surrogatepass")\n',
+        (FUZZ, "-k", "test_problems"),
+    ),
+    Breakage(
+        "JSON nested too deeply ends in a traceback",
+        "megatron_phf/data/hf_files.py",
+        "    except RecursionError as error:",
+        "    except MemoryError as error:",
+        (FUZZ, "-k", "test_model_configurations"),
     ),
 )
 

@@ -41,6 +41,8 @@ once() { # COMMAND...: one process, on the first node, in the container
 # SLURM signals every process of a step.  The ranks save and leave at USR1 and TERM; torchrun must
 # outlive both, and must not hand TERM on: to a rank a second signal means "leave at once".
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torchrun --signals-to-handle, without TERM
+# Without this, ranks that torchrun starts again meet the addresses of their dead predecessors.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 launch() { # SCRIPT ARGUMENTS...: all ranks of the job
     say "$SLURM_JOB_NUM_NODES node(s) x $processes rank(s), rendezvous $rendezvous, logs $LOGS"
     srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \

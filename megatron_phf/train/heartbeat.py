@@ -20,18 +20,24 @@ class Heartbeat:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._phase = "start"
         self._beat()
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
 
     def at(self, phase: str) -> None:
         """This rank has come to ``phase``."""
         self._phase = phase
 
+    def stop(self) -> None:
+        """End the thread: Python aborts where it meets one inside the store at its own end."""
+        self._stopping.set()
+        self._thread.join()
+
     def _beat(self) -> None:
         self._store.set(_key(self._rank), json.dumps([time.time(), self._phase]))
 
     def _run(self) -> None:
-        while True:
-            time.sleep(_SECONDS)
+        while not self._stopping.wait(_SECONDS):
             try:
                 self._beat()
             except RuntimeError:  # the store has gone: the job ends

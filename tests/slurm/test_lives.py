@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -10,10 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_phf.data.arithmetic import make_hf_directory, make_problems
-from tests.slurm.cluster import Cluster, Job
+from tests.slurm.cluster import Cluster
 
 PRETRAIN = "examples/slurm/pretrain_phf.sbatch"
-ITERS, INTERVAL = 60, 5
+ITERS, INTERVAL = 40, 2
 
 
 class Run:
@@ -41,9 +44,14 @@ class Run:
         clocks = ("seconds", "tokens_per_second", "peak_memory_bytes")
         return [{k: v for k, v in json.loads(x).items() if k not in clocks} for x in lines]
 
-    def wait_for_step_beyond(self, iteration: int) -> None:
-        """Until a checkpoint newer than ``iteration`` is there."""
-        self.job.wait_for(lambda: self.saved() > iteration, f"a checkpoint beyond {iteration}")
+    def wait_for_checkpoint(self) -> None:
+        """Until a checkpoint newer than the newest is there."""
+        newest = self.saved()
+        self.job.wait_for(lambda: self.saved() > newest, f"a checkpoint beyond {newest}")
+
+    def time_limit(self, minutes: int) -> None:
+        """Change the job's time limit."""
+        self.cluster.client("scontrol", "update", f"JobId={self.job.id}", f"TimeLimit={minutes}")
 
     def wait_for_life(self, number: int) -> None:
         """Until the job runs for the ``number``-th time."""
@@ -70,31 +78,50 @@ def named(inputs: Path) -> list[str]:
     return [*flags, "--max-prompt-length", "64", "--max-teacher-prompt-length", "160"]
 
 
-def time_limit(job: Job, minutes: int) -> None:
-    """Change the job's time limit."""
-    job.cluster.client("scontrol", "update", f"JobId={job.id}", f"TimeLimit={minutes}")
+def signal_ranks(run: Run, number: signal.Signals) -> None:
+    """To every rank of the job, past SLURM."""
+    sent = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ours = str(run.out).encode() in (process / "cmdline").read_bytes()
+            if ours and b"\0LOCAL_RANK=" in (process / "environ").read_bytes():
+                os.kill(int(process.name), number)
+                sent += 1
+    assert sent == 4
+
+
+def minutes(clock: str) -> int:
+    """SLURM's [days-]hours:minutes:seconds, seconds cut off."""
+    hours, minute, _ = clock.split(":")
+    return 60 * int(hours) + int(minute)
 
 
 def signalled_before_the_time_limit(run: Run) -> None:
-    """--signal=USR1@120: the limit comes near; the ranks save, the script requeues the job."""
-    run.wait_for_step_beyond(0)
-    time_limit(run.job, 2)
-    run.job.wait_for(lambda: "SIGUSR1 received" in run.job.text(), "USR1")
+    """--signal=USR1@120: the limit comes near; the ranks save, the script requeues the job.
+
+    SLURM looks at its clocks every 30 s; the ranks, stopped meanwhile, do not finish before.
+    """
+    run.wait_for_checkpoint()
+    signal_ranks(run, signal.SIGSTOP)
+    passed = minutes(run.job.fields()["RunTime"])
+    run.time_limit(passed + 2)
+    time.sleep(35)
+    signal_ranks(run, signal.SIGCONT)
     run.job.wait_for(lambda: "requeueing" in run.job.text(), "the script's requeue")
-    time_limit(run.job, 60)
-    assert "left with status 0" in run.job.text()
-    assert run.saved() % INTERVAL or run.saved() < ITERS
+    run.time_limit(60)
+    assert "SIGUSR1 received: ending after step" in run.job.text()
+    assert "left with status 0 at iteration" in run.job.text()
 
 
 def requeued(run: Run) -> None:
     """scontrol requeue, as preemption does it."""
-    run.wait_for_step_beyond(run.saved())
+    run.wait_for_checkpoint()
     run.cluster.client("scontrol", "requeue", run.job.id)
 
 
 def lost_a_node(run: Run) -> None:
     """SIGKILL for all that runs on the second node; it is declared down, and comes back."""
-    run.wait_for_step_beyond(run.saved())
+    run.wait_for_checkpoint()
     run.cluster.tool("kill", "n2")
     run.cluster.client("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=killed")
     run.cluster.tool("boot", "n2")
