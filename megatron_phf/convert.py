@@ -33,9 +33,9 @@ from megatron_phf.model.hf_weights import load_hf_weights, save_hf
 from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.logging import say
 
-RELEASE, TRACKER = "release", "latest_checkpointed_iteration.txt"
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -73,6 +73,7 @@ class Job:
             hf_model=self.hf_model,
             dtype=dtype,
             pad_attention_heads=True,
+            sequence_parallel=tp > 1,  # megatron-core's rule for models with experts
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
             max_prompt_length=1,
@@ -116,8 +117,15 @@ def _write_rest(job: Job, directory: str, dtype: str) -> None:
     hf = os.path.join(directory, "hf")
     os.makedirs(hf, exist_ok=True)
     copy_model_files(job.hf_model, hf, _DTYPES[dtype], Config().tokenizer)
-    with open(os.path.join(job.target, TRACKER), "w", encoding="utf-8") as f:
-        f.write(RELEASE)
+    manifest = {
+        "format": files.FORMAT,
+        "dtype": str(_DTYPES[dtype]),
+        "files": files.settle(directory, files.files_below(directory)),
+    }
+    with open(os.path.join(directory, files.MANIFEST), "w", encoding="utf-8") as f:
+        json.dump(manifest, f, indent=1)
+    with open(os.path.join(job.target, files.TRACKER), "w", encoding="utf-8") as f:
+        f.write(files.RELEASE)
 
 
 def hf_to_megatron(job: Job, arch: Architecture) -> None:
@@ -127,7 +135,7 @@ def hf_to_megatron(job: Job, arch: Architecture) -> None:
     before = psutil.Process().memory_info().rss
     chunks = build_model(arch, config)
     load_hf_weights(chunks, arch, config, job.source)
-    directory = os.path.join(job.target, RELEASE)
+    directory = os.path.join(job.target, files.RELEASE)
     save_weights(chunks, directory)
     torch_dist.on_first_rank(None, _write_rest, job, directory, job.dtype)
     _report_memory(chunks, before)

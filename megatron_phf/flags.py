@@ -48,11 +48,10 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise, for one rank to say it in one line: usage of so many flags would hide it."""
-        unknown = message.removeprefix("unrecognized arguments: ").split()
-        if message.startswith("unrecognized") and (
-            close := difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
-        ):
-            message += f"; did you mean {close[0]}?"
+        unknown = message.removeprefix("unrecognized arguments: ").split()[:1]
+        if message.startswith("unrecognized") and unknown:
+            for close in difflib.get_close_matches(unknown[0], self._option_string_actions, n=1):
+                message += f"; did you mean {close}?"
         raise ValueError(f"{message} (--help lists the flags)")
 
 

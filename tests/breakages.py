@@ -21,6 +21,7 @@ PARITY = "tests/parallel/test_parity.py"
 LARGER = "tests/parallel/test_teacher_model.py"
 MOE, CONTEXT = "tests/parallel/test_moe.py", "tests/parallel/test_context.py"
 LORA = "tests/parallel/test_lora.py"
+RESUME = "tests/parallel/test_resume.py"
 SECURITY, FUZZ = "tests/unit/test_security.py", "tests/unit/test_fuzz.py"
 
 
@@ -36,6 +37,34 @@ class Breakage:
 
 
 BREAKAGES = (
+    Breakage(
+        "a resumed run starts its schedule anew",
+        "megatron_phf/train/optimizer.py",
+        "self._schedule.step(increment=schedule_steps)",
+        "self._schedule.step(increment=0)",
+        (RESUME, "-k", "frozen_tp2"),
+    ),
+    Breakage(
+        "one step count for all parameters of a resumed distributed Adam",
+        "megatron_phf/train/optimizer.py",
+        's.pop("step").clone() for',
+        's.pop("step") for',
+        (RESUME, "-k", "ema_dp2_distributed"),
+    ),
+    Breakage(
+        "a resumed run forgets the EMA teacher",
+        "megatron_phf/train/checkpoint.py",
+        'self._distiller.teacher.load_state_dict(state.get("teacher", {}))',
+        "pass",
+        (RESUME, "-k", "lora_ema_dp2"),
+    ),
+    Breakage(
+        "a resumed run keeps the lines after its checkpoint",
+        "megatron_phf/train/logging.py",
+        "0 < _step_of(line) <= done",
+        "0 < _step_of(line)",
+        ("tests/faults", "-k", "killed"),
+    ),
     Breakage(
         "no adjacent term on the first layer of a pipeline stage",
         "megatron_phf/model/flow_tap.py",

@@ -25,14 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_phf.config import Config  # noqa: E402
-from megatron_phf.data.hf_files import Fields, read_json_object  # noqa: E402
 from megatron_phf.model.adapter_config import read_adapter_config  # noqa: E402
 from megatron_phf.model.architecture import check_split, read_architecture  # noqa: E402
 from megatron_phf.model.weight_files import check_hf_weights  # noqa: E402
 from megatron_phf.output import remove, replace_directory  # noqa: E402
+from megatron_phf.train.checkpoint_files import (  # noqa: E402
+    MANIFEST,
+    TRACKER,
+    check_sizes,
+    read_manifest,
+)
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-_TRACKER = "latest_checkpointed_iteration.txt"
 _DTYPES = {"F32": "fp32", "BF16": "bf16"}
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
 _BF16_TOLERANCE = 0.25
@@ -57,13 +61,13 @@ def checkpoint_directory(path: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    tracker = os.path.join(path, _TRACKER)
+    tracker = os.path.join(path, TRACKER)
     if os.path.isfile(tracker):
         name = Path(tracker).read_text().strip()
         name = f"iter_{int(name):07d}" if name.isdigit() else name
         path = os.path.join(path, name)
     if not os.path.isfile(os.path.join(path, ".metadata")):
-        raise ValueError(f"{path}: no Megatron checkpoint (neither {_TRACKER} nor .metadata)")
+        raise ValueError(f"{path}: no Megatron checkpoint (neither {TRACKER} nor .metadata)")
     return path
 
 
@@ -129,17 +133,11 @@ def _checkpoint(args: argparse.Namespace) -> dict[str, Any]:
 
 def _check_manifest(source: str) -> dict[str, Any]:
     """The configuration in ``checkpoint.json``, if there is one; the sizes of all files checked."""
-    path = os.path.join(source, "checkpoint.json")
-    if not os.path.isfile(path):
+    if not os.path.isfile(os.path.join(source, MANIFEST)):
         return {}
-    manifest = read_json_object(path)
-    for name, entry in Fields(path, manifest).table("files").content.items():
-        file = os.path.join(source, name)
-        size = os.path.getsize(file) if os.path.isfile(file) else None
-        if size != entry["bytes"]:
-            what = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
-            raise ValueError(f"{file}: {what}; copy the checkpoint again")
-    return dict(Fields(path, manifest).table("config").content)
+    manifest = read_manifest(source)
+    check_sizes(source, manifest)
+    return manifest.get("config") or {}
 
 
 def _check_layout(job: dict[str, Any], arch: Any) -> None:
@@ -147,8 +145,9 @@ def _check_layout(job: dict[str, Any], arch: Any) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: need at least 1")
-    short = {"max_prompt_length": 1, "max_teacher_prompt_length": 1}
-    check_split(arch, Config().replaced(**sizes, **short, pad_attention_heads=True))
+    more: dict[str, Any] = {"max_prompt_length": 1, "max_teacher_prompt_length": 1}
+    more |= {"sequence_parallel": True, "pad_attention_heads": True}
+    check_split(arch, Config().replaced(**sizes, **more))
 
 
 def _run(command: list[str], environment: dict[str, str]) -> None:

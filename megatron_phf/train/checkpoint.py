@@ -158,6 +158,9 @@ class Checkpointer:
         """
         directory = self._config.checkpoint.load
         assert directory is not None
+        if files.converted_weights(directory) is not None:
+            say(f"--load {directory}: converted weights, starting before step 1")
+            return Progress()
         iterations = parallel.broadcast_object(files.saved_iterations(directory))
         exact = self._config.checkpoint.exact_checkpoint
         if not iterations:

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 TRACKER, MANIFEST = "latest_checkpointed_iteration.txt", "checkpoint.json"
+RELEASE = "release"  # Megatron's name for weights without a run: converted ones
 FORMAT = 1
 _PARTIAL, _OLD = ".partial", ".old"
 _CHUNK = 2**22
@@ -144,6 +145,33 @@ def remove_leftovers(directory: str) -> None:
     for name in os.listdir(directory) if os.path.isdir(directory) else []:
         if re.fullmatch(rf"iter_\d+({re.escape(_PARTIAL)}|{re.escape(_OLD)})", name):
             shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
+
+
+def converted_weights(directory: str | None) -> str | None:
+    """The weights that tools/convert_checkpoint.py wrote into ``directory``, if it is such a one.
+
+    Raises:
+        ValueError: a file is missing or truncated.
+    """
+    tracker = os.path.join(directory or "", TRACKER)
+    if directory is None or not os.path.isfile(tracker):
+        return None
+    with open(tracker, encoding="utf-8", errors="replace") as f:
+        if f.read(len(RELEASE) + 1).strip() != RELEASE:
+            return None
+    path = os.path.join(directory, RELEASE)
+    check_sizes(path, read_manifest(path))
+    return path
+
+
+def check_sizes(path: str, manifest: dict[str, Any]) -> None:
+    """Raise ValueError where a file of the checkpoint ``path`` is missing or truncated."""
+    for name, expected in manifest["files"].items():
+        file = os.path.join(path, name)
+        size = os.path.getsize(file) if os.path.isfile(file) else None
+        if size != expected["bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes, not {expected['bytes']}"
+            raise ValueError(f"{file}: {what}; copy the checkpoint again")
 
 
 def read_manifest(path: str) -> dict[str, Any]:

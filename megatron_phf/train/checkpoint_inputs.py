@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from typing import Any
 
 from megatron_phf.config import Config, flag_of
+from megatron_phf.model import hf_directory
+from megatron_phf.model.gpt import model_dtype
 from megatron_phf.train.checkpoint_files import fingerprint
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
 _FIXED = (
     *("teacher", "use_distributed_optimizer", "global_batch_size", "seed", "rollout_engine"),
-    *("lora_rank", "lora_target_modules", "teacher_model"),
+    *("lora_rank", "lora_alpha", "lora_target_modules", "teacher_layer_map"),
 )
 # Where and how a run computes and writes is free to change.
 _FREE = ("parallel", "checkpoint", "output", "embedded")
-_READ = ("data", "replay_file", "student_template", "teacher_template")
+_READ = ("data", "replay_file", "student_template", "teacher_template", "tokenizer_model")
+_MODELS = ("hf_model", "teacher_hf_model")
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 
@@ -33,17 +35,18 @@ def _sampled(path: str) -> dict[str, Any]:
 
 
 def inputs(config: Config) -> dict[str, Any]:
-    """Field -> fingerprint of the file; ``hf_model``: of its configuration and weights."""
+    """Field -> fingerprint of the file, or for a model of its configuration and weights."""
     found: dict[str, Any] = {}
-    for group in (config.data, config.rollout):
-        for name in _READ:
-            path = getattr(group, name, None)
-            if path is not None:
-                found[name] = fingerprint(path)
-    model = config.model.hf_model
-    assert model is not None
-    names = sorted(n for n in os.listdir(model) if n.endswith(".safetensors"))
-    found["hf_model"] = {n: _sampled(os.path.join(model, n)) for n in ["config.json", *names]}
+    values = {k: v for group in vars(config).values() for k, v in vars(group).items()}
+    for name in _READ:
+        if values[name] is not None:
+            found[name] = fingerprint(values[name])
+    for name in _MODELS:
+        directory = values[name]
+        if directory is not None:
+            weights = sorted(n for n in os.listdir(directory) if n.endswith(".safetensors"))
+            parts = ["config.json", *weights]
+            found[name] = {part: _sampled(os.path.join(directory, part)) for part in parts}
     return found
 
 
@@ -52,11 +55,7 @@ def copy_model_files(config: Config, partial: str) -> None:
     source, target = config.model.hf_model, os.path.join(partial, "hf")
     assert source is not None
     os.makedirs(target)
-    for name in sorted(os.listdir(source)):
-        path = os.path.join(source, name)
-        kept = name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
-        if kept and os.path.isfile(path):
-            shutil.copyfile(path, os.path.join(target, name))
+    hf_directory.copy_model_files(source, target, model_dtype(config), config.tokenizer)
 
 
 def check_compatible(path: str, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -83,7 +82,7 @@ def check_compatible(path: str, saved: dict[str, Any], now: dict[str, Any]) -> l
                     f"{path} was saved with {flag_of(name)} {old[name]}, not {value}: it cannot "
                     "go on; give that value, or start anew without --load"
                 )
-            if group not in _FREE and name not in _READ and name != "hf_model":
+            if group not in _FREE and name not in _READ + _MODELS:
                 changes.append(text)
     _check_inputs(path, saved, now)
     return changes
@@ -101,7 +100,7 @@ def _check_inputs(path: str, saved: dict[str, Any], now: dict[str, Any]) -> None
         old, new = saved["inputs"].get(name), now["inputs"].get(name)
         if old != new:
             sizes = ""
-            if name != "hf_model" and old and new and old["bytes"] != new["bytes"]:
+            if name in _READ and old and new and old["bytes"] != new["bytes"]:
                 sizes = f" (it had {old['bytes']} bytes and has {new['bytes']})"
             raise ValueError(
                 f"{flag_of(name)} {_value(now, name)}: not what the run of {path} read{sizes}; "

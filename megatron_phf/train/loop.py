@@ -24,11 +24,13 @@ from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
 from megatron_phf.model.hf_weights import load_hf_weights, save_hf
 from megatron_phf.model.lora import add_adapters
+from megatron_phf.model.sharded_weights import load_weights
 from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
+from megatron_phf.train.checkpoint_files import converted_weights
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics
@@ -40,9 +42,16 @@ from megatron_phf.train.summary import aligned_example, run_summary
 
 
 def load_student(arch: Architecture, config: Config, directory: str) -> list[FlowGPTModel]:
-    """This rank's part of the model in ``directory``, with adapters where the run trains some."""
+    """This rank's part of the model in ``directory``, with adapters where the run trains some.
+
+    A --load that tools/convert_checkpoint.py wrote gives the weights instead.
+    """
     chunks = build_model(arch, config)
-    load_hf_weights(chunks, arch, config, directory)
+    converted = converted_weights(config.checkpoint.load)
+    if converted is None:
+        load_hf_weights(chunks, arch, config, directory)
+    else:
+        load_weights(chunks, converted)
     if config.lora.lora_rank:
         add_adapters(chunks, arch, config)
     if config.lora.lora_adapter is not None:

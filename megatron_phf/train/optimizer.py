@@ -97,8 +97,11 @@ class StudentOptimizer:
     def load_state_dict(self, state: dict[str, Any], schedule_steps: int) -> None:
         """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's."""
         kept = [{k: g[k] for k in ("betas", "eps")} for g in self.optimizer.param_groups]
+        each = self.optimizer.chained_optimizers
+        states = [state] if len(each) == 1 else [part for _, part in sorted(state.items())]
         with device.cuda_type_names():
-            self.optimizer.load_state_dict(state)
+            for optimizer, part in zip(each, states, strict=True):
+                _load(optimizer, part)
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(values)
         self._schedule.num_steps = 0
@@ -122,6 +125,23 @@ def _allocate_state(adam: torch.optim.Optimizer) -> None:
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _load(optimizer: Any, state: dict[str, Any]) -> None:
+    """megatron-core's load, with torch's Adam under a distributed optimizer put right.
+
+    That keeps a step a parameter, which megatron-core saves once, restores as one tensor for all
+    (each parameter would then count it up), and misses when it copies the moments.
+    """
+    moments = state.pop("param_state", None)
+    optimizer.load_state_dict(state)
+    if moments is None:
+        return
+    per_parameter = optimizer.optimizer.state
+    steps = {p: s.pop("step").clone() for p, s in per_parameter.items() if "step" in s}
+    optimizer.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        per_parameter[parameter]["step"] = step
 
 
 def _schedule(optimizer: object, train: TrainConfig) -> OptimizerParamScheduler:

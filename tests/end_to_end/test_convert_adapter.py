@@ -35,7 +35,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(model, saved / "hf", ignore=shutil.ignore_patterns("*.safetensors"))
     config = {"model": {"hf_model": model}, "lora": {"lora_rank": 8, "lora_alpha": 12.0}}
     sizes = {p.name: {"bytes": p.stat().st_size} for p in saved.iterdir() if p.is_file()}
-    (saved / "checkpoint.json").write_text(json.dumps({"config": config, "files": sizes}))
+    manifest = {"format": 1, "config": config, "files": sizes}
+    (saved / "checkpoint.json").write_text(json.dumps(manifest))
     (directory / "run" / "latest_checkpointed_iteration.txt").write_text("7")
     return directory
 

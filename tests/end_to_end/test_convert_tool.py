@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.end_to_end.test_bad_input import fails_once
-from tests.launch import run
-from tests.models import make_model
+from tests.launch import run, torchrun
+from tests.models import make_model, make_replay
 
 TOOL = ["python", "tools/convert_checkpoint.py"]
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -77,6 +77,34 @@ def test_there_and_back(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.model", "chat_template.jinja", "generation_config.json"):
         assert (target / name).read_bytes() == (model / name).read_bytes()
     assert [p.name for p in target.parent.iterdir()] == ["hf"]
+
+
+def test_training_from_converted_weights(model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """--load takes the weights of the converted checkpoint; a run's own checkpoint converts back.
+
+    With a learning rate of 0 both stay what they were, while --hf-model holds zeros.
+    """
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    expected = load_file(model / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    save_file(zeros, other / "model.safetensors", {"format": "pt"})
+    replay = make_replay(str(tmp_path / "r.jsonl"), [3] * 4)
+    done = torchrun(
+        2, "examples/pretrain_phf.sh", "--hf-model", str(other), "--rollout-engine", "replay",
+        "--replay-file", replay, "--global-batch-size", "4", "--train-iters", "1", "--lr", "0",
+        "--max-prompt-length", "32", "--max-teacher-prompt-length", "32", "--dtype", "fp32", *PP2,
+        "--load", str(checkpoint), "--save", str(tmp_path / "run"), "--no-tensorboard",
+        "--output-dir", str(tmp_path / "out"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "converted weights, starting before step 1" in done.stdout
+    target = tmp_path / "hf"
+    done = run([*TOOL, "megatron-to-hf", str(tmp_path / "run"), str(target), *TP2])
+    assert done.returncode == 0, done.stderr
+    found = load_file(target / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_failed_verification_keeps_nothing(checkpoint: Path, tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
+EXPERTS = {
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True,
+}  # fmt: skip
+
 
 def shape(
     hidden: int, heads: int, groups: int, head: int, ffn: int, tied: bool, **more: object
@@ -38,6 +42,7 @@ MODELS = {
     "Qwen2.5-7B": ("qwen2", shape(56, 14, 2, 4, 296, False)),
     "Llama-3.2-1B": ("llama", shape(64, 8, 2, 8, 256, True, rope_parameters=LLAMA3)),
     "Llama-2-7B": ("llama", shape(64, 8, 8, 8, 172, False)),
+    "Qwen3-30B-A3B": ("qwen3_moe", shape(64, 16, 2, 16, 192, False, **EXPERTS)),
     "SmolLM2-135M": ("llama", shape(72, 9, 3, 8, 192, True)),  # zero heads at TP 2
 }
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2), "one": (1, 1)}

@@ -15,14 +15,22 @@ from transformers import AutoModelForCausalLM
 from tests import reference
 from tests.models import ALL_LINEARS, make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
+from tests.parallel.test_moe import EXPERTS
 from tests.parallel.test_parity import FULL, MODELS, PP2, SP, TP2, VPP2
 
-STEPS, BATCH, RANK, ALPHA, SOME = 3, 4, 8, 12, "q_proj,v_proj,up_proj"
+STEPS, BATCH, RANK, ALPHA = 3, 4, 8, 12
 LENGTHS = [5, 1, 9, 14, 3, 8, 2, 11, 6, 12, 4, 7]
 DISTRIBUTED = ["--use-distributed-optimizer"]
 PAD = ["--pad-attention-heads"]
 DECAY, RATE, EPSILON = 0.6, 1e-2, 1e-4  # as in test_training
 OPTIONS = reference.Options(alpha=0.7, window_size=8, beta=0.5, clip=0.02)
+
+ADAPTED = {
+    **{name: MODELS[name] for name in ("qwen3", "odd", "qwen2")},
+    "some": MODELS["qwen3"],
+    "moe": {**EXPERTS, "router_aux_loss_coef": 0.0},
+}
+TARGETS = {"some": "q_proj,v_proj,up_proj", "moe": "q_proj,k_proj,v_proj,o_proj"}
 
 # name -> (processes, model, layout flags, teacher)
 TRAINED = {
@@ -40,7 +48,9 @@ TRAINED = {
 }
 GRADIENTS = {
     "qwen2_tp2_sp": (2, "qwen2", TP2 + SP, "frozen"),
-    "some": (2, "some", TP2, "frozen"),
+    "some_tp2": (2, "some", TP2, "frozen"),
+    "moe_tp2_sp": (2, "moe", TP2 + SP, "frozen"),
+    "cp2": (2, "qwen3", ["--context-parallel-size", "2"], "frozen"),
 }
 BF16 = {"bf16": (4, "qwen3", [*TP2, *PP2, *SP, "--dtype", "bf16"], "frozen")}
 GRADIENT_CASES = [*GRADIENTS, *(n for n, case in TRAINED.items() if case[3] == "frozen")]
@@ -68,9 +78,9 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("lora")
-    for name in ("qwen3", "odd", "qwen2", "some"):
-        make_model(str(directory / name), **MODELS["qwen3" if name == "some" else name])
-        targets = SOME if name == "some" else ALL_LINEARS
+    for name, settings in ADAPTED.items():
+        make_model(str(directory / name), **settings)
+        targets = TARGETS.get(name, ALL_LINEARS)
         make_adapter(
             str(directory / f"{name}.adapter"), str(directory / name), RANK, ALPHA, targets
         )
@@ -83,7 +93,7 @@ def argv_of(files: Path, model: str, layout: list[str], teacher: str) -> list[st
         "lora-rank": RANK,
         "lora-alpha": ALPHA,
         "lora-adapter": files / f"{model}.adapter",
-        "lora-target-modules": SOME if model == "some" else ALL_LINEARS,
+        "lora-target-modules": TARGETS.get(model, ALL_LINEARS),
     }
     training = {
         "teacher": teacher,
@@ -155,7 +165,7 @@ def gradients(files: Path, samples: list[dict]) -> dict[str, reference.Result]:
         model: reference.compute(
             str(files / model), samples[:BATCH], OPTIONS, adapter=str(files / f"{model}.adapter")
         )
-        for model in ("qwen3", "odd", "qwen2", "some")
+        for model in ADAPTED
     }
 
 

@@ -24,6 +24,8 @@ EXACT = {
     "frozen_tp2": [*TP2, "--teacher", "frozen"],
     "ema_dp2_distributed": [*DISTRIBUTED, "--teacher", "ema", "--dtype", "bf16"],
     "live_pp2": [*PP2, *UNEVEN, "--teacher", "live", "--phf-alpha", "0"],
+    "lora_frozen_tp2": [*TP2, "--lora-rank", "4", "--lora-dropout", "0.1"],
+    "lora_ema_dp2": ["--lora-rank", "4", "--teacher", "ema"],
     "ema_tp2_async": [*TP2, "--teacher", "ema", "--async-save"],
 }
 RESHARDED = {"pp2": (2, PP2), "tp2_pp2": (4, TP2 + PP2), "dp2": (2, [])}
