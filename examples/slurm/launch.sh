@@ -43,6 +43,7 @@ once() { # COMMAND...: one process, on the first node, in the container
 export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torchrun --signals-to-handle, without TERM
 # Without this, ranks that torchrun starts again meet the addresses of their dead predecessors.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 launch() { # SCRIPT ARGUMENTS...: all ranks of the job
     say "$SLURM_JOB_NUM_NODES node(s) x $processes rank(s), rendezvous $rendezvous, logs $LOGS"
     srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \

@@ -78,14 +78,14 @@ def named(inputs: Path) -> list[str]:
     return [*flags, "--max-prompt-length", "64", "--max-teacher-prompt-length", "160"]
 
 
-def signal_ranks(run: Run, number: signal.Signals) -> None:
-    """To every rank of the job, past SLURM."""
+def pause_ranks(run: Run) -> None:
+    """SIGSTOP to every rank of the job, past SLURM."""
     sent = 0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = str(run.out).encode() in (process / "cmdline").read_bytes()
             if ours and b"\0LOCAL_RANK=" in (process / "environ").read_bytes():
-                os.kill(int(process.name), number)
+                os.kill(int(process.name), signal.SIGSTOP)
                 sent += 1
     assert sent == 4
 
@@ -99,14 +99,12 @@ def minutes(clock: str) -> int:
 def signalled_before_the_time_limit(run: Run) -> None:
     """--signal=USR1@120: the limit comes near; the ranks save, the script requeues the job.
 
-    SLURM looks at its clocks every 30 s; the ranks, stopped meanwhile, do not finish before.
+    SLURM looks at its clocks every 30 s; so that the ranks do not finish before, they are paused.
+    It sends SIGCONT before the signal.
     """
     run.wait_for_checkpoint()
-    signal_ranks(run, signal.SIGSTOP)
-    passed = minutes(run.job.fields()["RunTime"])
-    run.time_limit(passed + 2)
-    time.sleep(35)
-    signal_ranks(run, signal.SIGCONT)
+    pause_ranks(run)
+    run.time_limit(minutes(run.job.fields()["RunTime"]) + 2)
     run.job.wait_for(lambda: "requeueing" in run.job.text(), "the script's requeue")
     run.time_limit(60)
     assert "SIGUSR1 received: ending after step" in run.job.text()
