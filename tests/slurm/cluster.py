@@ -36,7 +36,7 @@ class Cluster:
         """``local_slurm.sh COMMAND DIR ...``."""
         subprocess.run(
             ["bash", TOOL, command[0], self.directory, *command[1:]],
-            env={**environment(), **SETTINGS}, check=True, timeout=180,
+            env={**environment(), **SETTINGS}, check=True, timeout=300,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -48,7 +48,7 @@ class Cluster:
         """Standard output of a client command (squeue, scontrol, ...)."""
         done = subprocess.run(
             command, cwd=REPO, env={**self._environment, **variables},
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -76,7 +76,7 @@ class Job:
         """What the job has printed so far."""
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
         """Wait; a job that ends in failure meanwhile fails the test at once."""
         end = time.monotonic() + seconds
         while not condition():
@@ -85,8 +85,8 @@ class Job:
             assert not late and state not in ("FAILED", "CANCELLED", "TIMEOUT"), (
                 f"{what}: not after {seconds} s, job {state}\n{self.text()[-6000:]}"
             )
-            time.sleep(0.2)
+            time.sleep(0.5)
 
-    def wait_until(self, state: str, seconds: float = 400) -> None:
+    def wait_until(self, state: str, seconds: float = 600) -> None:
         """Wait for a job state."""
         self.wait_for(lambda: self.fields()["JobState"] == state, state, seconds)
