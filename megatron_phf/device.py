@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_phf.rendezvous import store_of_this_start
+
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "ones"),
     *("ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
@@ -86,11 +88,14 @@ def default_dtype() -> torch.dtype:
 
 def init_distributed(local_rank: int, timeout_minutes: float) -> None:
     """Join the default process group that torchrun's environment describes."""
-    kwargs: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
+    timeout = timedelta(minutes=timeout_minutes)
+    kwargs: dict[str, Any] = {"timeout": timeout}
     if has_cuda():
         torch.cuda.set_device(local_rank)
         kwargs["device_id"] = device()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda() else "gloo", **kwargs)
+    store, rank, world_size = store_of_this_start(timeout)
+    backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **kwargs)
 
 
 def synchronize() -> None:

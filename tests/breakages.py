@@ -52,11 +52,11 @@ BREAKAGES = (
         (RESUME, "-k", "ema_dp2_distributed"),
     ),
     Breakage(
-        "a resumed run forgets the EMA teacher",
+        "a resumed run leaves the average out of the EMA teacher's bf16 weights",
         "megatron_phf/train/checkpoint.py",
         'self._distiller.teacher.load_state_dict(state.get("teacher", {}))',
         "pass",
-        (RESUME, "-k", "lora_ema_dp2"),
+        (RESUME, "-k", "ema_dp2_distributed"),
     ),
     Breakage(
         "a resumed run keeps the lines after its checkpoint",

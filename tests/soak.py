@@ -219,7 +219,7 @@ def main() -> int:
     """Print the table; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=110)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=260)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path)
     arguments = parser.parse_args()

@@ -52,7 +52,7 @@ def save_weights(chunks: list[FlowGPTModel], directory: str) -> None:
     """
     try:
         torch_dist.on_first_rank(None, lambda: os.makedirs(directory, exist_ok=True))
-        torch_dist.Snapshot(weights_sharded_state_dict(chunks), copy=False).write(directory)
+        torch_dist.Snapshot(weights_sharded_state_dict(chunks), detach=False).write(directory)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written ({error})") from error
 

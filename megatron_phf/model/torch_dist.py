@@ -7,6 +7,7 @@ saves); what lies on the disk is the same, and ``megatron.core.dist_checkpointin
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable
@@ -59,11 +60,12 @@ _INDEX_CLASSES = {
 class Snapshot:
     """A state on its way to the disk: plain values (rank 0 writes them) and tensors by key."""
 
-    def __init__(self, state: dict[str, Any], *, copy: bool) -> None:
-        """Collective.  ``copy``: the tensors may change before they are written."""
+    def __init__(self, state: dict[str, Any], *, detach: bool) -> None:
+        """Collective.  ``detach``: the values may change before they are written."""
         sharded, self.common = save_preprocess(_without_objects(state))
-        if copy:
+        if detach:
             _copy_tensors(sharded)
+            self.common = copy.deepcopy(self.common)  # Adam's step counts on in place
         by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
         self.tensors = mcore_to_pyt_state_dict(by_key, False)
 

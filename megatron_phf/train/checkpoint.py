@@ -55,7 +55,7 @@ class Checkpointer:
         if self._directory is not None and parallel.is_first_rank():
             files.remove_leftovers(self._directory)
         self._thread: threading.Thread | None = None
-        self._problem: OSError | None = None
+        self._problem: Exception | None = None
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint, or start to (--async-save).
@@ -66,7 +66,7 @@ class Checkpointer:
         assert self._directory is not None
         self.finish()
         background = self._config.checkpoint.async_save
-        snapshot = torch_dist.Snapshot(self._state(loading=False), copy=background)
+        snapshot = torch_dist.Snapshot(self._state(loading=False), detach=background)
         manifest = self._manifest(progress)
         if not background:
             self._write(snapshot, progress.iteration, manifest)
@@ -82,12 +82,14 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._problem is not None:
-            problem, self._problem = self._problem, None
+        problem, self._problem = self._problem, None
+        if isinstance(problem, OSError):
             raise ValueError(
                 f"--save {self._directory}: cannot be written ({problem}); checkpoints saved "
                 "before are as they were"
             )
+        if problem is not None:
+            raise problem
 
     def _write(self, snapshot: torch_dist.Snapshot, iteration: int, manifest: dict) -> None:
         """All ranks write beside the final place; rank 0 publishes.  Leaves an error behind."""
@@ -110,6 +112,8 @@ class Checkpointer:
         except OSError as error:
             if rank == 0:
                 files.discard(*where)
+            self._problem = error
+        except Exception as error:  # of a thread, which has nobody to tell
             self._problem = error
 
     def _manifest(self, progress: Progress) -> dict[str, Any]:

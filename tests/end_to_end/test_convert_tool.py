@@ -22,7 +22,7 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 MB of weights in 24 layers, none larger than 1.5 MB."""
+    """63 MiB of weights in 24 layers, none larger than 1.5 MB."""
     path = make_model(
         str(tmp_path_factory.mktemp("model") / "hf"),
         hidden_size=256,
@@ -57,7 +57,7 @@ def checkpoint(model: Path) -> Path:
     weights, peak = memory(done.stdout)
     whole = sum(p.stat().st_size for p in model.glob("*.safetensors")) / 2**20
     assert weights < 0.51 * whole
-    assert peak < weights + 15, "a rank holds more than its part and a few tensors"
+    assert peak < weights + 28, "a rank holds more than its part and a few tensors"
     return target
 
 
@@ -68,7 +68,7 @@ def test_there_and_back(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "equal: largest difference of the logits" in done.stdout
     weights, peak = memory(done.stdout)
-    assert peak < weights + 2 * 10 + 15, "more than a part of the model, one file and a few tensors"
+    assert peak < weights + 2 * 10 + 28, "more than a part of the model, one file and a few tensors"
     found = {n: t for p in target.glob("*.safetensors") for n, t in load_file(p).items()}
     expected = load_file(model / "model.safetensors")
     assert found.keys() == expected.keys()

@@ -65,10 +65,11 @@ def files(tmp_path_factory) -> Path:
     cases = []
     for name, flags in EXACT.items():
         argv, save = [*sampled, *flags], str(d / f"{name}.ckpt")
-        straight = job(f"{name}-straight", d, argv, **{"save-hf": str(d / f"{name}-straight")})
+        plain = [word for word in argv if word != "--async-save"]
+        straight = job(f"{name}-straight", d, plain, **{"save-hf": str(d / f"{name}-straight")})
         record = {"record-rollouts": str(d / f"{name}.rollouts")}
         first = job(name, d, [*argv, *half], save=save, **record)
-        second = job(name, d, argv, load=save, **record, **{"save-hf": str(d / f"{name}-resumed")})
+        second = job(name, d, plain, load=save, **record, **{"save-hf": str(d / f"{name}-resumed")})
         cases += [straight, first, second]
     replayed = ["--hf-model", str(d / "model"), "--rollout-engine", "replay", "--teacher", "ema"]
     replayed += ["--replay-file", str(d / "replay.jsonl"), "--dtype", "fp32", "--adam-eps", "1e-4"]
