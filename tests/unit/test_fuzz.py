@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_phf import preflight
@@ -97,6 +97,8 @@ def attempt(read: Callable[[str], object], name: str, data: bytes, where: str) -
 
 @BOUNDED
 @given(lines_of(PROBLEM))
+@example(b'{"problem": "\\ud800", "solution": "2"}\n')
+@example(b'{"problem": "1", "solution": "2", "answer": 1e400}\n')
 def test_problems(data: bytes) -> None:
     problems = attempt(read_problems, "d.jsonl", data, r"d\.jsonl:\d+: |no problems in it")
     for problem in problems or ():  # what was accepted can be used
