@@ -89,7 +89,7 @@ DAMAGES = {
     "index": (edit_index, "does not hold model.other"),
     "index json": (
         lambda d: next(d.glob("*.index*")).write_text("{}"),
-        "model.safetensors.index.json: damaged",
+        "model.safetensors.index.json: its weight_map is empty",
     ),
     "tensor": (
         edit_shard(lambda t: t.pop(one(t))),
