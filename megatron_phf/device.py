@@ -40,8 +40,9 @@ _CUDA_TENSOR_TYPES = {
     "LongTensor": torch.int64,
 }
 _CPU = torch.device("cpu")
-# megatron-core imports these only when it first needs them; they must be there to be patched.
+# Imported only when first needed; they must be there to be patched.
 _LATE_MODULES = (
+    "mbridge",
     "megatron.core.distributed",
     "megatron.core.models.gpt.gpt_model",
     "megatron.core.optimizer",
