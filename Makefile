@@ -16,7 +16,7 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
 
-# Every combination of three layout settings, up to 16 processes: about 20 minutes on 2 CPU cores.
+# Every combination of three layout settings, up to 16 processes: give it an hour on 2 CPU cores.
 test-matrix: $(READY)
 	mkdir -p runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/parallel/test_matrix.py -s --matrix-strength 3 \
