@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     good = difference <= args.tolerance
     print(
         f"{'equal' if good else 'DIFFERENT'}: largest difference of the logits {difference:.2e} "
-        f"(their standard deviation {deviation:.2f}, tolerance {args.tolerance:g})"
+        f"(their standard deviation {deviation:.2f}, tolerance {args.tolerance:g})",
+        file=sys.stdout if good else sys.stderr,
     )
     return 0 if good else 1
 

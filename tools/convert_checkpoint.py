@@ -167,7 +167,8 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         check=False,
     )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        verdicts = ("error: ", "DIFFERENT: ")
+        said = [line for line in done.stderr.splitlines() if line.startswith(verdicts)]
         text = said[0].removeprefix("error: ") if said else done.stderr[-3000:].strip()
         raise ValueError(text or f"{command[0]} failed with status {done.returncode}")
 

@@ -6,6 +6,8 @@ import os
 import shutil
 from collections.abc import Callable
 
+from safetensors import SafetensorError
+
 from megatron_phf import parallel
 from megatron_phf.output import replace_directory
 
@@ -25,7 +27,7 @@ def write_directory(target: str, flag: str, write: Callable[[str], None]) -> str
         os.makedirs(partial)
         write(partial)
         replace_directory(partial, target)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own
+    except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk
         shutil.rmtree(partial, ignore_errors=True)
         return f"{flag} {target}: cannot be written ({error})"
     return None

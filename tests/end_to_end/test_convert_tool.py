@@ -73,7 +73,9 @@ def test_there_and_back(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     expected = load_file(model / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert len(list(target.glob("*.safetensors"))) == 8
+    sizes = [p.stat().st_size for p in target.glob("*.safetensors")]
+    assert len(sizes) > 5
+    assert max(sizes) < 10e6
     for name in ("tokenizer.model", "chat_template.jinja", "generation_config.json"):
         assert (target / name).read_bytes() == (model / name).read_bytes()
     assert [p.name for p in target.parent.iterdir()] == ["hf"]
@@ -164,7 +166,7 @@ def test_what_is_refused_before_anything_starts(
     new = str(tmp_path / "new")
     to_megatron, to_hf = [*TOOL, "hf-to-megatron"], [*TOOL, "megatron-to-hf"]
     mistakes = [
-        ([*to_megatron, cut, new], "model.safetensors: 7"),
+        ([*to_megatron, cut, new], "bytes, but its header describes"),
         ([*to_megatron, other, new], "model_type 'gpt2' is not supported"),
         ([*to_megatron, "/nowhere", new], "/nowhere: no such directory"),
         ([*to_megatron, str(model), there], "is there already; pass --overwrite"),
