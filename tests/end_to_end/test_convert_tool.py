@@ -170,7 +170,7 @@ def test_what_is_refused_before_anything_starts(
         ([*to_megatron, other, new], "model_type 'gpt2' is not supported"),
         ([*to_megatron, "/nowhere", new], "/nowhere: no such directory"),
         ([*to_megatron, str(model), there], "is there already; pass --overwrite"),
-        ([*to_megatron, str(model), new, *TP2[:1], "3"], "does not divide the model's 768 MLP"),
+        ([*to_megatron, str(model), new, *TP2[:1], "5"], "does not divide the model's 768 MLP"),
         ([*to_megatron, str(model), new, *PP2[:1], "5"], "does not divide the model's 24 layers"),
         ([*to_hf, str(model), new], "no Megatron checkpoint"),
         ([*to_hf, no_config, new], "no hf directory with config.json; pass --hf-model"),
