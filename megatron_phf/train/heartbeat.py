@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -27,6 +28,7 @@ class Heartbeat:
     def at(self, phase: str) -> None:
         """This rank has come to ``phase``."""
         self._phase = phase
+        self._beat()  # at once: who stops now must not be seen in the phase before
 
     def stop(self) -> None:
         """End the thread: Python aborts where it meets one inside the store at its own end."""
@@ -34,14 +36,12 @@ class Heartbeat:
         self._thread.join()
 
     def _beat(self) -> None:
-        self._store.set(_key(self._rank), json.dumps([time.time(), self._phase]))
+        with contextlib.suppress(RuntimeError):  # the store has gone: the job ends
+            self._store.set(_key(self._rank), json.dumps([time.time(), self._phase]))
 
     def _run(self) -> None:
         while not self._stopping.wait(_SECONDS):
-            try:
-                self._beat()
-            except RuntimeError:  # the store has gone: the job ends
-                return
+            self._beat()
 
     def report(self) -> str:
         """A line for each other rank, the one that is silent longest first."""
