@@ -173,7 +173,7 @@ def test_what_is_refused_before_anything_starts(
         ([*to_megatron, str(model), new, *TP2[:1], "5"], "does not divide the model's 768 MLP"),
         ([*to_megatron, str(model), new, *PP2[:1], "5"], "does not divide the model's 24 layers"),
         ([*to_hf, str(model), new], "no Megatron checkpoint"),
-        ([*to_hf, no_config, new], "no hf directory with config.json; pass --hf-model"),
+        ([*to_hf, no_config, new], "is missing; copy the checkpoint again"),
         ([*to_hf, str(checkpoint), new, "--max-shard-size", "5"], "write it as 5GB"),
     ]
     for command, message in mistakes:
