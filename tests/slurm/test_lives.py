@@ -123,7 +123,9 @@ def lost_a_node(run: Run) -> None:
     run.cluster.tool("kill", "n2")
     run.cluster.client("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=killed")
     run.cluster.tool("boot", "n2")
-    run.cluster.client("scontrol", "update", "NodeName=n2", "State=RESUME")
+    # Refused where the node has registered, and so returned to service, already.
+    with contextlib.suppress(AssertionError):
+        run.cluster.client("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
 def test_four_lives_equal_one(cluster: Cluster, inputs: Path, tmp_path: Path) -> None:
