@@ -161,9 +161,7 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
 
 def gather_over_pipeline(value: Any) -> list[Any]:
     """Every pipeline stage's picklable ``value``, first to last."""
-    gathered: list[Any] = [None] * pipeline_size()
-    dist.all_gather_object(gathered, value, group=mpu.get_pipeline_model_parallel_group())
-    return gathered
+    return gather_objects(value, mpu.get_pipeline_model_parallel_group())
 
 
 def exchange_between_stages(
@@ -210,9 +208,7 @@ def broadcast_from_stage(tensor: torch.Tensor, stage: int) -> None:
 
 def raise_together(problem: str | None) -> None:
     """Raise ValueError on every rank where one has a ``problem``; every rank calls it."""
-    gathered: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, problem)
-    for text in gathered:
+    for text in gather_objects(problem):
         if text is not None:
             raise ValueError(text)
 
@@ -232,9 +228,7 @@ def max_over_experts(value: int) -> int:
 
 def gather_over_data_parallel(value: Any) -> list[Any]:
     """Every data-parallel rank's picklable ``value``, in rank order."""
-    gathered: list[Any] = [None] * data_parallel_size()
-    dist.all_gather_object(gathered, value, group=mpu.get_data_parallel_group())
-    return gathered
+    return gather_objects(value, mpu.get_data_parallel_group())
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
@@ -242,11 +236,6 @@ def max_over_ranks(values: Sequence[float]) -> list[float]:
     tensor = torch.tensor([float(v) for v in values], device=device.device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true on any rank of the world; every rank must call it."""
-    return bool(max_over_ranks([flag])[0])
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
