@@ -12,6 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_phf.flow_spec import FLOW_STATES, FLOW_TERMS, FlowSpec
+
 
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
@@ -88,7 +90,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    rollout_engine: str = _flag("megatron", "where rollouts come from", ("megatron", "replay"))
+    rollout_engine: str = _flag(
+        "megatron", "where rollouts come from", ("megatron", "replay", "reference")
+    )
     replay_file: str | None = _flag(None, "recorded rollouts for --rollout-engine replay")
     record_rollouts: str | None = _flag(None, "write every rollout to this replay file")
     max_new_tokens: int = _flag(
@@ -105,7 +109,24 @@ class MethodConfig:
     phf_alpha: float = _flag(0.05, "weight of the flow loss; 0 is OPSD alone")
     phf_window_size: int = _flag(128, "positions a sequence in the flow loss")
     phf_window_rule: str = _flag("even", "choice of the positions", ("even", "contiguous"))
-    opsd_objective: str = _flag("jsd", "output loss", ("jsd", "policy_gradient"))
+    phf_terms: str = _flag(
+        ",".join(FLOW_TERMS), "terms of the flow loss, comma separated (the paper: all)"
+    )
+    phf_layers: str | None = _flag(
+        None, "layers of the flow loss from 1 on, as 2,4,6 (the paper: all)"
+    )
+    phf_states: str = _flag(
+        "transitions",
+        "transitions: the flow; positions: match the hidden states themselves (needs --phf-terms "
+        "direction)",
+        FLOW_STATES,
+    )
+    opsd_objective: str = _flag(
+        "jsd",
+        "output loss; cross_entropy ignores the teacher (with --rollout-engine reference: "
+        "supervised fine-tuning)",
+        ("jsd", "policy_gradient", "cross_entropy"),
+    )
     opsd_beta: float = _flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD")
     opsd_temperature: float = _flag(1.1, "softmax temperature of both distributions")
     opsd_clip_mode: str = _flag(
@@ -170,6 +191,27 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    eval_data: str | None = _flag(None, "JSONL of problems with answers to evaluate on")
+    eval_interval: int = _flag(
+        0, "evaluate every so many steps; 0: before the first and after the last alone"
+    )
+    eval_samples: int = _flag(12, "samples a problem (the k of Average@k)")
+    eval_temperature: float = _flag(1.0, "sampling temperature; 0 is greedy")
+    eval_top_p: float = _flag(0.95, "nucleus sampling")
+    eval_top_k: int = _flag(0, "top-k sampling; 0 is off")
+    eval_max_new_tokens: int | None = _flag(
+        None, "tokens an answer at most (default: --max-new-tokens)"
+    )
+    eval_thinking: bool = _flag(True, "the chat template in thinking mode")
+    eval_seed: int = _flag(0, "of the samples, the same in every run")
+    grader: str = _flag(
+        "math",
+        "math: equal as mathematics; exact: equal as text; or package.module:function of your own",
+    )
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     save: str | None = _flag(None, "write checkpoints into this directory")
     load: str | None = _flag(None, "resume from the newest checkpoint of this directory")
@@ -189,7 +231,10 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class OutputConfig:
     output_dir: str = _flag("runs/train", "logs and everything else a run writes")
-    metrics_file: str | None = _flag(None, "one JSON object a step")
+    run_name: str = _flag("train", "what is tried; runs of one name differ in their seed alone")
+    metrics_file: str | None = _flag(
+        None, "one JSON object a step (default: metrics.jsonl in --output-dir)"
+    )
     tensorboard: bool = _flag(True, "event files under --output-dir/tensorboard")
     wandb_project: str | None = _flag(None, "log to this Weights & Biases project")
     save_hf: str | None = _flag(None, "export the trained student to this HuggingFace directory")
@@ -205,7 +250,6 @@ class EmbeddedConfig:
     warm_start_loss: float = _flag(0.03, "embedded task: they end at this mean loss, nats a token")
     warm_start_lr: float = _flag(1e-3, "embedded task: their peak learning rate")
     eval_problems: int = _flag(60, "embedded task: held-out problems")
-    eval_samples: int = _flag(12, "embedded task: samples a problem (the k of Average@k)")
 
 
 @dataclass(frozen=True)
@@ -219,6 +263,7 @@ class Config:
     teacher: TeacherConfig = TeacherConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()
@@ -246,6 +291,24 @@ def _assign(config: Config, values: dict[str, Any]) -> Config:
             config, **{group: dataclasses.replace(getattr(config, group), **changed)}
         )
     return config
+
+
+def flow_spec(config: Config) -> FlowSpec:
+    """Which parts of the flow loss the flags choose.
+
+    Raises:
+        ValueError: names the flags that do not go together, or one with an unknown part.
+    """
+    method = config.method
+    try:
+        layers = method.phf_layers
+        return FlowSpec(
+            tuple(term.strip() for term in method.phf_terms.split(",")),
+            None if layers is None else tuple(int(word) for word in layers.split(",")),
+            method.phf_states,
+        )
+    except ValueError as error:
+        raise ValueError(f"--phf-terms, --phf-layers, --phf-states: {error}") from error
 
 
 def flag_of(name: str) -> str:

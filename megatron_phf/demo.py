@@ -7,6 +7,8 @@ over the same seeds.  Held-out Average@k before and after goes to ``summary.json
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import time
@@ -17,23 +19,35 @@ import torch.distributed as dist
 from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
+from megatron_phf.data.problems import write_jsonl
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
-from megatron_phf.evaluate import Evaluation, evaluate
+from megatron_phf.evaluate import Evaluation, Grades, evaluation_sampling, make_test_set
+from megatron_phf.grading import make_grader
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
 from megatron_phf.report import plot_demo
 from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.logging import RunLogger, say
-from megatron_phf.train.loop import load_student, make_distiller, sampling_params, train_steps
-from megatron_phf.train.source import OnPolicySource
+from megatron_phf.train.loop import (
+    StepHooks,
+    load_student,
+    make_distiller,
+    make_engine,
+    response_room,
+    sampling_params,
+    train_steps,
+)
+from megatron_phf.train.run_files import write_run_file
+from megatron_phf.train.source import OnPolicySource, ProblemOrder
 from megatron_phf.train.summary import run_summary
 from megatron_phf.train.warm_start import warm_start
 
 _TRAIN_PROBLEMS = 20_000
-_EVAL_SEED = 10_001
+_EVAL_BATCH = 512
 
 
 class _Demo:
@@ -55,7 +69,11 @@ class _Demo:
         self.stop_ids = stop_token_ids(self.tokenizer, initial)
         seed = config.train.seed
         self.train = self._pairs(make_problems("train", _TRAIN_PROBLEMS, seed))
-        self.held_out = self._pairs(make_problems("heldout", config.embedded.eval_problems, seed))
+        held_out = make_problems("heldout", config.embedded.eval_problems, seed)
+        limit, name = config.data.max_prompt_length, "held-out problems"
+        self.tests = make_test_set(
+            held_out, self.tokenizer, ARITHMETIC_TEMPLATES, False, limit, name
+        )
 
     def _pairs(self, problems: Any) -> list[PromptPair]:
         data = self.config.data
@@ -86,38 +104,61 @@ class _Demo:
     def _solution(self, pair: PromptPair) -> list[int]:
         return self.tokenizer.encode(pair.problem.solution)
 
-    def evaluate(self, student: list[FlowGPTModel]) -> Evaluation:
-        """Held-out Average@k, at temperature 1 without filters."""
-        settings = self.config.replaced(
-            rollout_temperature=1.0, rollout_top_p=1.0, rollout_top_k=0, seed=_EVAL_SEED
-        )
-        sampling = sampling_params(settings, self.stop_ids)
-        engine = MegatronRollouts(student, self.arch.vocab_size, 512)
-        return evaluate(
-            engine, self.tokenizer, self.held_out, sampling, self.config.embedded.eval_samples
+    def evaluator(self, student: list[FlowGPTModel], config: Config, grader: Grades) -> Evaluator:
+        """Held-out Average@k of ``student``, kept in the run's directory."""
+        stop, room = self.stop_ids, self.arch.max_position_embeddings - self.tests.longest_prompt
+        return Evaluator(
+            config=config,
+            engine=MegatronRollouts(student, self.arch.vocab_size, _EVAL_BATCH),
+            tokenizer=self.tokenizer,
+            tests=self.tests,
+            sampling=evaluation_sampling(config, stop, room),
+            grader=grader,
+            log=EvaluationLog(config.output.output_dir),
         )
 
     def train_and_evaluate(
-        self, name: str, config: Config, show_example: bool
+        self, config: Config, base: Evaluation, grader: Grades, show_example: bool
     ) -> tuple[Evaluation, float, list[Any]]:
         """One run from the base model: its evaluation, seconds of training, and its steps."""
         student = load_student(self.arch, config, self.base)
-        engine = MegatronRollouts(student, self.arch.vocab_size, config.rollout.rollout_batch_size)
-        sampling = sampling_params(config, self.stop_ids)
-        batch, positions = config.train.global_batch_size, self.arch.max_position_embeddings
-        source = OnPolicySource(engine, self.train, sampling, batch, positions)
-        distiller = make_distiller(self.arch, config, student)
-        metrics_file = os.path.join(self.directory, f"{name}.jsonl")
-        logger = RunLogger(
-            config.replaced(metrics_file=metrics_file), config.train.train_iters, name
+        train = config.train
+        source = OnPolicySource(
+            make_engine(config, self.arch, student),
+            ProblemOrder(self.train, train.global_batch_size, train.seed),
+            sampling_params(config, self.stop_ids),
+            response_room(config, self.arch),
         )
+        distiller = make_distiller(self.arch, config, student)
+        evaluator = self.evaluator(student, config, grader)
+        write_run_file(config, self.arch)
+        evaluator.log.add(0, base)
+        logger = RunLogger(config, train.train_iters, config.output.run_name)
+        hooks = StepHooks(self.tokenizer, show_example, self.stop_ids)
         start = time.perf_counter()
-        try:
-            history = train_steps(distiller, source, logger, self.tokenizer, show_example)
-        finally:
-            logger.close()
+        with contextlib.closing(logger):
+            history = train_steps(distiller, source, logger, hooks)
         seconds = time.perf_counter() - start
-        return self.evaluate(student), seconds, [m.as_json() for m in history]
+        result = evaluator.run()
+        evaluator.log.add(train.train_iters, result)
+        return result, seconds, [m.as_json() for m in history]
+
+
+def write_task(config: Config, directory: str, templates: str) -> None:
+    """Base model and problems into ``directory``, the prompt templates into ``templates``."""
+    demo = _Demo(config.replaced(output_dir=directory))
+    demo.warm_started()
+    if not parallel.is_first_rank():
+        return
+    problems = {"train": [p.problem for p in demo.train], "heldout": demo.tests.problems}
+    for name, split in problems.items():
+        lines = [dataclasses.asdict(p) for p in split]
+        for line in lines:
+            del line["index"]
+        write_jsonl(os.path.join(directory, f"{name}.jsonl"), lines)
+    for side in ("student", "teacher"):
+        with open(os.path.join(templates, f"{side}.txt"), "w", encoding="utf-8") as f:
+            f.write(getattr(ARITHMETIC_TEMPLATES, side))
 
 
 def _record(evaluation: Evaluation, seconds: float) -> dict[str, Any]:
@@ -139,21 +180,12 @@ def run(config: Config) -> dict[str, Any]:
     say(run_summary(demo.arch, config))
     student, warm_steps = demo.warm_started()
     warm_seconds = time.perf_counter() - begin
-    base = demo.evaluate(student)
-    say(f"base model: {_describe(base)}")
-    del student
-    seeds = [config.train.seed + i for i in range(config.embedded.demo_seeds)]
-    arms = {"opsd": config.replaced(phf_alpha=0.0), "phf": config}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    curves: dict[str, list[list[Any]]] = {name: [] for name in arms}
-    for seed in seeds:
-        for name, arm in arms.items():
-            result, seconds, steps = demo.train_and_evaluate(
-                f"{name}_seed{seed}", arm.replaced(seed=seed), show_example=not runs["opsd"]
-            )
-            say(f"{name} seed {seed}: {_describe(result)} after {seconds:.0f} s")
-            runs[name].append({"seed": seed, **_record(result, seconds)})
-            curves[name].append(steps)
+    with make_grader(config.evaluation.grader) as grader:
+        base = demo.evaluator(student, config, grader).run()
+        say(f"base model: {_describe(base)}")
+        del student
+        runs, curves = _run_arms(demo, config, base, grader)
+    seeds = [run["seed"] for run in runs["phf"]]
     summary = _summary(config, demo.arch, base, runs, seeds)
     summary["steps"]["warm_start"] = warm_steps
     summary["seconds"] = {
@@ -164,6 +196,26 @@ def run(config: Config) -> dict[str, Any]:
         _write(config.output.output_dir, summary, curves)
     say(_verdict(summary))
     return summary
+
+
+def _run_arms(
+    demo: _Demo, config: Config, base: Evaluation, grader: Grades
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[list[Any]]]]:
+    """Both methods over the seeds: what the summary says of each run, and its steps."""
+    arms = {"opsd": config.replaced(phf_alpha=0.0), "phf": config}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    curves: dict[str, list[list[Any]]] = {name: [] for name in arms}
+    for i in range(config.embedded.demo_seeds):
+        for name, arm in arms.items():
+            seed = config.train.seed + i
+            directory = os.path.join(demo.directory, name, f"seed{seed}")
+            arm = arm.replaced(seed=seed, output_dir=directory, run_name=name, metrics_file=None)
+            first = not runs["opsd"]
+            result, seconds, steps = demo.train_and_evaluate(arm, base, grader, show_example=first)
+            say(f"{name} seed {seed}: {_describe(result)} after {seconds:.0f} s")
+            runs[name].append({"seed": seed, **_record(result, seconds)})
+            curves[name].append(steps)
+    return runs, curves
 
 
 def _describe(result: Evaluation) -> str:
@@ -178,7 +230,7 @@ def _summary(
     runs: dict[str, list[dict[str, Any]]],
     seeds: list[int],
 ) -> dict[str, Any]:
-    k = config.embedded.eval_samples
+    k = config.evaluation.eval_samples
     return {
         f"base_average_at_{k}": base.average,
         f"opsd_average_at_{k}": _mean(runs["opsd"]),

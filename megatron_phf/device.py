@@ -112,6 +112,20 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def start_peak() -> None:
+    """``peak_since_start`` counts from here."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_since_start() -> int:
+    """Bytes: allocated device memory at most since ``start_peak``; on CPU the resident set now."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/statm", encoding="ascii") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
 def describe() -> str:
     """One line for the start-up summary."""
     if not has_cuda():

@@ -1,64 +1,246 @@
-"""Average@k: sample k answers to each held-out problem and grade them."""
+"""Average@k, pass@k and majority@k: sample k answers to each problem and grade them."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections import Counter
 from collections.abc import Sequence
-
-import torch.distributed as dist
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from megatron_phf import parallel
-from megatron_phf.data.prompts import PromptPair
+from megatron_phf.config import Config
+from megatron_phf.data.problems import FieldNames, Problem, read_test_problems
+from megatron_phf.data.prompts import PromptTemplates, fill, prompt_templates
 from megatron_phf.data.tokenizer import Tokenizer
-from megatron_phf.grading import average_at_k, bootstrap_interval, is_correct
+from megatron_phf.grading import bootstrap_interval, canonical_answer
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """``average`` = Average@k; ``interval``: 95 % bootstrap over problems; ``correct`` [p][k]."""
+class Grades(Protocol):
+    """What evaluation asks of a grader (:mod:`megatron_phf.grading`)."""
 
-    average: float
-    interval: tuple[float, float]
-    correct: list[list[bool]]
-    sample: str  # the first problem's first generation, to look at
+    def correct(self, generation: str, problem: Problem) -> bool:
+        """Whether the generation's final answer is the problem's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer; ``cut``: it ended without a stop token, for want of room."""
+
+    text: str
+    tokens: int
+    answer: str | None  # its final answer, in the form that majority@k counts
+    correct: bool
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``answers`` [problems][k]."""
+
+    problems: list[Problem]
+    answers: list[list[Answer]]
+    seconds: float
+
+    @property
+    def correct(self) -> list[list[bool]]:
+        """[problems][k]."""
+        return [[a.correct for a in row] for row in self.answers]
+
+    @property
+    def per_problem(self) -> list[float]:
+        """Mean correctness of each problem's samples."""
+        return [sum(row) / len(row) for row in self.correct]
+
+    @property
+    def average(self) -> float:
+        """Average@k: the mean over problems of the mean over samples."""
+        return sum(self.per_problem) / len(self.per_problem)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of ``average`` over problems."""
+        return bootstrap_interval(self.per_problem)
+
+    @property
+    def pass_at_k(self) -> float:
+        """Share of the problems that any sample solves."""
+        return sum(map(any, self.correct)) / len(self.answers)
+
+    @property
+    def majority_at_k(self) -> float:
+        """Share of the problems whose most frequent final answer is right."""
+        votes = [majority([a.answer for a in row]) for row in self.answers]
+        return sum(
+            vote is not None and row[vote].correct
+            for vote, row in zip(votes, self.answers, strict=True)
+        ) / len(votes)
+
+    def record(self, shown: int | None = None) -> dict[str, Any]:
+        """As JSON: the numbers, and the first answer to each of ``shown`` problems (None: all)."""
+        samples = [
+            {
+                "problem": problem.problem,
+                "reference": problem.solution,
+                "answer": problem.answer,
+                "generation": row[0].text,
+                "correct": row[0].correct,
+            }
+            for problem, row in zip(self.problems[:shown], self.answers, strict=False)
+        ]
+        flat = [a for row in self.answers for a in row]
+        return {
+            "k": len(self.answers[0]),
+            "problems": len(self.problems),
+            "average_at_k": self.average,
+            "interval_95": list(self.interval),
+            "pass_at_k": self.pass_at_k,
+            "majority_at_k": self.majority_at_k,
+            "mean_tokens": sum(a.tokens for a in flat) / len(flat),
+            "cut": sum(a.cut for a in flat) / len(flat),
+            "correct": self.correct,
+            "seconds": round(self.seconds, 3),
+            "samples": samples,
+        }
+
+    def describe(self) -> str:
+        """One line."""
+        (low, high), k = self.interval, len(self.answers[0])
+        return (
+            f"Average@{k} {100 * self.average:.2f} % (95 % interval {100 * low:.2f} - "
+            f"{100 * high:.2f}), pass@{k} {100 * self.pass_at_k:.2f} %, majority@{k} "
+            f"{100 * self.majority_at_k:.2f} %, {len(self.problems)} problems"
+        )
+
+
+def majority(answers: Sequence[str | None]) -> int | None:
+    """Position of the first sample with the most frequent answer; the earliest wins a tie.
+
+    Samples without an answer have no vote; None where no sample has one.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    return answers.index(counts.most_common(1)[0][0]) if counts else None
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Problems with answers, and how each is asked."""
+
+    problems: list[Problem]
+    prompts: list[list[int]]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+        return max(len(prompt) for prompt in self.prompts)
+
+
+def make_test_set(
+    problems: list[Problem],
+    tokenizer: Tokenizer,
+    templates: PromptTemplates,
+    thinking: bool,
+    max_prompt_length: int,
+    name: str,
+) -> TestSet:
+    """The student's prompts of ``problems``; ``name`` is their file, for errors.
+
+    Raises:
+        ValueError: a prompt is too long.  To leave problems out would change the result.
+    """
+    prompts = []
+    for problem in problems:
+        prompts.append(tokenizer.prompt(fill(templates.student, problem), thinking))
+        if len(prompts[-1]) > max_prompt_length:
+            raise ValueError(
+                f"{name}: problem {problem.index + 1} has {len(prompts[-1])} tokens, over "
+                f"--max-prompt-length {max_prompt_length}; raise it"
+            )
+    return TestSet(problems, prompts)
+
+
+def read_test_set(path: str, flag: str, config: Config, tokenizer: Tokenizer) -> TestSet:
+    """The test set in a file named by ``flag``; ValueError names what is wrong with it."""
+    data = config.data
+    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
+    return make_test_set(
+        read_test_problems(path, fields, flag),
+        tokenizer,
+        prompt_templates(data),
+        config.evaluation.eval_thinking,
+        data.max_prompt_length,
+        f"{flag} {path}",
+    )
+
+
+def evaluation_sampling(
+    config: Config, stop_ids: tuple[int, ...], max_new_tokens: int
+) -> SamplingParams:
+    """The --eval settings; ``max_new_tokens``: what the model's positions leave room for."""
+    e = config.evaluation
+    wanted = e.eval_max_new_tokens or config.rollout.max_new_tokens
+    return SamplingParams(
+        temperature=e.eval_temperature,
+        top_p=e.eval_top_p,
+        top_k=e.eval_top_k,
+        max_new_tokens=min(wanted, max_new_tokens),
+        stop_ids=stop_ids,
+        seed=e.eval_seed,
+    )
 
 
 def evaluate(
     engine: RolloutEngine,
     tokenizer: Tokenizer,
-    pairs: Sequence[PromptPair],
+    tests: TestSet,
     sampling: SamplingParams,
     k: int,
+    grader: Grades,
+    first: int = 0,
 ) -> Evaluation:
-    """Sample and grade ``k`` answers to each student prompt; every rank gets the whole result.
+    """Sample and grade ``k`` answers to each problem; every rank gets the whole result.
 
     The samples are spread over data-parallel ranks; which rank draws one does not change it.
+    ``first``: position of the first problem in the whole test set, of which this may be a part.
     """
-    samples = [(problem, draw) for problem in range(len(pairs)) for draw in range(k)]
+    start = time.perf_counter()
+    samples = [(problem, draw) for problem in range(len(tests.prompts)) for draw in range(k)]
     mine = samples[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
     responses = engine.generate(
-        [pairs[problem].student_ids for problem, _ in mine],
+        [tests.prompts[problem] for problem, _ in mine],
         sampling,
-        [problem * k + draw for problem, draw in mine],
+        [(first + problem) * k + draw for problem, draw in mine],
     )
-    graded = []
-    for (problem, draw), response in zip(mine, responses, strict=True):
-        text = tokenizer.decode(response)
-        answer = pairs[problem].problem.answer
-        assert answer is not None, "evaluation sets have answers"
-        graded.append((problem, draw, is_correct(text, answer), text))
-    return _collect(graded, len(pairs), k)
+    graded: dict[tuple[int, int], Answer] = {}
+    if parallel.is_first_of_replica():  # its other ranks have the same responses
+        for (problem, draw), response in zip(mine, responses, strict=True):
+            text = tokenizer.decode(response)
+            good = grader.correct(text, tests.problems[problem])
+            cut = not response or response[-1] not in sampling.stop_ids
+            answer = Answer(text, len(response), canonical_answer(text), good, cut)
+            graded[problem, draw] = answer
+    for part in parallel.gather_objects(graded):
+        graded.update(part)
+    answers = [[graded[p, draw] for draw in range(k)] for p in range(len(tests.prompts))]
+    return Evaluation(tests.problems, answers, time.perf_counter() - start)
 
 
-def _collect(graded: list[tuple[int, int, bool, str]], num_problems: int, k: int) -> Evaluation:
-    correct = [[False] * k for _ in range(num_problems)]
-    sample = ""
-    gathered: list[list[tuple[int, int, bool, str]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, graded)
-    for problem, draw, good, text in (g for share in gathered for g in share):
-        correct[problem][draw] = good
-        sample = text if (problem, draw) == (0, 0) else sample
-    per_problem = [sum(row) / k for row in correct]
-    return Evaluation(average_at_k(correct), bootstrap_interval(per_problem), correct, sample)
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of the parts of a test set as one."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = Evaluation(
+            whole.problems + part.problems,
+            whole.answers + part.answers,
+            whole.seconds + part.seconds,
+        )
+    return whole
+
+
+def answer_to_json(answer: Answer) -> dict[str, Any]:
+    """Every field."""
+    return dataclasses.asdict(answer)

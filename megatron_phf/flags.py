@@ -30,6 +30,8 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "rollout_top_k": 0,
     "rollout_top_p": 1.0,
     "make_vocab_size_divisible_by": 8,
+    "eval_top_p": 1.0,
+    "eval_seed": 10_001,
 }
 
 

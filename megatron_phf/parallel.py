@@ -124,6 +124,11 @@ def context_parallel_size() -> int:
     return mpu.get_context_parallel_world_size()
 
 
+def is_first_of_replica() -> bool:
+    """Whether this process speaks for its copy of the model (TP x PP x CP)."""
+    return pipeline_rank() == tensor_parallel_rank() == context_parallel_rank() == 0
+
+
 def is_first_stage() -> bool:
     """Whether this process embeds the tokens (of its first virtual chunk)."""
     return mpu.is_pipeline_first_stage(ignore_virtual=True)

@@ -14,7 +14,7 @@ import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
-from megatron_phf.data.problems import FieldNames, read_problems
+from megatron_phf.data.problems import FieldNames, read_problems, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
 from megatron_phf.model.adapter_config import check_lora, target_modules
@@ -26,6 +26,7 @@ from megatron_phf.model.architecture import (
 )
 from megatron_phf.model.teacher_architecture import (
     TEACHER_FLAG,
+    check_flow,
     check_models,
     check_teacher_flags,
     read_teacher,
@@ -47,7 +48,8 @@ _AT_LEAST_ONE = {
     "data": ("max_prompt_length", "max_teacher_prompt_length"),
     "method": ("logits_chunk_tokens",),
     "model": ("make_vocab_size_divisible_by",),
-    "embedded": ("demo_seeds", "eval_problems", "eval_samples"),
+    "embedded": ("demo_seeds", "eval_problems"),
+    "evaluation": ("eval_samples",),
 }
 
 
@@ -113,8 +115,9 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("--replay-file and --rollout-engine replay belong together")
     if rollout.rollout_engine == "replay" and config.model.hf_model is None:
         raise ValueError("--rollout-engine replay needs --hf-model, the model of the recording")
-    if config.method.opsd_objective == "policy_gradient" and config.method.opsd_top_k:
-        raise ValueError("--opsd-top-k does not apply to --opsd-objective policy_gradient")
+    objective = config.method.opsd_objective
+    if objective != "jsd" and config.method.opsd_top_k:
+        raise ValueError(f"--opsd-top-k does not apply to --opsd-objective {objective}")
 
 
 def _check_checkpoints(config: Config) -> None:
@@ -132,6 +135,32 @@ def _check_checkpoints(config: Config) -> None:
         raise ValueError("--save-interval, --async-save and --keep-last need --save")
     if config.is_embedded and (c.save or c.load):
         raise ValueError("--save and --load need --hf-model: the embedded task is many short runs")
+
+
+def _fields(config: Config) -> FieldNames:
+    data = config.data
+    return FieldNames(data.problem_field, data.solution_field, data.answer_field)
+
+
+def _check_evaluation(config: Config) -> None:
+    e = config.evaluation
+    if e.eval_interval < 0:
+        raise ValueError(f"--eval-interval {e.eval_interval}: need at least 0")
+    if e.eval_max_new_tokens is not None and e.eval_max_new_tokens < 1:
+        raise ValueError(f"--eval-max-new-tokens {e.eval_max_new_tokens}: need at least 1")
+    if e.eval_temperature < 0 or not 0 < e.eval_top_p <= 1 or e.eval_top_k < 0:
+        raise ValueError(
+            f"--eval-temperature {e.eval_temperature}, --eval-top-p {e.eval_top_p}, --eval-top-k "
+            f"{e.eval_top_k}: need at least 0, above 0 to 1, at least 0"
+        )
+    if e.eval_data is None and e.eval_interval:
+        raise ValueError("--eval-interval needs --eval-data")
+    if e.eval_data is not None:
+        if config.model.hf_model is None:
+            raise ValueError(
+                "--eval-data needs --hf-model: the embedded task has problems of its own"
+            )
+        read_test_problems(e.eval_data, _fields(config), "--eval-data")
 
 
 def _check_tokenizer(config: Config) -> None:
@@ -239,12 +268,12 @@ def check(config: Config) -> None:
         arch = parse_architecture(MODEL_CONFIG, "the embedded model")
         _check_expert_flags(arch, config)
         check_split(arch, config)
+        check_flow(arch, config)
     _check_tokenizer(config)
+    _check_evaluation(config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
-        read_problems(
-            data.data, FieldNames(data.problem_field, data.solution_field, data.answer_field)
-        )
+        read_problems(data.data, _fields(config))
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")

@@ -32,6 +32,9 @@ class Options:
     window_rule: str = "even"
     objective: str = "jsd"
     layer_map: tuple[int, ...] | None = None  # None: by relative depth
+    terms: str = "direction,geometry,adjacent"  # of the flow loss
+    layers: tuple[int, ...] | None = None  # in the flow loss; None: all
+    pointwise: int = 0  # match the hidden states themselves
     aux_coeff: float = 0.0  # of the routers' load-balancing loss
     micro_batch_size: int = 1  # over which it is computed
 
@@ -171,6 +174,13 @@ def sampled_token(student: Tensor, teacher: Tensor, token: int, o: Options):
     return -advantage * log_s, 0.0, float(-(log_p.exp() * log_p).sum())
 
 
+def cross_entropy(student: Tensor, teacher: Tensor, token: int, o: Options):
+    """Supervised fine-tuning on one token; the teacher counts for its entropy alone."""
+    log_p = torch.log_softmax(teacher / o.temperature, 0)
+    loss = -torch.log_softmax(student / o.temperature, 0)[token]
+    return loss, 0.0, float(-(log_p.exp() * log_p).sum())
+
+
 def unit_transitions(hidden: Tensor) -> Tensor:
     """[m, h] -> [m-1, h]."""
     rows = []
@@ -210,6 +220,34 @@ def flow_terms(
     return direction, geometry, adjacent
 
 
+def pointwise_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list, list]:
+    """Cosine distance of the hidden states at the window, mean over it, in each layer."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        distances = [1 - torch.dot(a / a.norm(), b / b.norm()) for a, b in zip(s, t, strict=True)]
+        values.append(sum(distances) / len(distances) if distances else torch.zeros(()))
+    return values, [], []
+
+
+def flow_objective(direction: list, geometry: list, adjacent: list, o: Options) -> Tensor:
+    """Means over the batch by layer and pair -> L_flow of the chosen terms and layers."""
+    if o.pointwise:
+        return sum(direction) / len(direction)
+    terms = o.terms.split(",")
+    layers = [i - 1 for i in o.layers or range(1, len(geometry) + 1)]
+    parts = []
+    # Each layer's loss is the mean of its terms: without directions, of the one that is left.
+    named = (("direction", direction), ("geometry", geometry))
+    local = [v for name, v in named if name in terms and v]
+    if local:
+        each = [sum(values[i] for values in local) / len(local) for i in layers]
+        parts.append(sum(each) / len(each))
+    if "adjacent" in terms:
+        pairs = [adjacent[i] for i in layers if i + 1 in layers]
+        parts.append(sum(pairs) / len(pairs) if pairs else torch.zeros(()))
+    return sum(parts) / len(parts)
+
+
 def sequence_terms(student, teacher, sample: dict, o: Options):
     """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
     response = sample["response_ids"]
@@ -225,11 +263,14 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
         pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
         if o.objective == "jsd":
             tokens.append(divergence(*pair, o))
+        elif o.objective == "cross_entropy":
+            tokens.append(cross_entropy(*pair, token, o))
         else:
             tokens.append(sampled_token(*pair, token, o))
     w = window(len(response), o.window_size, o.window_rule)
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
-    flow = flow_terms([h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden], o.layer_map)
+    sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
+    flow = pointwise_terms(*sides) if o.pointwise else flow_terms(*sides, o.layer_map)
     return tokens, flow, routers
 
 
@@ -245,20 +286,15 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
     means = [[sum(f[k][i] for f in flows) / len(flows) for i in range(len(flows[0][k]))]
              for k in range(3)]  # fmt: skip
     direction, geometry, adjacent = means
-    # Each layer's loss is the mean of its terms: without directions, of the one that is left.
-    layers = geometry
-    if direction:
-        layers = [(d + g) / 2 for d, g in zip(direction, geometry, strict=True)]
-    local = sum(layers) / len(layers)
-    flow = (local + sum(adjacent) / len(adjacent)) / 2
+    flow = flow_objective(direction, geometry, adjacent, o)
     loss = opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),
         "flow": flow.item(),
         "flow_direction_per_layer": [x.item() for x in direction] or None,
-        "flow_geometry_per_layer": [x.item() for x in geometry],
-        "flow_adjacent_per_pair": [x.item() for x in adjacent],
+        "flow_geometry_per_layer": [x.item() for x in geometry] or None,
+        "flow_adjacent_per_pair": [x.item() for x in adjacent] or None,
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),

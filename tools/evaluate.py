@@ -1,125 +1,97 @@
-"""Average@k of a HuggingFace model, TP x PP x DP: k sampled answers a problem, graded.
+"""Average@k, pass@k and majority@k of a model, in any layout: k sampled answers, graded.
 
-    torchrun --nproc-per-node 8 tools/evaluate.py --hf-model DIR --data problems.jsonl \\
-        --k 12 --output average.json --tensor-model-parallel-size 2
+    torchrun --nproc-per-node 8 tools/evaluate.py --hf-model DIR --eval-data problems.jsonl \\
+        --eval-samples 12 --output-dir runs/evaluate --tensor-model-parallel-size 2
 
 The defaults are the published evaluation: thinking mode, temperature 1.0, top-p 0.95, at most 38912
-new tokens (fewer where the model's positions end).  All flags of examples/pretrain_phf.sh are
-understood; those of training have no effect.  Every problem needs an answer, and no solution.
+new tokens (fewer where the model's positions end).  --preset paper --eval-dir DIR evaluates on its
+three sets, DIR/aime2024.jsonl, aime2025.jsonl and hmmt2025.jsonl (30 problems each, fields
+"problem" and "answer").  Weights: those of --hf-model, with --lora-adapter DIR, or those of --load,
+a checkpoint of a run or a converted one.  Every generation is kept in --output-dir, and a second
+start goes on where the first one ended.  --rollout-engine replay --replay-file generations.jsonl
+grades recorded generations again, in one process without a model.  All flags of
+examples/pretrain_phf.sh are understood; those of training have no effect.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf.config import Config
+from megatron_phf.data.problems import FieldNames, read_test_problems
 from megatron_phf.flags import parse_args
 from megatron_phf.main import run_rank
 
-_DEFAULTS = ["--student-thinking", "--rollout-temperature", "1.0", "--rollout-top-p", "0.95"]
-_DEFAULTS += ["--rollout-top-k", "0", "--max-new-tokens", "38912"]
+_DEFAULTS = ["--eval-max-new-tokens", "38912", "--max-prompt-length", "2048"]
+_DEFAULTS += ["--output-dir", "runs/evaluate"]
+# PHF's test sets; each file has this many problems.
+_SETS = ("aime2024", "aime2025", "hmmt2025")
+_PROBLEMS = 30
 
 
-def _prompts(config: Config, tokenizer: Any) -> list[Any]:
-    from megatron_phf.data.problems import FieldNames, read_problems
-    from megatron_phf.data.prompts import PromptPair, fill, prompt_templates
-
-    data = config.data
-    assert data.data is not None
-    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
-    template, limit = prompt_templates(data).student, data.max_prompt_length
-    pairs = []
-    for problem in read_problems(data.data, fields):
-        name = f"--data {data.data}: problem {problem.index + 1}"
-        if problem.answer is None:
-            raise ValueError(f"{name} has no {data.answer_field!r}; see --answer-field")
-        ids = tuple(tokenizer.prompt(fill(template, problem), data.student_thinking))
-        if len(ids) > limit:
-            raise ValueError(f"{name} has {len(ids)} tokens, over --max-prompt-length {limit}")
-        pairs.append(PromptPair(problem, ids, ids))
-    return pairs
-
-
-def evaluate_model(config: Config, k: int, output: str | None) -> None:
-    """Sample, grade, print; rank 0 writes ``output``.  Every rank calls it.
+def test_files(args: argparse.Namespace, config: Config) -> dict[str, str]:
+    """Name -> file of each test set.
 
     Raises:
-        ValueError: a file is damaged, or ``output`` cannot be written.
+        ValueError: none is named, or a preset's is missing or has another number of problems.
     """
-    from megatron_phf import parallel
-    from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
-    from megatron_phf.evaluate import evaluate
-    from megatron_phf.model.architecture import read_architecture
-    from megatron_phf.rollout.megatron import MegatronRollouts
-    from megatron_phf.train.logging import say
-    from megatron_phf.train.loop import load_student, sampling_params
-
-    directory = config.model.hf_model
-    assert directory is not None
-    arch, tokenizer = read_architecture(directory), load_tokenizer(config)
-    stop_ids = stop_token_ids(tokenizer, directory)
-    check_token_ids(tokenizer, stop_ids, arch.vocab_size)
-    pairs = _prompts(config, tokenizer)
-    room = arch.max_position_embeddings - max(len(p.student_ids) for p in pairs)
-    sampling = sampling_params(config, stop_ids)
-    sampling = dataclasses.replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    engine = MegatronRollouts(
-        load_student(arch, config, directory), arch.vocab_size, config.rollout.rollout_batch_size
-    )
-    start = time.perf_counter()
-    result = evaluate(engine, tokenizer, pairs, sampling, k)
-    seconds = time.perf_counter() - start
-    low, high = result.interval
-    say(
-        f"Average@{k} {100 * result.average:.2f} % (95 % interval {100 * low:.2f} - "
-        f"{100 * high:.2f}) over {len(pairs)} problems in {seconds:.0f} s"
-    )
-    report = {
-        "hf_model": directory, "data": config.data.data, "k": k, "problems": len(pairs),
-        "average_at_k": result.average, "interval_95": list(result.interval),
-        "correct": result.correct, "sampling": dataclasses.asdict(sampling),
-        "seconds": round(seconds, 2),
-    }  # fmt: skip
-    problem = None
-    if output is not None and parallel.is_first_rank():
-        try:
-            _write(output, report)
-        except OSError as error:
-            problem = f"--output {output}: cannot be written ({error.strerror})"
-    problem = parallel.broadcast_object(problem)
-    if problem is not None:
-        raise ValueError(problem)
+    path, preset = config.evaluation.eval_data, args.preset
+    if (path is None) == (preset is None):
+        raise ValueError("name either --eval-data FILE, or --preset and --eval-dir")
+    if path is not None:
+        return {Path(path).stem: path}
+    if args.eval_dir is None:
+        raise ValueError(f"--preset {preset} needs --eval-dir, the directory of its files")
+    names = _SETS if preset == "paper" else (preset,)
+    files = {name: os.path.join(args.eval_dir, f"{name}.jsonl") for name in names}
+    for file in files.values():
+        if not os.path.isfile(file):
+            raise ValueError(
+                f"--preset {preset}: {file} is missing ({_PROBLEMS} problems, one a line)"
+            )
+    return files
 
 
-def _write(path: str, report: dict[str, Any]) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(report, f, indent=1)
-    os.replace(path + ".tmp", path)
+def _check_counts(files: dict[str, str], preset: str | None, config: Config) -> None:
+    fields = FieldNames(config.data.problem_field, None, config.data.answer_field)
+    for name, file in files.items():
+        count = len(read_test_problems(file, fields, "--eval-data"))
+        if preset is not None and count != _PROBLEMS:
+            raise ValueError(f"{file}: {count} problems, but {name} has {_PROBLEMS}")
 
 
-def _parse(given: list[str], k: int) -> Config:
-    if k < 1:
-        raise ValueError(f"--k {k}: need at least 1")
+def _parse(given: list[str], args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
     config = parse_args([*_DEFAULTS, *given])
-    if config.model.hf_model is None or config.data.data is None:
-        raise ValueError("--hf-model and --data are needed")
+    files = test_files(args, config)
+    _check_counts(files, args.preset, config)
+    if config.model.hf_model is None:
+        raise ValueError("--hf-model is needed: the model, or that of the checkpoint")
     # What only training needs is set so that its checks hold here.
-    return config.replaced(
+    first = next(iter(files.values()))
+    config = config.replaced(
+        data=first,
+        eval_data=first,
         solution_field=config.data.problem_field,
         max_teacher_prompt_length=config.data.max_prompt_length,
         global_batch_size=int(os.environ.get("WORLD_SIZE", "1")),
         micro_batch_size=1,
     )
+    return config, files
+
+
+def _regrade(given: list[str], args: argparse.Namespace) -> None:
+    from megatron_phf.evaluation_job import regrade
+
+    try:
+        config = parse_args([*_DEFAULTS, *given])
+        regrade(config, test_files(args, config))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,13 +99,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--k", type=int, default=12, help="samples a problem (default: 12)")
-    parser.add_argument("--output", default=None, help="write the result to this JSON file")
+    parser.add_argument("--preset", choices=("paper", *_SETS), help="the paper's test sets")
+    parser.add_argument("--eval-dir", help="directory of the preset's files")
     args, given = parser.parse_known_args(argv)
-    run_rank(
-        lambda: _parse(given, args.k),
-        lambda config, *_: evaluate_model(config, args.k, args.output),
-    )
+    files: dict[str, str] = {}
+
+    def read() -> Config:
+        config, found = _parse(given, args)
+        files.update(found)
+        return config
+
+    def job(config: Config, *_: object) -> None:
+        from megatron_phf.evaluation_job import evaluate_sets
+
+        evaluate_sets(config, files)
+
+    if "replay" in given:
+        _regrade(given, args)
+    else:
+        run_rank(read, job)
 
 
 if __name__ == "__main__":

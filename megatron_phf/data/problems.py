@@ -24,10 +24,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class FieldNames:
-    """How the file calls the three fields."""
+    """How the file calls the three fields; ``solution`` None: not read, an empty text."""
 
     problem: str = "problem"
-    solution: str = "solution"
+    solution: str | None = "solution"
     answer: str = "answer"
 
 
@@ -112,7 +112,9 @@ def _answer(content: dict[str, Any], name: str, where: str) -> str | None:
     )
 
 
-def read_problems(path: str, fields: FieldNames | None = None) -> list[Problem]:
+def read_problems(
+    path: str, fields: FieldNames | None = None, flag: str = "--data"
+) -> list[Problem]:
     """All problems of a JSONL file (UTF-8, blank lines skipped); the answer is optional.
 
     Raises:
@@ -120,18 +122,30 @@ def read_problems(path: str, fields: FieldNames | None = None) -> list[Problem]:
     """
     names = fields or FieldNames()
     problems: list[Problem] = []
-    for number, content in read_jsonl(path, "--data"):
-        where = f"{path}:{number}"
+    for number, content in read_jsonl(path, flag):
+        where, name = f"{path}:{number}", names.solution
         problems.append(
             Problem(
                 problem=_text(content, "problem", names.problem, where),
-                solution=_text(content, "solution", names.solution, where),
+                solution="" if name is None else _text(content, "solution", name, where),
                 answer=_answer(content, names.answer, where),
                 index=len(problems),
             )
         )
     if not problems:
-        raise ValueError(f"--data {path}: no problems in it")
+        raise ValueError(f"{flag} {path}: no problems in it")
+    return problems
+
+
+def read_test_problems(path: str, fields: FieldNames, flag: str) -> list[Problem]:
+    """Problems to evaluate on: each has an answer, none needs a solution; ValueError as above."""
+    problems = read_problems(path, FieldNames(fields.problem, None, fields.answer), flag)
+    for problem in problems:
+        if problem.answer is None:
+            raise ValueError(
+                f"{flag} {path}: problem {problem.index + 1} has no {fields.answer!r}; "
+                "see --answer-field"
+            )
     return problems
 
 

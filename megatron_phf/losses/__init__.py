@@ -8,12 +8,15 @@ each layer at the window::
     flow = flow_loss(student_hidden, teacher_hidden, valid)    # one [b, m, h] a layer
     loss = output.per_token.mean() + 0.05 * flow.loss
 
+Parts of the flow loss alone, as in the ablations: ``flow_loss(..., spec=FlowSpec(("geometry",)))``.
+
 A teacher of another hidden size or depth (same vocabulary)::
 
     layers = relative_layer_map(len(student_hidden), len(teacher_hidden))
     flow = flow_loss(student_hidden, teacher_hidden, valid, layers)
 """
 
+from megatron_phf.flow_spec import FlowSpec, FlowWeights, flow_weights
 from megatron_phf.layer_map import relative_layer_map
 from megatron_phf.losses.chunked import ChunkedDivergence, chunked_divergence
 from megatron_phf.losses.divergence import (
@@ -28,12 +31,11 @@ from megatron_phf.losses.flow import (
     adjacent_loss,
     direction_loss,
     directions,
-    flow_layer_weights,
     flow_loss,
     geometry_loss,
-    layer_loss,
     product_loss,
     transition_counts,
+    unit_states,
 )
 from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
 
@@ -43,20 +45,22 @@ __all__ = [
     "ChunkedDivergence",
     "DivergenceOutput",
     "DivergenceSpec",
+    "FlowSpec",
     "FlowTerms",
+    "FlowWeights",
     "adjacent_loss",
     "chunked_divergence",
     "direction_loss",
     "directions",
-    "flow_layer_weights",
     "flow_loss",
+    "flow_weights",
     "generalized_jsd",
     "geometry_loss",
-    "layer_loss",
     "policy_gradient_loss",
     "product_loss",
     "relative_layer_map",
     "select_window",
     "transition_counts",
+    "unit_states",
     "window_batch",
 ]

@@ -127,9 +127,17 @@ def _values(sums: Tensor, entries: int, spec: DivergenceSpec) -> tuple[Tensor, T
 
 
 def policy_chunk(
-    student: Tensor, teacher: Tensor, targets: Tensor, shard: VocabShard, with_gradient: bool
+    student: Tensor,
+    teacher: Tensor,
+    targets: Tensor,
+    shard: VocabShard,
+    with_gradient: bool,
+    supervised: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`divergence_chunk` for -A log p_S(y), A = log p_T(y) - log p_S(y) held constant."""
+    """As :func:`divergence_chunk` for -A log p_S(y), A = log p_T(y) - log p_S(y) held constant,
+
+    or, ``supervised``, A = 1: cross-entropy.
+    """
     log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
     entropy = -(log_t.exp() * log_t).sum(-1)
     local = targets - shard.start
@@ -140,7 +148,7 @@ def policy_chunk(
         for x in (log_s, log_t)
     ]
     sums = shard.sum(torch.stack((*picked, entropy)))
-    advantage = sums[1] - sums[0]
+    advantage = torch.ones_like(sums[0]) if supervised else sums[1] - sums[0]
     values = torch.stack((-advantage * sums[0], torch.zeros_like(advantage), sums[2]))
     if not with_gradient:
         return values, None

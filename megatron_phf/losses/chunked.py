@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_phf.losses._vocab_parallel import VocabShard, divergence_chunk, policy_chunk
 from megatron_phf.losses.divergence import DivergenceSpec
 
-OBJECTIVES = ("jsd", "policy_gradient")
+OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
 
 
 class ChunkedDivergence(NamedTuple):
@@ -114,7 +114,12 @@ def _run_chunk(
     else:
         assert problem.target_ids is not None
         values, gradient = policy_chunk(
-            student, teacher, problem.target_ids[part], problem.shard, with_gradient
+            student,
+            teacher,
+            problem.target_ids[part],
+            problem.shard,
+            with_gradient,
+            supervised=problem.objective == "cross_entropy",
         )
     if gradient is not None:
         gradient.mul_((problem.token_weights[part] / temperature)[:, None])
@@ -139,8 +144,8 @@ def chunked_divergence(
     """rows [n, h_S], [n, h_T]; weights [v_local, h_S], [v_local, h_T]; token_weights [n] -> loss.
 
     ``loss`` = sum over tokens of weight x divergence (``generalized_jsd``) or, with objective
-    ``policy_gradient``, x the sampled-token loss of ``target_ids`` [n] (global ids).  Its gradient
-    goes to student_rows and student_weight.
+    ``policy_gradient``, x the sampled-token loss of ``target_ids`` [n] (global ids), or, with
+    ``cross_entropy``, x -log p_S of those.  Its gradient goes to student_rows and student_weight.
 
     Args:
         group: tensor-parallel group over which the vocabulary is sharded; rows are then equal on
@@ -150,12 +155,12 @@ def chunked_divergence(
         chunk_tokens: tokens whose logits exist at the same time.
 
     Raises:
-        ValueError: an unknown objective, or ``policy_gradient`` without target_ids.
+        ValueError: an unknown objective, or one other than ``jsd`` without target_ids.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    if objective == "policy_gradient" and target_ids is None:
-        raise ValueError("objective 'policy_gradient' needs target_ids")
+    if objective != "jsd" and target_ids is None:
+        raise ValueError(f"objective {objective!r} needs target_ids")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens {chunk_tokens}: need at least 1")
     world = 1 if group is None else dist.get_world_size(group)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_phf.flow_spec import FlowSpec, flow_weights
 from megatron_phf.layer_map import check_layer_map
 
 
@@ -34,6 +35,15 @@ def directions(hidden: Tensor, valid: Tensor) -> Tensor:
     # The root's gradient at 0 is infinite: replace the 0 before the root, not after.
     norm = torch.where(moving, square, 1.0).sqrt()
     return torch.where(moving, delta / norm, 0.0)
+
+
+def unit_states(hidden: Tensor, valid: Tensor) -> Tensor:
+    """hidden [b, m, h], valid bool [b, m] -> unit hidden states [b, m, h], 0 where not valid.
+
+    What pointwise matching has in the place of transitions.
+    """
+    unit = torch.nn.functional.normalize(_working(hidden), dim=-1)
+    return torch.where(valid[..., None], unit, 0.0)
 
 
 def transition_counts(valid: Tensor) -> Tensor:
@@ -80,25 +90,11 @@ def product_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
     return _per_square((student - teacher).square().sum((-1, -2)), counts)
 
 
-def layer_loss(direction: Tensor | None, geometry: Tensor) -> Tensor:
-    """L_layer = (L_dir + L_geo) / 2, the mean of its terms; L_geo alone where there is no L_dir
-
-    (``direction`` None: student and teacher of different hidden sizes).
-    """
-    return geometry if direction is None else (direction + geometry) / 2
-
-
-def flow_layer_weights(num_layers: int) -> tuple[float, float]:
-    """Weight in L_flow of one layer's L_layer (``layer_loss``), and of one adjacent pair.
-
-    L_flow = (mean over L layers + mean over L-1 pairs) / 2; with one layer there is no pair.
-    """
-    return 0.5 / num_layers, 0.5 / (num_layers - 1) if num_layers > 1 else 0.0
-
-
 @dataclass(frozen=True)
 class FlowTerms:
-    """``loss`` = L_flow [], mean over sequences; parts [L], [L], [L-1], likewise means.
+    """``loss`` = L_flow [], mean over sequences; parts [L], [L], [L-1], likewise means, whether
+
+    the loss counts them or not (at positions there is a direction alone, the rest is empty).
 
     ``direction_per_layer``: None where student and teacher have different hidden sizes.
     ``short_sequences``: how many had fewer than two window positions; they contribute zero and
@@ -133,36 +129,56 @@ def flow_loss(
     teacher_hidden: Sequence[Tensor],
     valid: Tensor,
     layer_map: Sequence[int] | None = None,
+    spec: FlowSpec | None = None,
 ) -> FlowTerms:
     """Hidden states of all layers at the window, each [b, m, h]; valid bool [b, m] -> L_flow.
 
-    The teacher is detached.  It may have another hidden size (no direction term then, see
-    ``layer_loss``) and, with a layer map, another number of layers.
+    The teacher is detached.  It may have another hidden size (no direction term then: L_layer is
+    L_geo alone) and, with a layer map, another number of layers.
 
     Args:
         layer_map: the teacher layer (1-based) of each student layer, not decreasing, for example
             ``relative_layer_map(len(student_hidden), len(teacher_hidden))``; None: layer by layer.
+        spec: which parts; None: all, which is PHF.
 
     Raises:
-        ValueError: no layers, a map that does not fit, or different numbers of layers without one.
+        ValueError: no layers, a map or layers that do not fit, different numbers of layers without
+            a map, or nothing left of the loss.
     """
+    spec = spec or FlowSpec()
     mapped = _mapped_layers(student_hidden, teacher_hidden, layer_map)
-    counts = transition_counts(valid)
-    student = [directions(h, valid) for h in student_hidden]
-    teacher = [directions(h.detach(), valid) for h in mapped]
+    has_direction = student_hidden[0].shape[-1] == mapped[0].shape[-1]
+    weights = flow_weights(len(student_hidden), spec, has_direction)
+    pointwise = spec.states == "positions"
+    counts = valid.sum(-1) if pointwise else transition_counts(valid)
+    rows = unit_states if pointwise else directions
+    student = [rows(h, valid) for h in student_hidden]
+    teacher = [rows(h.detach(), valid) for h in mapped]
     layers = list(zip(student, teacher, strict=True))
-    geometry = torch.stack([geometry_loss(s, t, counts).mean() for s, t in layers])
     direction = None
-    if student[0].shape[-1] == teacher[0].shape[-1]:
+    if has_direction:
         direction = torch.stack([direction_loss(s, t, counts).mean() for s, t in layers])
-    pairs = [
+    geometry, adjacent = _relations([] if pointwise else layers, counts)
+    loss = student[0].new_zeros(())
+    for values, weight in (
+        (direction, weights.direction),
+        (geometry, weights.geometry),
+        (adjacent, weights.adjacent),
+    ):
+        if values is not None and len(values):
+            loss = loss + (values * values.new_tensor(weight)).sum()
+    return FlowTerms(loss, direction, geometry, adjacent, int((counts == 0).sum()))
+
+
+def _relations(layers: Sequence[tuple[Tensor, Tensor]], counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions of student and teacher by layer -> geometry [L] and adjacent [L-1] terms."""
+    geometry = [geometry_loss(s, t, counts).mean() for s, t in layers]
+    adjacent = [
         adjacent_loss(s, s_next, t, t_next, counts).mean()
         for (s, t), (s_next, t_next) in itertools.pairwise(layers)
     ]
-    adjacent = torch.stack(pairs) if pairs else geometry.new_zeros(0)
-    local_weight, pair_weight = flow_layer_weights(len(layers))
-    loss = local_weight * layer_loss(direction, geometry).sum() + pair_weight * adjacent.sum()
-    return FlowTerms(loss, direction, geometry, adjacent, int((counts == 0).sum()))
+    stacked = [torch.stack(x) if x else counts.new_zeros(0).float() for x in (geometry, adjacent)]
+    return stacked[0], stacked[1]
 
 
 def _mapped_layers(

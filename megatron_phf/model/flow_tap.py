@@ -18,12 +18,13 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from megatron_phf.losses import (
+    FlowSpec,
     direction_loss,
     directions,
-    flow_layer_weights,
-    layer_loss,
+    flow_weights,
     product_loss,
     transition_counts,
+    unit_states,
 )
 from megatron_phf.model.flow_plan import FlowPlan
 from megatron_phf.model.flow_targets import FlowTargets
@@ -65,10 +66,13 @@ class FlowTap:
     visits a layer again when others have gone through it since.
     """
 
-    def __init__(self, plan: FlowPlan, widths: tuple[int, int], shards: SequenceShards) -> None:
+    def __init__(
+        self, plan: FlowPlan, spec: FlowSpec, widths: tuple[int, int], shards: SequenceShards
+    ) -> None:
         """``widths``: hidden sizes of student and teacher; the direction term needs equal ones."""
-        self._local_weight, self._adjacent_weight = flow_layer_weights(len(plan.layer_map))
         self.has_direction = widths[0] == widths[1]
+        self.weights = flow_weights(len(plan.layer_map), spec, self.has_direction)
+        self.pointwise = spec.states == "positions"
         assert not (plan.products and self.has_direction), "directions are needed themselves"
         self._targets = FlowTargets(plan, widths[1])
         self._shards = shards
@@ -80,7 +84,8 @@ class FlowTap:
         """The teacher's pass over microbatches with ``windows`` comes next."""
         self._recording = True
         self._windows = dict(enumerate(windows))
-        self._targets.start([(w.valid.shape[0], w.valid.shape[1]) for w in windows])
+        dropped = 0 if self.pointwise else 1  # m positions make m - 1 transitions
+        self._targets.start([(len(w.valid), w.valid.shape[1] - dropped) for w in windows])
 
     def finish_recording(self) -> None:
         """The teacher's pass is over; every rank of the pipeline calls it."""
@@ -112,7 +117,9 @@ class FlowTap:
         return outputs
 
     def _directions(self, hidden: Tensor, window: FlowWindow) -> Tensor:
-        return directions(gather_rows(hidden, window.positions, self._shards), window.valid)
+        """What is compared: unit transitions, or unit states."""
+        rows = gather_rows(hidden, window.positions, self._shards)
+        return unit_states(rows, window.valid) if self.pointwise else directions(rows, window.valid)
 
     def _record(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
@@ -124,23 +131,33 @@ class FlowTap:
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
-        counts, targets = transition_counts(window.valid), self._targets
-        student = self._directions(outputs, window)
-        own = targets.products(microbatch, layer, layer)
-        geometry = product_loss(student @ student.mT, own, counts)
-        direction = None
-        if self.has_direction:
-            direction = direction_loss(student, targets.directions(microbatch, layer), counts)
-        adjacent = torch.zeros_like(geometry)
-        if layer > 1:
-            before = self._directions(inputs, window)
-            pair = targets.products(microbatch, layer - 1, layer)
-            adjacent = product_loss(before @ student.mT, pair, counts)
-        absent = torch.zeros_like(geometry)
-        values = (absent if direction is None else direction, geometry, adjacent)
-        self.values[microbatch, layer] = torch.stack(values).detach()
-        local = self._local_weight * layer_loss(direction, geometry)
-        loss = (local + self._adjacent_weight * adjacent).sum() * window.gradient_scale
+        terms = self._terms(layer, microbatch, window, inputs, outputs)
+        self.values[microbatch, layer] = terms.detach()
+        weights = (
+            self.weights.direction[layer - 1],
+            self.weights.geometry[layer - 1],
+            self.weights.adjacent[layer - 2] if layer > 1 else 0.0,
+        )
+        loss = (terms.sum(1) * terms.new_tensor(weights)).sum() * window.gradient_scale
         # Pipeline stages free their output's data once it is sent, which a view would not allow.
         attached = _AttachLoss.apply(outputs, loss)
         return make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)
+
+    def _terms(
+        self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
+    ) -> Tensor:
+        """Direction, geometry and adjacent (to the layer before) terms [3, b], absent ones 0."""
+        counts = window.valid.sum(-1) if self.pointwise else transition_counts(window.valid)
+        student, targets = self._directions(outputs, window), self._targets
+        absent = torch.zeros(len(counts), device=student.device)
+        direction = geometry = adjacent = absent
+        if self.has_direction:
+            direction = direction_loss(student, targets.directions(microbatch, layer), counts)
+        if not self.pointwise:
+            own = targets.products(microbatch, layer, layer)
+            geometry = product_loss(student @ student.mT, own, counts)
+            if layer > 1:
+                before = self._directions(inputs, window)
+                pair = targets.products(microbatch, layer - 1, layer)
+                adjacent = product_loss(before @ student.mT, pair, counts)
+        return torch.stack((direction, geometry, adjacent))

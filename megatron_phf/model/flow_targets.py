@@ -30,10 +30,10 @@ class FlowTargets:
         self._items: dict[tuple[int, Item], Tensor] = {}
         self._seen: set[tuple[int, int]] = set()
 
-    def start(self, windows: Sequence[tuple[int, int]]) -> None:
-        """A step with microbatches of these (b, m) begins."""
+    def start(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """A step begins; ``sizes``: sequences b and directions m-1 of each microbatch."""
         self.clear()
-        self._sizes = [(b, m - 1) for b, m in windows]
+        self._sizes = list(sizes)
 
     def clear(self) -> None:
         """Forget everything."""

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
+from megatron_phf.flow_spec import FlowSpec
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.attention import CachedSelfAttention, CausalAttention
 from megatron_phf.model.flow_plan import make_flow_plan
@@ -215,6 +216,7 @@ def make_flow_tap(
     teacher: list[FlowGPTModel],
     layer_map: Sequence[int],
     window_size: int,
+    spec: FlowSpec,
 ) -> FlowTap:
     """The tap for both models' layers in this layout; every rank of the pipeline calls it."""
     widths = student[0].config.hidden_size, teacher[0].config.hidden_size
@@ -232,7 +234,7 @@ def make_flow_tap(
         parallel.pipeline_rank(),
         products=widths[0] != widths[1] and smaller,
     )
-    return FlowTap(plan, widths, sequence_shards(student[0].config))
+    return FlowTap(plan, spec, widths, sequence_shards(student[0].config))
 
 
 def set_flow_tap(chunks: list[FlowGPTModel], tap: FlowTap | None) -> None:

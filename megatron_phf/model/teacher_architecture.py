@@ -10,7 +10,8 @@ import json
 import os
 from typing import Any
 
-from megatron_phf.config import Config, flag_of
+from megatron_phf.config import Config, flag_of, flow_spec
+from megatron_phf.flow_spec import flow_weights
 from megatron_phf.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 
@@ -173,6 +174,16 @@ def check_models(config: Config, directory: str) -> None:
         own = config.replaced(max_teacher_prompt_length=config.data.max_prompt_length)
     check_split(arch, own)
     check_teacher(arch, config)
+    check_flow(arch, config)
+
+
+def check_flow(arch: Architecture, config: Config) -> None:
+    """Raise ValueError where the flow loss that the flags choose does not fit the two models."""
+    spec, teacher = flow_spec(config), read_teacher(arch, config) or arch
+    try:
+        flow_weights(arch.num_layers, spec, teacher.hidden_size == arch.hidden_size)
+    except ValueError as error:
+        raise ValueError(f"--phf-terms {config.method.phf_terms}, --phf-layers: {error}") from error
 
 
 def check_teacher(arch: Architecture, config: Config) -> None:

@@ -8,17 +8,13 @@ but fingerprinted, and compared when it resumes.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import megatron.core
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-import megatron_phf
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.model import torch_dist
@@ -28,6 +24,7 @@ from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.checkpoint_inputs import check_compatible, copy_model_files, inputs
 from megatron_phf.train.logging import say
 from megatron_phf.train.rng import rng_state, set_rng_state
+from megatron_phf.train.run_files import versions
 from megatron_phf.train.step import Distiller
 
 
@@ -121,12 +118,7 @@ class Checkpointer:
             "format": files.FORMAT,
             "progress": asdict(progress),
             "schedule_steps": self._distiller.optimizer.schedule_steps,
-            "versions": {
-                "megatron_phf": megatron_phf.__version__,
-                "megatron-core": megatron.core.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "config": asdict(self._config),
             "architecture": asdict(self._distiller.arch),
             "dtype": str(model_dtype(self._config)),

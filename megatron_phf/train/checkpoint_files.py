@@ -164,6 +164,25 @@ def converted_weights(directory: str | None) -> str | None:
     return path
 
 
+def newest_weights(directory: str) -> str:
+    """Converted weights, or the newest whole checkpoint of a run in ``directory``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    converted = converted_weights(directory)
+    if converted is not None:
+        return converted
+    for iteration in saved_iterations(directory):
+        path = iteration_directory(directory, iteration)
+        try:
+            check_sizes(path, read_manifest(path))
+        except ValueError:  # an older one will do
+            continue
+        return path
+    raise ValueError(f"{directory}: no whole checkpoint in it")
+
+
 def check_sizes(path: str, manifest: dict[str, Any]) -> None:
     """Raise ValueError where a file of the checkpoint ``path`` is missing or truncated."""
     for name, expected in manifest["files"].items():

@@ -17,7 +17,7 @@ _FIXED = (
     *("lora_rank", "lora_alpha", "lora_target_modules", "teacher_layer_map"),
 )
 # Where and how a run computes and writes is free to change.
-_FREE = ("parallel", "checkpoint", "output", "embedded")
+_FREE = ("parallel", "checkpoint", "output", "embedded", "evaluation")
 _READ = ("data", "replay_file", "student_template", "teacher_template", "tokenizer_model")
 _MODELS = ("hf_model", "teacher_hf_model")
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20

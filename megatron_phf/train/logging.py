@@ -13,6 +13,7 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.train.metrics import StepMetrics
+from megatron_phf.train.run_files import plain_config, step_of
 
 
 def _line(iteration: int, total: int, values: dict[str, Any]) -> str:
@@ -51,10 +52,10 @@ class RunLogger:
     def _open(self, config: Config, name: str, done: int) -> None:
         output = config.output
         os.makedirs(output.output_dir, exist_ok=True)
-        if output.metrics_file is not None:
-            os.makedirs(os.path.dirname(os.path.abspath(output.metrics_file)), exist_ok=True)
-            keep_lines(output.metrics_file, lambda number, line: 0 < _step_of(line) <= done)
-            self._metrics = open(output.metrics_file, "a", encoding="utf-8")  # noqa: SIM115
+        path = output.metrics_file or os.path.join(output.output_dir, "metrics.jsonl")
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        keep_lines(path, lambda number, line: 0 < step_of(line) <= done)
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -79,17 +80,22 @@ class RunLogger:
             return
         values = {"step": iteration, **metrics.as_json()}
         tqdm.write(_line(iteration, self._total, values))
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(_finite(values)) + "\n")
-            self._metrics.flush()
-        scalars = _scalars(values)
+        self._metrics.write(json.dumps(_finite(values)) + "\n")
+        self._metrics.flush()
+        self._record(iteration, _scalars(values))
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def evaluation(self, iteration: int, values: dict[str, float]) -> None:
+        """Record an evaluation after ``iteration`` steps beside their metrics."""
+        self._record(iteration, {f"evaluation/{name}": v for name, v in values.items()})
+
+    def _record(self, iteration: int, scalars: dict[str, float]) -> None:
         if self._board is not None:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, iteration)
         if self._wandb is not None:
             self._wandb.log(scalars, step=iteration)
-        if self._bar is not None:
-            self._bar.update(1)
 
     def close(self) -> None:
         """Flush everything."""
@@ -98,14 +104,6 @@ class RunLogger:
                 sink.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _step_of(line: str) -> int:
-    """The step of a line of the metrics file; 0 where it is torn."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 0
 
 
 def _finite(value: Any) -> Any:
@@ -134,8 +132,4 @@ def _start_wandb(project: str, config: Config, name: str) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError("--wandb-project needs the package wandb: pip install wandb") from error
-    return wandb.init(project=project, name=name, config=_plain(config))
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return {group: dict(vars(values)) for group, values in vars(config).items()}
+    return wandb.init(project=project, name=name, config=plain_config(config))

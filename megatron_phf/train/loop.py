@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from safetensors.torch import save_file
 
-from megatron_phf import device, parallel
+from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import FieldNames, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
@@ -19,6 +20,8 @@ from megatron_phf.data.tokenizer import (
     load_tokenizer,
     stop_token_ids,
 )
+from megatron_phf.evaluate import evaluation_sampling, read_test_set
+from megatron_phf.grading import make_grader
 from megatron_phf.model.adapter_io import load_peft_adapter, save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
@@ -26,17 +29,28 @@ from megatron_phf.model.hf_weights import load_hf_weights, save_hf
 from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.sharded_weights import load_weights
 from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
+from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
+from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
-from megatron_phf.train.metrics import PhaseTimer, StepMetrics
+from megatron_phf.train.metrics import PhaseTimer, StepMetrics, response_lengths, timing
 from megatron_phf.train.optimizer import StudentOptimizer
+from megatron_phf.train.run_files import write_run_file
 from megatron_phf.train.session import Session
-from megatron_phf.train.source import OnPolicySource, RecordingSource, ReplaySource, RolloutSource
+from megatron_phf.train.source import (
+    OnPolicySource,
+    ProblemOrder,
+    RecordingSource,
+    ReferenceSource,
+    ReplaySource,
+    ResponseRoom,
+    RolloutSource,
+)
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
 
@@ -78,6 +92,19 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams
     )
 
 
+def response_room(config: Config, arch: Architecture) -> ResponseRoom:
+    """Where student and teacher, which may be another model, end a response."""
+    teacher = read_teacher(arch, config) or arch
+    positions = arch.max_position_embeddings, teacher.max_position_embeddings
+    return ResponseRoom(*positions, config.rollout.max_new_tokens)
+
+
+def make_engine(config: Config, arch: Architecture, student: list[FlowGPTModel]) -> RolloutEngine:
+    """What samples from ``student``."""
+    size = config.rollout.rollout_batch_size
+    return MegatronRollouts(student, common_vocab_size(arch, config), size)
+
+
 def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
@@ -98,43 +125,52 @@ def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     return pairs
 
 
+@dataclasses.dataclass(frozen=True)
+class StepHooks:
+    """What happens around the steps of a run.
+
+    ``tokenizer``, ``show_example``: for the example that is shown at the first step;
+    ``stop_ids``: what ends a response, where known; ``entered`` hears of every phase; after each
+    step the run goes on as long as ``goes_on``.
+    """
+
+    tokenizer: Tokenizer | None = None
+    show_example: bool = True
+    stop_ids: tuple[int, ...] | None = None
+    entered: Callable[[str], None] = lambda phase: None
+    goes_on: Callable[[int], bool] = lambda iteration: True
+
+
 def train_steps(
     distiller: Distiller,
     source: RolloutSource,
     logger: RunLogger,
-    tokenizer: Tokenizer | None = None,
-    show_example: bool = True,
+    hooks: StepHooks,
     done: int = 0,
-    goes_on: Callable[[int], bool] = lambda iteration: True,
-    entered: Callable[[str], None] = lambda phase: None,
 ) -> list[StepMetrics]:
-    """Run the steps after ``done`` up to ``train_iters``, as long as ``goes_on`` after each.
+    """Run the steps after ``done`` up to ``train_iters``; each reads as the method does
 
-    Each reads as the method does (see ``Distiller.step``); ``entered`` hears of every phase.
+    (see ``Distiller.step``).
     """
     history: list[StepMetrics] = []
     for iteration in range(done + 1, distiller.config.train.train_iters + 1):
-        timer = PhaseTimer(lambda phase, step=iteration: entered(f"step {step}, {phase}"))  # type: ignore[misc]
+        timer = PhaseTimer(lambda phase, i=iteration: hooks.entered(f"step {i}, {phase}"))  # type: ignore[misc]
         with timer.phase("rollout"):
             rollouts = source.rollouts(iteration)
-        if not history and show_example:
-            say(aligned_example(rollouts[0], tokenizer))
+        if not history and hooks.show_example:
+            say(aligned_example(rollouts[0], hooks.tokenizer))
         metrics = distiller.step(iteration, rollouts, timer)
-        total = sum(timer.seconds.values())
-        metrics = dataclasses.replace(
-            metrics,
-            extra={
-                **metrics.extra,
-                "seconds": timer.seconds,
-                "tokens_per_second": metrics.rollout_tokens / total,
-                "peak_memory_bytes": device.peak_memory_bytes(),
-                "nonfinite_steps": distiller.nonfinite.total,
-            },
-        )
+        extra = {
+            **metrics.extra,
+            **timing(timer, metrics.rollout_tokens),
+            "rollout_lengths": response_lengths(rollouts, hooks.stop_ids),
+            "nonfinite_steps": distiller.nonfinite.total,
+        }
+        metrics = dataclasses.replace(metrics, extra=extra)
         logger.step(iteration, metrics)
         history.append(metrics)
-        entered(f"step {iteration}, save")
-        if not goes_on(iteration):
+        hooks.entered(f"step {iteration}, save")
+        if not hooks.goes_on(iteration):
             break
     return history
 
@@ -169,12 +205,14 @@ def _make_source(
         assert rollout.replay_file is not None
         source = ReplaySource(rollout.replay_file, vocab_size, config)
     else:
-        engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
-        sampling = sampling_params(config, prompts.stop_ids)
-        batch = config.train.global_batch_size
-        teacher = read_teacher(arch, config) or arch
-        positions = arch.max_position_embeddings, teacher.max_position_embeddings
-        source = OnPolicySource(engine, prompts.pairs, sampling, batch, *positions)
+        order = ProblemOrder(prompts.pairs, config.train.global_batch_size, config.train.seed)
+        room = response_room(config, arch)
+        if rollout.rollout_engine == "reference":
+            encode, stop = prompts.tokenizer.encode, prompts.stop_ids[0]
+            source = ReferenceSource(encode, stop, order, room)
+        else:
+            sampling = sampling_params(config, prompts.stop_ids)
+            source = OnPolicySource(make_engine(config, arch, student), order, sampling, room)
     if rollout.record_rollouts is not None:
         source = RecordingSource(
             source, rollout.record_rollouts, done * config.train.global_batch_size
@@ -202,6 +240,35 @@ def _export(student: list[FlowGPTModel], arch: Architecture, config: Config, sou
         say(f"exported to {target}; compare its logits: {check}")
 
 
+@contextlib.contextmanager
+def _evaluation(
+    config: Config, arch: Architecture, student: list[FlowGPTModel], logger: RunLogger, done: int
+) -> Iterator[Callable[[int], None]]:
+    """What to call after each step: evaluates on --eval-data where it is time to."""
+    path = config.evaluation.eval_data
+    if path is None:
+        yield lambda step: None
+        return
+    assert config.model.hf_model is not None
+    tokenizer = load_tokenizer(config)
+    stop_ids = stop_token_ids(tokenizer, config.model.hf_model)
+    tests = read_test_set(path, "--eval-data", config, tokenizer)
+    room = arch.max_position_embeddings - tests.longest_prompt
+    log = EvaluationLog(config.output.output_dir, done)
+    with make_grader(config.evaluation.grader) as grader:
+        yield Evaluator(
+            config=config,
+            engine=make_engine(config, arch, student),
+            tokenizer=tokenizer,
+            tests=tests,
+            sampling=evaluation_sampling(config, stop_ids, room),
+            grader=grader,
+            log=log,
+            report=logger.evaluation,
+        ).after
+    say(log.describe())
+
+
 def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[StepMetrics]:
     """Train the student of ``--hf-model`` and export it where asked; the steps' metrics."""
     directory = config.model.hf_model
@@ -214,16 +281,30 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
     distiller = make_distiller(arch, config, student)
     session = Session(config, distiller, signals)
     done = session.begin()
+    write_run_file(config, arch)
     source = _make_source(config, arch, student, prompts, done)
-    tokenizer = None if prompts is None else prompts.tokenizer
     logger = RunLogger(config, config.train.train_iters, done=done)
-    try:
-        history = train_steps(
-            distiller, source, logger, tokenizer, True, done, session.goes_on, heartbeat.at
+    with contextlib.closing(logger), _evaluation(config, arch, student, logger, done) as evaluate:
+
+        def goes_on(iteration: int) -> bool:
+            if not session.goes_on(iteration):
+                return False
+            if iteration < config.train.train_iters:  # the last save comes before the last one
+                heartbeat.at(f"step {iteration}, evaluation")
+                evaluate(iteration)
+            return True
+
+        hooks = StepHooks(
+            None if prompts is None else prompts.tokenizer,
+            stop_ids=None if prompts is None else prompts.stop_ids,
+            entered=heartbeat.at,
+            goes_on=goes_on,
         )
+        evaluate(done)
+        history = train_steps(distiller, source, logger, hooks, done)
         session.end(done + len(history))
-    finally:
-        logger.close()
+        if not session.stopped:
+            evaluate(done + len(history))
     if not session.stopped:
         _export(student, arch, config, directory)
     return history

@@ -14,17 +14,22 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
-from megatron_phf.losses import flow_layer_weights, layer_loss
+from megatron_phf.data.replay_file import Rollout
 
 if TYPE_CHECKING:
+    from megatron_phf.model.flow_tap import FlowTap
     from megatron_phf.train.step import OutputLoss
 
 
 class PhaseTimer:
-    """Seconds of the phases of one step, the device waited for at each end."""
+    """Seconds and memory of the phases of one step, the device waited for at each end.
+
+    ``memory_bytes``: the phase's peak on CUDA, the resident set at its end on CPU.
+    """
 
     def __init__(self, entered: Callable[[str], None] = lambda name: None) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory_bytes: dict[str, int] = {}
         self._entered = entered
 
     @contextlib.contextmanager
@@ -32,6 +37,7 @@ class PhaseTimer:
         """Add the time within to phase ``name``."""
         self._entered(name)
         device.synchronize()
+        device.start_peak()
         start = time.perf_counter()
         try:
             yield
@@ -39,6 +45,8 @@ class PhaseTimer:
             device.synchronize()
             elapsed = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+            peak = device.peak_since_start()
+            self.memory_bytes[name] = max(self.memory_bytes.get(name, 0), peak)
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,10 @@ class StepMetrics:
     """One step's numbers; means are over the global batch.
 
     ``opsd``: per scored token, nats; ``flow``: L_flow per sequence, None where alpha is 0 (it is
-    not computed then), ``flow_direction`` also where the teacher has another hidden size;
-    ``clipped_fraction``: of the vocabulary entries (entry clip) or of the
-    tokens (token clip); ``teacher_entropy``: nats a token, at the loss's temperature.
+    not computed then), ``flow_direction`` also where the teacher has another hidden size, geometry
+    and adjacent where states are matched pointwise; ``clipped_fraction``: of the vocabulary entries
+    (entry clip) or of the tokens (token clip); ``teacher_entropy``: nats a token, at the loss's
+    temperature.
     """
 
     loss: float
@@ -74,25 +83,26 @@ class StepMetrics:
         return {**values, **self.extra}
 
 
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _flow_metrics(per_layer: Tensor, has_direction: bool) -> dict[str, Any]:
+def _flow_metrics(per_layer: Tensor, tap: FlowTap) -> dict[str, Any]:
     """per_layer [3, L]: direction, geometry, adjacent means; adjacent[0] is unused."""
-    direction = per_layer[0] if has_direction else None
-    geometry, adjacent = per_layer[1], per_layer[2, 1:].tolist()
-    local, pair = flow_layer_weights(len(geometry))
-    layers = None if direction is None else direction.tolist()
-    return {
-        "flow": local * float(layer_loss(direction, geometry).sum()) + pair * sum(adjacent),
-        "flow_direction": None if layers is None else _mean(layers),
-        "flow_geometry": _mean(geometry.tolist()),
-        "flow_adjacent": _mean(adjacent),
-        "flow_direction_per_layer": layers,
-        "flow_geometry_per_layer": geometry.tolist(),
-        "flow_adjacent_per_pair": adjacent,
+    w = tap.weights
+    weights = per_layer.new_tensor([w.direction, w.geometry, [0.0, *w.adjacent]])
+    direction, geometry, adjacent = per_layer[0], per_layer[1], per_layer[2, 1:]
+    parts = {
+        ("direction", "layer"): direction if tap.has_direction else None,
+        ("geometry", "layer"): None if tap.pointwise else geometry,
+        ("adjacent", "pair"): None if tap.pointwise else adjacent,
     }
+    metrics: dict[str, Any] = {"flow": float((weights * per_layer).sum())}
+    for (term, by), values in parts.items():
+        numbers = None if values is None else values.tolist()
+        metrics[f"flow_{term}"] = None if numbers is None else _mean(numbers)
+        metrics[f"flow_{term}_per_{by}"] = numbers
+    return metrics
 
 
 def _no_flow() -> dict[str, Any]:
@@ -117,18 +127,14 @@ def _local_sums(
 
 def summarize(
     outputs: Sequence[OutputLoss],
-    values: Mapping[tuple[int, int], Tensor],
     num_layers: int,
     config: Config,
     learning_rate: float,
     grad_norm: float,
-    has_direction: bool = True,
+    tap: FlowTap,
 ) -> StepMetrics:
-    """Reduce one step over the world; every rank calls it and gets the same metrics.
-
-    ``has_direction``: whether the values have a direction term (``FlowTap.has_direction``).
-    """
-    sums = _local_sums(outputs, values, num_layers)
+    """Reduce one step over the world; every rank calls it and gets the same metrics."""
+    sums = _local_sums(outputs, tap.values, num_layers)
     if parallel.tensor_parallel_rank() > 0:  # they hold the same values as rank 0
         sums.zero_()
     dist.all_reduce(sums)
@@ -137,7 +143,7 @@ def summarize(
     flow = _no_flow()
     if alpha > 0:
         per_layer = sums[: 3 * num_layers].view(3, num_layers) / config.train.global_batch_size
-        flow = _flow_metrics(per_layer, has_direction)
+        flow = _flow_metrics(per_layer, tap)
     return StepMetrics(
         loss=opsd / tokens + alpha * (flow["flow"] or 0.0),
         opsd=opsd / tokens,
@@ -149,3 +155,29 @@ def summarize(
         rollout_tokens=round(tokens),
         **flow,
     )
+
+
+def response_lengths(rollouts: Sequence[Rollout], stop_ids: Sequence[int] | None) -> dict[str, Any]:
+    """Tokens of the global batch's responses: mean, min, max; every rank calls it.
+
+    ``cut``: share that ended without a stop token, for want of room (None without ``stop_ids``).
+    """
+    local = [(len(r.response_ids), r.response_ids[-1:]) for r in rollouts]
+    every = [each for part in parallel.gather_over_data_parallel(local) for each in part]
+    lengths = [length for length, _ in every]
+    cut = None
+    if stop_ids is not None:
+        cut = sum(not last or last[0] not in stop_ids for _, last in every) / len(every)
+    return {"mean": _mean(lengths), "min": min(lengths), "max": max(lengths), "cut": cut}
+
+
+def timing(timer: PhaseTimer, tokens: int) -> dict[str, Any]:
+    """Seconds (rank 0's) and memory (the greatest rank's) of a step; every rank calls it."""
+    memory = timer.memory_bytes
+    peaks = parallel.max_over_ranks([device.peak_memory_bytes(), *memory.values()])
+    return {
+        "seconds": timer.seconds,
+        "tokens_per_second": tokens / sum(timer.seconds.values()),
+        "memory_bytes": dict(zip(memory, map(int, peaks[1:]), strict=True)),
+        "peak_memory_bytes": int(max(peaks)),
+    }

@@ -1,10 +1,11 @@
-"""Where a step's rollouts come from, on this data-parallel rank: on-policy, or a replay file."""
+"""Where a step's rollouts come from, on this data-parallel rank: on-policy, or from files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -26,47 +27,87 @@ class RolloutSource(Protocol):
         ...
 
 
+class ProblemOrder:
+    """Which problems a step takes: seeded, each epoch another permutation."""
+
+    def __init__(self, pairs: Sequence[PromptPair], global_batch_size: int, seed: int) -> None:
+        self._pairs, self._batch, self._seed = pairs, global_batch_size, seed
+
+    def share(self, iteration: int) -> tuple[list[int], list[PromptPair]]:
+        """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
+        first = (iteration - 1) * self._batch
+        sample_ids = parallel.local_share(range(first, first + self._batch))
+        return list(sample_ids), [self._pairs[self._problem_of(i)] for i in sample_ids]
+
+    def _problem_of(self, sample_id: int) -> int:
+        epoch, position = divmod(sample_id, len(self._pairs))
+        generator = np.random.Generator(np.random.Philox(key=[self._seed, 2**32 + epoch]))
+        return int(generator.permutation(len(self._pairs))[position])
+
+
+@dataclass(frozen=True)
+class ResponseRoom:
+    """Both models must be able to read a whole response behind their prompts.
+
+    ``student``, ``teacher``: where their positions end; ``max_new_tokens``: of any response.
+    """
+
+    student: int
+    teacher: int
+    max_new_tokens: int
+
+    def of(self, pair: PromptPair) -> int:
+        """Tokens that a response to these prompts can have."""
+        behind = (self.student - len(pair.student_ids), self.teacher - len(pair.teacher_ids))
+        return min(*behind, self.max_new_tokens)
+
+
+def _rollout(pair: PromptPair, response: Sequence[int]) -> Rollout:
+    return Rollout(pair.student_ids, pair.teacher_ids, tuple(response))
+
+
 class OnPolicySource:
-    """The student samples: problems in a seeded order, each epoch another permutation."""
+    """The student samples."""
 
     def __init__(
         self,
         engine: RolloutEngine,
-        pairs: Sequence[PromptPair],
+        order: ProblemOrder,
         sampling: SamplingParams,
-        global_batch_size: int,
-        max_positions: int,
-        teacher_positions: int | None = None,
+        room: ResponseRoom,
     ) -> None:
-        """``teacher_positions``: where the teacher's positions end, if not with the student's."""
-        self._engine, self._pairs, self._sampling = engine, pairs, sampling
-        self._batch, self._max_positions = global_batch_size, max_positions
-        self._teacher_positions = max_positions if teacher_positions is None else teacher_positions
+        self._engine, self._order, self._sampling, self._room = engine, order, sampling, room
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
-        first = (iteration - 1) * self._batch
-        sample_ids = parallel.local_share(range(first, first + self._batch))
-        pairs = [self._pairs[self._problem_of(i)] for i in sample_ids]
+        sample_ids, pairs = self._order.share(iteration)
         prompts = [pair.student_ids for pair in pairs]
-        # Both models must be able to read the whole response behind their prompt.
-        room = [
-            min(
-                self._max_positions - len(pair.student_ids),
-                self._teacher_positions - len(pair.teacher_ids),
-            )
-            for pair in pairs
-        ]
+        room = [self._room.of(pair) for pair in pairs]
         responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
-        return [
-            Rollout(pair.student_ids, pair.teacher_ids, tuple(response))
-            for pair, response in zip(pairs, responses, strict=True)
-        ]
+        return [_rollout(*both) for both in zip(pairs, responses, strict=True)]
 
-    def _problem_of(self, sample_id: int) -> int:
-        epoch, position = divmod(sample_id, len(self._pairs))
-        generator = np.random.Generator(np.random.Philox(key=[self._sampling.seed, 2**32 + epoch]))
-        return int(generator.permutation(len(self._pairs))[position])
+
+class ReferenceSource:
+    """The reference solutions in the place of rollouts: what supervised fine-tuning reads."""
+
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        stop_id: int,
+        order: ProblemOrder,
+        room: ResponseRoom,
+    ) -> None:
+        """``encode``: text to token ids; ``stop_id`` ends each solution that has room for it."""
+        self._encode, self._stop_id, self._order, self._room = encode, stop_id, order, room
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        _, pairs = self._order.share(iteration)
+        solutions = [[*self._encode(p.problem.solution), self._stop_id] for p in pairs]
+        return [
+            _rollout(pair, solution[: self._room.of(pair)])
+            for pair, solution in zip(pairs, solutions, strict=True)
+        ]
 
 
 class ReplaySource:

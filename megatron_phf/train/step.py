@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config import Config, flow_spec
 from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence
@@ -82,7 +82,8 @@ class Distiller:
         self.shards = sequence_shards(student[0].config)
         self._vocab_size = common_vocab_size(arch, config)
         layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
-        self.tap = make_flow_tap(student, teacher.chunks, layers, method.phf_window_size)
+        spec = flow_spec(config)
+        self.tap = make_flow_tap(student, teacher.chunks, layers, method.phf_window_size, spec)
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
@@ -118,12 +119,11 @@ class Distiller:
         """The step's numbers, reduced over the world; every rank calls it."""
         metrics = summarize(
             outputs,
-            self.tap.values,
             self.arch.num_layers,
             self.config,
             learning_rate,
             grad_norm,
-            self.tap.has_direction,
+            self.tap,
         )
         balance = mean_aux_loss(self.arch, self.config)
         extra = {} if balance is None else {"moe_aux_loss": balance}

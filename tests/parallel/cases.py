@@ -43,6 +43,8 @@ def flags(o: reference.Options, model: str, replay: str, batch: int, **more: obj
         "phf-alpha": o.alpha,
         "phf-window-size": o.window_size,
         "phf-window-rule": o.window_rule,
+        "phf-terms": o.terms,
+        "phf-states": "positions" if o.pointwise else "transitions",
         "opsd-beta": o.beta,
         "opsd-temperature": o.temperature,
         "opsd-clip-mode": o.clip_mode,
@@ -56,6 +58,8 @@ def flags(o: reference.Options, model: str, replay: str, batch: int, **more: obj
         "max-new-tokens": 64,
         **more,
     }
+    if o.layers is not None:
+        values["phf-layers"] = ",".join(map(str, o.layers))
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

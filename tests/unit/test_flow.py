@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_phf.losses import (
+    FlowSpec,
     adjacent_loss,
     direction_loss,
     directions,
-    flow_layer_weights,
     flow_loss,
+    flow_weights,
     geometry_loss,
     relative_layer_map,
     transition_counts,
@@ -244,15 +245,77 @@ def test_layer_maps_that_do_not_fit_are_refused() -> None:
         flow_loss(hidden(1)[:2], hidden(2), all_valid())
 
 
-def test_layer_weights_rebuild_the_loss() -> None:
-    flow = flow_loss(hidden(1), hidden(2), all_valid())
-    local, pair = flow_layer_weights(LAYERS)
-    layers = (flow.direction_per_layer + flow.geometry_per_layer).sum() / 2
-    assert torch.allclose(flow.loss, local * layers + pair * flow.adjacent_per_pair.sum())
-    assert flow_layer_weights(1) == (0.5, 0.0)
+SPECS = {
+    "phf": FlowSpec(),
+    "direction": FlowSpec(("direction",)),
+    "geometry": FlowSpec(("geometry",)),
+    "local": FlowSpec(("direction", "geometry"), (2, 3)),
+    "first pair": FlowSpec(layers=(1, 2)),
+    "no pair": FlowSpec(layers=(1, 3)),
+    "adjacent": FlowSpec(("adjacent",)),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_weights_rebuild_the_loss(name: str) -> None:
+    spec = SPECS[name]
+    flow = flow_loss(hidden(1), hidden(2), all_valid(), spec=spec)
+    weights = flow_weights(LAYERS, spec)
+    parts = (
+        (flow.direction_per_layer, weights.direction),
+        (flow.geometry_per_layer, weights.geometry),
+    )
+    parts += ((flow.adjacent_per_pair, weights.adjacent),)
+    total = sum((x * x.new_tensor(w)).sum() for x, w in parts)
+    assert torch.allclose(flow.loss, total)
+    # Means: the weights of what the loss has in them add up to one, but for pairs it cannot have.
+    whole = sum(map(sum, (weights.direction, weights.geometry, weights.adjacent)))
+    assert whole == pytest.approx(0.5 if name == "no pair" else 1.0)
+
+
+def test_weights_of_one_layer_and_of_another_width() -> None:
+    one = flow_weights(1)
+    assert (*one.direction, *one.geometry, *one.adjacent) == (0.25, 0.25)
+    wide = flow_weights(2, has_direction=False)
+    assert (*wide.direction, *wide.geometry, *wide.adjacent) == (0, 0, 0.25, 0.25, 0.5)
     assert (
         len(flow_loss(hidden(1, layers=1), hidden(2, layers=1), all_valid()).adjacent_per_pair) == 0
     )
+
+
+def test_pointwise_matching_sees_what_the_flow_does_not() -> None:
+    """A constant added to all of a model's states: the flow is the same, the states are not."""
+    spec = FlowSpec(("direction",), states="positions")
+    student = hidden(1)
+    moved = [x + 3.0 for x in student]
+    assert float(flow_loss(student, moved, all_valid()).loss) < 1e-6
+    flow = flow_loss(student, moved, all_valid(), spec=spec)
+    cosine = torch.nn.functional.cosine_similarity
+    expected = sum(1 - cosine(a, b, dim=-1).mean() for a, b in zip(student, moved, strict=True))
+    assert float(flow.loss) == pytest.approx(float(expected) / LAYERS)
+    assert float(flow.loss) > 0.1
+    assert len(flow.geometry_per_layer) == len(flow.adjacent_per_pair) == 0
+    one_position = torch.zeros_like(all_valid())
+    one_position[:, 0] = True  # enough for a state, not for a transition
+    assert float(flow_loss(student, moved, one_position, spec=spec).loss) > 0
+
+
+def test_specs_that_say_nothing_are_refused() -> None:
+    for values, message in (
+        ({"terms": ("direction", "colour")}, "terms 'direction,colour': name some of direction"),
+        ({"terms": ()}, "name some of"),
+        ({"terms": ("direction", "direction")}, "each once"),
+        ({"layers": (2, 1)}, "layers from 1 on, in order"),
+        ({"layers": ()}, "layers from 1 on"),
+        ({"states": "velocities"}, "choose one of transitions, positions"),
+        ({"states": "positions"}, "has the term direction alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlowSpec(**values)
+    with pytest.raises(ValueError, match="layer 4: the student has layers 1 to 3"):
+        flow_weights(3, FlowSpec(layers=(4,)))
+    with pytest.raises(ValueError, match="needs a teacher of the student's hidden size"):
+        flow_weights(3, FlowSpec(("direction",)), has_direction=False)
 
 
 def test_different_numbers_of_layers_are_refused() -> None:
