@@ -57,7 +57,7 @@ def regrade(config: Config, files: dict[str, str]) -> None:
     if path is None or len(files) != 1:
         raise ValueError("--rollout-engine replay needs --replay-file, and one test set")
     (name, file), data = next(iter(files.items())), config.data
-    fields = FieldNames(data.problem_field, None, data.answer_field)
+    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
     problems = read_test_problems(file, fields, "--eval-data")
     recorded = read_generations(path, "--replay-file")
     if [p.problem for p in problems] != [text for text, _ in recorded]:

@@ -58,7 +58,8 @@ def test_files(args: argparse.Namespace, config: Config) -> dict[str, str]:
 
 
 def _check_counts(files: dict[str, str], preset: str | None, config: Config) -> None:
-    fields = FieldNames(config.data.problem_field, None, config.data.answer_field)
+    data = config.data
+    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
     for name, file in files.items():
         count = len(read_test_problems(file, fields, "--eval-data"))
         if preset is not None and count != _PROBLEMS:

@@ -22,14 +22,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf import preflight
 from megatron_phf.evaluation_files import write_json
 from megatron_phf.flags import parse_args
 
-_LAUNCHER = ROOT / "examples" / "pretrain_phf.sh"
+_LAUNCHER = Path(__file__).resolve().parent.parent / "examples" / "pretrain_phf.sh"
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class FieldNames:
-    """How the file calls the three fields; ``solution`` None: not read, an empty text."""
+    """How the file calls the three fields."""
 
     problem: str = "problem"
-    solution: str | None = "solution"
+    solution: str = "solution"
     answer: str = "answer"
 
 
@@ -113,9 +113,14 @@ def _answer(content: dict[str, Any], name: str, where: str) -> str | None:
 
 
 def read_problems(
-    path: str, fields: FieldNames | None = None, flag: str = "--data"
+    path: str,
+    fields: FieldNames | None = None,
+    flag: str = "--data",
+    needs_solution: bool = True,
 ) -> list[Problem]:
     """All problems of a JSONL file (UTF-8, blank lines skipped); the answer is optional.
+
+    ``needs_solution`` False: a line without one gets an empty text.
 
     Raises:
         ValueError: names the file and line of the first mistake, and the remedy.
@@ -124,10 +129,11 @@ def read_problems(
     problems: list[Problem] = []
     for number, content in read_jsonl(path, flag):
         where, name = f"{path}:{number}", names.solution
+        given = needs_solution or name in content
         problems.append(
             Problem(
                 problem=_text(content, "problem", names.problem, where),
-                solution="" if name is None else _text(content, "solution", name, where),
+                solution=_text(content, "solution", name, where) if given else "",
                 answer=_answer(content, names.answer, where),
                 index=len(problems),
             )
@@ -139,7 +145,7 @@ def read_problems(
 
 def read_test_problems(path: str, fields: FieldNames, flag: str) -> list[Problem]:
     """Problems to evaluate on: each has an answer, none needs a solution; ValueError as above."""
-    problems = read_problems(path, FieldNames(fields.problem, None, fields.answer), flag)
+    problems = read_problems(path, fields, flag, needs_solution=False)
     for problem in problems:
         if problem.answer is None:
             raise ValueError(

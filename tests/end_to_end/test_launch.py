@@ -26,6 +26,7 @@ STEP_KEYS = {
     "flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair", "grad_norm",
     "learning_rate", "clipped_fraction", "clip_mode", "teacher_entropy", "rollout_tokens",
     "seconds", "tokens_per_second", "peak_memory_bytes", "nonfinite_steps",
+    "memory_bytes", "rollout_lengths",
 }  # fmt: skip
 
 
@@ -37,12 +38,20 @@ def check_demo(directory: Path, output: str) -> None:
     assert summary["seeds"] == [1234]
     assert summary["steps"] == {"on_policy": 2, "global_batch_size": 4, "warm_start": 2}
     assert (directory / "report.png").read_bytes().startswith(b"\x89PNG")
-    lines = (directory / "phf_seed1234.jsonl").read_text().splitlines()
+    phf = directory / "phf" / "seed1234"
+    lines = (phf / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [step["step"] for step in steps] == [1, 2]
+    evaluations = (phf / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 2]
+    assert json.loads((phf / "run.json").read_text())["run_name"] == "phf"
     for step in steps:
         assert step.keys() == STEP_KEYS
-        assert step["seconds"].keys() == {"rollout", "teacher", "student", "optimizer"}
+        phases = {"rollout", "teacher", "student", "optimizer"}
+        assert step["seconds"].keys() == step["memory_bytes"].keys() == phases
+        lengths = step["rollout_lengths"]
+        assert 1 <= lengths["min"] <= lengths["mean"] <= lengths["max"] <= 6
+        assert 0 <= lengths["cut"] <= 1
         assert len(step["flow_direction_per_layer"]) == 3
         assert len(step["flow_adjacent_per_pair"]) == 2
     for text in ("layout   TP", "memory   ", "--- one aligned example ---", "teacher prompt: ",
