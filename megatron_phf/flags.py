@@ -32,6 +32,7 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "make_vocab_size_divisible_by": 8,
     "eval_top_p": 1.0,
     "eval_seed": 10_001,
+    "grader": "exact",
 }
 
 
