@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import time
 from typing import Any
@@ -28,6 +27,7 @@ from megatron_phf.grading import make_grader
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
+from megatron_phf.output import write_json
 from megatron_phf.report import plot_demo
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
@@ -261,8 +261,5 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 
 def _write(directory: str, summary: dict[str, Any], curves: dict[str, list[list[Any]]]) -> None:
-    path = os.path.join(directory, "summary.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(summary, f, indent=2)
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(directory, "summary.json"), summary)
     plot_demo(os.path.join(directory, "report.png"), summary, curves)

@@ -13,13 +13,7 @@ from typing import Any
 
 from megatron_phf.data.problems import Problem, keep_lines, read_jsonl
 from megatron_phf.evaluate import Answer, Evaluation, answer_to_json
-
-
-def write_json(path: str, content: Any) -> None:
-    """The whole file appears, or the old one stays."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1, ensure_ascii=False)
-    os.replace(path + ".tmp", path)
+from megatron_phf.output import write_json
 
 
 def read_generations(path: str, flag: str) -> list[tuple[str, list[Answer]]]:

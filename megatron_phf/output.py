@@ -1,10 +1,19 @@
-"""Output directories that are whole, or as they were.  No import of torch."""
+"""Files and directories that are whole, or as they were.  No import of torch."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+from typing import Any
+
+
+def write_json(path: str, content: Any) -> None:
+    """The whole file appears, or the old one stays."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1, ensure_ascii=False)
+    os.replace(path + ".tmp", path)
 
 
 def remove(path: str) -> None:

@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf import preflight
-from megatron_phf.evaluation_files import write_json
 from megatron_phf.flags import parse_args
+from megatron_phf.output import write_json
 
 _LAUNCHER = Path(__file__).resolve().parent.parent / "examples" / "pretrain_phf.sh"
 

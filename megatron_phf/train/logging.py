@@ -119,7 +119,7 @@ def _scalars(values: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= {f"{key}/{name}": v for name, v in value.items()}
+            flat |= {f"{key}/{name}": v for name, v in value.items() if v is not None}
         elif isinstance(value, list):
             flat |= {f"{key}/{i + 1:03d}": v for i, v in enumerate(value)}
         elif isinstance(value, int | float) and key != "step":

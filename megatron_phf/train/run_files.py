@@ -16,6 +16,7 @@ import megatron_phf
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.output import write_json
 
 
 def plain_config(config: Config) -> dict[str, dict[str, Any]]:
@@ -54,10 +55,7 @@ def write_run_file(config: Config, arch: Architecture) -> None:
         "versions": versions(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    path = os.path.join(directory, "run.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(directory, "run.json"), content)
 
 
 def step_of(line: str) -> int:
