@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | test-slurm | soak | breakages | parity | lint: each sets up its own
+# make demo | test | test-matrix | test-slurm | test-browser | soak | breakages | parity | lint: each sets up its own
 # environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix test-slurm soak breakages parity lint format setup clean
+.PHONY: demo test test-matrix test-slurm test-browser soak breakages parity lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm \
+		$(if $(shell command -v chromium),,--ignore tests/browser)
 
 # Every combination of three layout settings, up to 16 processes: give it an hour on 2 CPU cores.
 test-matrix: $(READY)
@@ -25,6 +26,10 @@ test-matrix: $(READY)
 # Jobs on a real two-node SLURM cluster on this machine; needs root, installs Debian's packages.
 test-slurm: $(READY)
 	bash tests/slurm/with_slurm.sh $(BIN)/python -m pytest tests/slurm
+
+# The report in headless Chromium; installs Debian's package where root may.
+test-browser: $(READY)
+	bash tests/browser/with_chromium.sh $(BIN)/python -m pytest tests/browser
 
 # Break the product on purpose; the tests must notice.
 breakages: $(READY)

@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_phf", "megatron_phf.*"]),
+    package_data={"megatron_phf": ["report/*.jinja"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -29,10 +30,12 @@ setup(
         "tensorboard",
         "tqdm",
         "matplotlib",
+        "scipy",  # the report's t intervals
+        "jinja2",  # its page; torch and transformers ask for it too
         "math-verify",  # every evaluation grades; it brings sympy, which torch brings anyway
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "scipy", "peft"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft"],
         "wandb": ["wandb"],
     },
 )

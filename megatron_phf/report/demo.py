@@ -1,4 +1,4 @@
-"""The picture of a demonstration run."""
+"""The picture of a demonstration run (``make demo``)."""
 
 from __future__ import annotations
 

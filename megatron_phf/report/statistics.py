@@ -1,0 +1,193 @@
+"""Means, intervals and paired differences over seeds; shares of the flow loss over layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_phf.flow_spec import FlowSpec, flow_weights
+from megatron_phf.grading import bootstrap_interval
+from megatron_phf.report.runs import Line, Run, Variant
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval (None where nothing gives one); ``over``: over what."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    over: str = ""
+
+    def scaled(self, factor: float) -> Estimate:
+        """The same in another unit; ``factor`` > 0."""
+        low, high = (None if x is None else x * factor for x in (self.low, self.high))
+        return Estimate(self.mean * factor, low, high, self.over)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and t interval of one value a seed; no interval from a single one."""
+    from scipy.stats import t
+
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return Estimate(mean)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, f"{n} seeds")
+
+
+def per_problem(evaluation: Line) -> list[float] | None:
+    """Fraction of correct samples of each problem."""
+    correct = evaluation.get("correct")
+    return None if correct is None else [sum(row) / len(row) for row in correct]
+
+
+def _over_problems(values: Sequence[float]) -> Estimate:
+    low, high = bootstrap_interval(values)
+    return Estimate(
+        math.fsum(values) / len(values), low, high, f"{len(values)} problems, bootstrap"
+    )
+
+
+def accuracy(run: Run, which: int = -1) -> float | None:
+    """Average@k of the run's evaluation number ``which`` (-1: the last)."""
+    scored = [e for e in run.evaluations if e.get("average_at_k") is not None]
+    return scored[which]["average_at_k"] if scored else None
+
+
+def final_accuracy(variant: Variant) -> Estimate | None:
+    """Last Average@k: over seeds, or over the problems of the only seed."""
+    values = [a for run in variant.runs if (a := accuracy(run)) is not None]
+    if not values:
+        return None
+    if len(values) == 1:
+        (run,) = (run for run in variant.runs if accuracy(run) is not None)
+        fractions = per_problem(run.evaluations[-1])
+        return Estimate(values[0]) if fractions is None else _over_problems(fractions)
+    return estimate(values)
+
+
+def paired_difference(variant: Variant, baseline: Variant) -> Estimate | None:
+    """Last Average@k minus the baseline's, seed by seed; over problems where one seed is shared."""
+    others = {run.seed: run for run in baseline.runs}
+    pairs = [(run, others[run.seed]) for run in variant.runs if run.seed in others]
+    scores = [(accuracy(a), accuracy(b), a, b) for a, b in pairs]
+    scored = [(x - y, a, b) for x, y, a, b in scores if x is not None and y is not None]
+    if not scored:
+        return None
+    if len(scored) > 1:
+        return estimate([difference for difference, _, _ in scored])
+    difference, a, b = scored[0]
+    ours, theirs = per_problem(a.evaluations[-1]), per_problem(b.evaluations[-1])
+    if ours is None or theirs is None:
+        return Estimate(difference)
+    return _over_problems([x - y for x, y in zip(ours, theirs, strict=True)])
+
+
+def training_seconds(run: Run) -> float | None:
+    """Seconds of all phases of all steps; without evaluations, start and checkpoints."""
+    tables = [step["seconds"] for step in run.steps if step.get("seconds")]
+    return math.fsum(v for t in tables for v in t.values() if v is not None) if tables else None
+
+
+def hours(run: Run) -> float | None:
+    """GPU-hours of training, or hours of the machine where there was no GPU."""
+    seconds = training_seconds(run)
+    if seconds is None:
+        return None
+    return seconds * (run.processes if run.on_gpu else 1) / 3600
+
+
+def gain(run: Run) -> float | None:
+    """Last Average@k minus that of step 0."""
+    if not run.evaluations or run.evaluations[0]["step"] != 0:
+        return None
+    before, after = accuracy(run, 0), accuracy(run)
+    return None if before is None or after is None or len(run.evaluations) < 2 else after - before
+
+
+def gains_per_hour(variant: Variant) -> list[tuple[float, float]]:
+    """(hours, gain) of each run that has both."""
+    pairs = [(hours(run), gain(run)) for run in variant.runs]
+    return [(h, g) for h, g in pairs if h and g is not None]
+
+
+def values_by_step(
+    variant: Variant, key: str, part: str | None = None, evaluations: bool = False
+) -> dict[int, list[float]]:
+    """One value a run that has it: of ``key``, or of entry ``part`` of the table ``key``."""
+    values: dict[int, list[float]] = {}
+    for run in variant.runs:
+        for line in run.evaluations if evaluations else run.steps:
+            value: Any = line.get(key)
+            if part is not None and value is not None:
+                value = value.get(part)
+            if value is not None:
+                values.setdefault(line["step"], []).append(value)
+    return dict(sorted(values.items()))
+
+
+def layer_rows(variant: Variant, key: str) -> tuple[list[int], list[list[float]]]:
+    """(steps, [layers][steps]): a per-layer metric, its mean over the runs that have it."""
+    found: dict[int, list[list[float]]] = {}
+    for run in variant.runs:
+        for line in run.steps:
+            if line.get(key) is not None:
+                found.setdefault(line["step"], []).append(line[key])
+    steps = sorted(found)
+    columns = [[math.fsum(v) / len(v) for v in zip(*found[step], strict=False)] for step in steps]
+    return steps, [list(row) for row in zip(*columns, strict=False)]
+
+
+def flow_shares(step: Line, spec: FlowSpec) -> list[float] | None:
+    """Each layer's share of L_flow [L], sum 1; None where nothing was computed, or all was zero.
+
+    A layer has its direction and geometry terms and half of each adjacent pair that it is part of,
+    each with its weight in L_flow.
+    """
+    direction, geometry = step.get("flow_direction_per_layer"), step.get("flow_geometry_per_layer")
+    layers = direction or geometry
+    if layers is None:
+        return None
+    weights = flow_weights(len(layers), spec, direction is not None)
+    energy = [0.0] * len(layers)
+    for values, weight in ((direction, weights.direction), (geometry, weights.geometry)):
+        for i, value in enumerate((values or [])[: len(energy)]):
+            energy[i] += weight[i] * value
+    pairs = (step.get("flow_adjacent_per_pair") or [])[: len(energy) - 1]
+    for i, pair in enumerate(pairs):
+        for layer in (i, i + 1):
+            energy[layer] += weights.adjacent[i] * pair / 2
+    total = math.fsum(energy)
+    return [e / total for e in energy] if total > 0 else None
+
+
+def entropy(shares: Sequence[float]) -> float:
+    """Of a distribution, nats."""
+    return -math.fsum(p * math.log(p) for p in shares if p > 0)
+
+
+def entropy_by_step(variant: Variant) -> dict[int, list[float]]:
+    """Entropy of the shares, one value a run that has them."""
+    values: dict[int, list[float]] = {}
+    for run in variant.runs:
+        spec = run.flow
+        for step in run.steps:
+            if (shares := flow_shares(step, spec)) is not None:
+                values.setdefault(step["step"], []).append(entropy(shares))
+    return dict(sorted(values.items()))
+
+
+def mean_shares(variant: Variant) -> list[float] | None:
+    """Shares over the last tenth of the steps, mean over steps and runs."""
+    found = []
+    for run in variant.runs:
+        spec, last = run.flow, run.steps[-max(1, len(run.steps) // 10) :]
+        found += [s for step in last if (s := flow_shares(step, spec)) is not None]
+    if not found or len({len(s) for s in found}) > 1:
+        return None
+    return [math.fsum(column) / len(found) for column in zip(*found, strict=True)]
