@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_phf/__init__.py").read_text())[1]
 
+TRL = "trl>=1.16,<2"  # examples/integrations/trl_trainer.py
+
 setup(
     name="megatron_phf",
     version=VERSION,
@@ -35,7 +37,8 @@ setup(
         "math-verify",  # every evaluation grades; it brings sympy, which torch brings anyway
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", TRL],
         "wandb": ["wandb"],
+        "integrations": [TRL],
     },
 )
