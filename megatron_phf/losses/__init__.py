@@ -35,6 +35,7 @@ from megatron_phf.losses.flow import (
     product_loss,
     transition_counts,
 )
+from megatron_phf.losses.log_probs import chunked_log_probs
 from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "FlowTerms",
     "adjacent_loss",
     "chunked_divergence",
+    "chunked_log_probs",
     "direction_loss",
     "directions",
     "flow_layer_weights",

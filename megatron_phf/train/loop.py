@@ -28,6 +28,8 @@ from megatron_phf.model.sharded_weights import load_weights
 from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.vllm import VllmRollouts, WeightSync, connect
+from megatron_phf.rollout.vllm_server import VllmServer
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
@@ -36,7 +38,13 @@ from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.session import Session
-from megatron_phf.train.source import OnPolicySource, RecordingSource, ReplaySource, RolloutSource
+from megatron_phf.train.source import (
+    OnPolicySource,
+    RecordingSource,
+    ReplaySource,
+    RolloutSource,
+    ServedSource,
+)
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
 
@@ -160,6 +168,7 @@ def _make_source(
     arch: Architecture,
     student: list[FlowGPTModel],
     prompts: _Prompts | None,
+    servers: list[VllmServer] | None,
     done: int,
 ) -> RolloutSource:
     rollout = config.rollout
@@ -169,12 +178,17 @@ def _make_source(
         assert rollout.replay_file is not None
         source = ReplaySource(rollout.replay_file, vocab_size, config)
     else:
-        engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
         sampling = sampling_params(config, prompts.stop_ids)
         batch = config.train.global_batch_size
         teacher = read_teacher(arch, config) or arch
         positions = arch.max_position_embeddings, teacher.max_position_embeddings
-        source = OnPolicySource(engine, prompts.pairs, sampling, batch, *positions)
+        start = prompts.pairs, sampling, batch, *positions
+        if servers is None:
+            engine = MegatronRollouts(student, vocab_size, rollout.rollout_batch_size)
+            source = OnPolicySource(engine, *start)
+        else:
+            sync = WeightSync(servers, student, arch, config)
+            source = ServedSource(VllmRollouts(servers, sync, vocab_size, config), *start)
     if rollout.record_rollouts is not None:
         source = RecordingSource(
             source, rollout.record_rollouts, done * config.train.global_batch_size
@@ -210,11 +224,12 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
     replay = config.rollout.rollout_engine == "replay"
     say(run_summary(arch, config))
     prompts = None if replay else _read_prompts(config, arch, directory)
+    servers = connect(config, arch) if config.rollout.rollout_engine == "vllm" else None
     student = load_student(arch, config, directory)
     distiller = make_distiller(arch, config, student)
     session = Session(config, distiller, signals)
     done = session.begin()
-    source = _make_source(config, arch, student, prompts, done)
+    source = _make_source(config, arch, student, prompts, servers, done)
     tokenizer = None if prompts is None else prompts.tokenizer
     logger = RunLogger(config, config.train.train_iters, done=done)
     try:

@@ -1,11 +1,11 @@
-"""Where a step's rollouts come from, on this data-parallel rank: on-policy, or a replay file."""
+"""Where a step's rollouts come from, on this data-parallel rank: the student, or a replay file."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.vllm import VllmRollouts
 
 
 class RolloutSource(Protocol):
@@ -57,16 +58,43 @@ class OnPolicySource:
             )
             for pair in pairs
         ]
-        responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
+        sampled = self._sample(prompts, sample_ids, room)
         return [
-            Rollout(pair.student_ids, pair.teacher_ids, tuple(response))
-            for pair, response in zip(pairs, responses, strict=True)
+            Rollout(pair.student_ids, pair.teacher_ids, *each)
+            for pair, each in zip(pairs, sampled, strict=True)
         ]
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], room: Sequence[int]
+    ) -> Iterable[tuple[tuple[int, ...], tuple[float, ...] | None]]:
+        """(token ids, their log-probabilities where another program sampled them) a prompt."""
+        responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
+        return ((tuple(response), None) for response in responses)
 
     def _problem_of(self, sample_id: int) -> int:
         epoch, position = divmod(sample_id, len(self._pairs))
         generator = np.random.Generator(np.random.Philox(key=[self._sampling.seed, 2**32 + epoch]))
         return int(generator.permutation(len(self._pairs))[position])
+
+
+class ServedSource(OnPolicySource):
+    """On-policy rollouts from vLLM servers, which get the student's weights first."""
+
+    def __init__(self, engine: VllmRollouts, *args: Any) -> None:
+        """``args``: those of ``OnPolicySource`` after the engine."""
+        super().__init__(engine, *args)
+        self._servers = engine
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        self._servers.sync(iteration)
+        return super().rollouts(iteration)
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], room: Sequence[int]
+    ) -> Iterable[tuple[tuple[int, ...], tuple[float, ...] | None]]:
+        responses = self._servers.respond(prompts, self._sampling, sample_ids, room)
+        return ((tuple(r.token_ids), tuple(r.log_probs)) for r in responses)
 
 
 class ReplaySource:
