@@ -91,7 +91,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class RolloutConfig:
     rollout_engine: str = _flag(
-        "megatron", "where rollouts come from", ("megatron", "replay", "reference")
+        "megatron",
+        "where rollouts come from",
+        ("megatron", "vllm", "replay", "reference"),
     )
     replay_file: str | None = _flag(None, "recorded rollouts for --rollout-engine replay")
     record_rollouts: str | None = _flag(None, "write every rollout to this replay file")
@@ -102,6 +104,32 @@ class RolloutConfig:
     rollout_top_p: float = _flag(0.95, "nucleus sampling")
     rollout_top_k: int = _flag(20, "top-k sampling; 0 is off")
     rollout_batch_size: int = _flag(64, "sequences generated at once on a data-parallel rank")
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """Only read with --rollout-engine vllm (docs/vllm.md)."""
+
+    vllm_url: str | None = _flag(
+        None, "vLLM server(s) for --rollout-engine vllm, as http://127.0.0.1:8000[,...]"
+    )
+    vllm_api_key_file: str | None = _flag(None, "file with the servers' --api-key")
+    vllm_weight_sync: str = _flag(
+        "auto",
+        "how the student's weights reach the servers; auto: adapter with --lora-rank",
+        ("auto", "adapter", "checkpoint"),
+    )
+    vllm_sync_interval: int = _flag(1, "sync the weights every so many steps")
+    vllm_sync_dir: str | None = _flag(
+        None, "directory that servers read weights from (default: vllm under --output-dir)"
+    )
+    vllm_concurrency: int = _flag(64, "requests at once of a data-parallel rank")
+    vllm_timeout_seconds: float = _flag(300.0, "a request without its answer fails")
+    vllm_max_retries: int = _flag(8, "of a request that fails, before the run ends")
+    vllm_backoff_seconds: float = _flag(1.0, "wait before the first retry; doubles up to 60")
+    vllm_drift_warning: float = _flag(
+        0.05, "warn where sampled tokens' log-probabilities differ more on average, nats"
+    )
 
 
 @dataclass(frozen=True)
@@ -259,6 +287,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     method: MethodConfig = MethodConfig()
     teacher: TeacherConfig = TeacherConfig()
     lora: LoraConfig = LoraConfig()

@@ -164,6 +164,11 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
         dist.broadcast(tensor, src=first, group=context_parallel_group())
 
 
+def decides_for_model() -> bool:
+    """Whether this process is the one whose tensor :func:`broadcast_from_last_stage` spreads."""
+    return is_last_stage() and tensor_parallel_rank() == 0 and context_parallel_rank() == 0
+
+
 def gather_over_pipeline(value: Any) -> list[Any]:
     """Every pipeline stage's picklable ``value``, first to last."""
     return gather_objects(value, mpu.get_pipeline_model_parallel_group())

@@ -32,6 +32,7 @@ from megatron_phf.model.teacher_architecture import (
     read_teacher,
 )
 from megatron_phf.model.weight_files import check_hf_weights
+from megatron_phf.vllm_flags import check_vllm
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -259,6 +260,7 @@ def check(config: Config) -> None:
     _check_combinations(config)
     check_teacher_flags(config)
     check_lora(config)
+    check_vllm(config)
     _check_checkpoints(config)
     if config.model.hf_model is not None:
         _check_expert_flags(read_architecture(config.model.hf_model), config)

@@ -22,6 +22,7 @@ LARGER = "tests/parallel/test_teacher_model.py"
 MOE, CONTEXT = "tests/parallel/test_moe.py", "tests/parallel/test_context.py"
 LORA = "tests/parallel/test_lora.py"
 RESUME = "tests/parallel/test_resume.py"
+VLLM, VLLM_JOB = "tests/unit/test_vllm_server.py", "tests/end_to_end/test_vllm_job.py"
 SECURITY, FUZZ = "tests/unit/test_security.py", "tests/unit/test_fuzz.py"
 
 
@@ -37,6 +38,41 @@ class Breakage:
 
 
 BREAKAGES = (
+    Breakage(
+        "vLLM samples with the weights of the first step for ever",
+        "megatron_phf/rollout/vllm.py",
+        "if not self._synced or (iteration - 1) % self._config.vllm.vllm_sync_interval == 0:",
+        "if not self._synced:",
+        (VLLM_JOB, "-k", "adapters or checkpoints"),
+    ),
+    Breakage(
+        "a restarted vLLM server stays without its adapter",
+        "megatron_phf/rollout/vllm.py",
+        "            if self._adapters:\n                server.load_adapter(",
+        "            if not self._adapters:\n                server.load_adapter(",
+        (VLLM_JOB, "-k", "adapters or checkpoints"),
+    ),
+    Breakage(
+        "vLLM's log-probabilities meet those of the next token",
+        "megatron_phf/train/step.py",
+        "batch.log_probs[here])",
+        "batch.log_probs[here].roll(1))",
+        (VLLM_JOB, "-k", "adapters or checkpoints"),
+    ),
+    Breakage(
+        "an answer that comes byte by byte has no end",
+        "megatron_phf/rollout/vllm_http.py",
+        "        if left <= 0:\n            raise TimeoutError",
+        "        if False:\n            raise TimeoutError",
+        (VLLM, "-k", "survived and drip"),
+    ),
+    Breakage(
+        "an answer that was cut off is taken",
+        "megatron_phf/rollout/vllm_http.py",
+        "if expected is not None and size < expected:",
+        "if expected is None:",
+        (VLLM, "-k", "survived and truncated"),
+    ),
     Breakage(
         "a resumed run starts its schedule anew",
         "megatron_phf/train/optimizer.py",

@@ -6,6 +6,7 @@ another absolute position in each sequence.  Everything here is indexed by the g
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class SequenceBatch:
     tokens [b, s]; ``predicting`` [b, r]: positions whose outputs predict the r response tokens;
     ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
     ``window_valid`` bool [b, m]: positions of the flow window's own tokens; ``padding`` bool
-    [b, s]: True behind the response.
+    [b, s]: True behind the response; ``log_probs`` fp64 [b, r]: those of the response tokens that
+    another program sampled, or None.
     """
 
     tokens: Tensor
@@ -32,6 +34,7 @@ class SequenceBatch:
     window: Tensor
     window_valid: Tensor
     padding: Tensor
+    log_probs: Tensor | None = None
 
     def target_ids(self) -> Tensor:
         """The scored response tokens, flat [n], in the order of ``scored``."""
@@ -39,7 +42,7 @@ class SequenceBatch:
 
     def to(self, device: torch.device) -> SequenceBatch:
         """A copy on ``device``."""
-        return SequenceBatch(*(t.to(device) for t in vars(self).values()))
+        return SequenceBatch(*(t if t is None else t.to(device) for t in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,15 @@ def _sequences(
     return SequenceBatch(tokens, predicting, scored, prompt_lengths + positions, valid, padding)
 
 
+def _log_probs(rollouts: Sequence[Rollout]) -> Tensor | None:
+    """fp64 [b, r], 0 behind a response."""
+    given = [r.log_probs for r in rollouts if r.log_probs is not None]
+    if len(given) < len(rollouts):
+        return None
+    rows = [torch.tensor(each, dtype=torch.float64) for each in given]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def _padded_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int) -> int:
     longest = max(len(prompt) + len(response) for prompt, response in pairs)
     return -(-longest // multiple) * multiple
@@ -109,6 +121,7 @@ def make_local_batch(
         rows = slice(start, start + micro_batch_size)
         positions = window([len(r.response_ids) for r in rollouts[rows]])
         student = _sequences(students[rows], lengths[0], positions, pad_id)
+        student = dataclasses.replace(student, log_probs=_log_probs(rollouts[rows]))
         teacher = _sequences(teachers[rows], lengths[1], positions, pad_id)
         assert torch.equal(student.target_ids(), teacher.target_ids()), (
             "student and teacher must score the same response tokens"

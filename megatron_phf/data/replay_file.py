@@ -12,11 +12,15 @@ _FIELDS = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
 
 @dataclass(frozen=True)
 class Rollout:
-    """Token ids: two prompts for the same problem, and the student's response to the first."""
+    """Token ids: two prompts for the same problem, and the student's response to the first.
+
+    ``log_probs``: of the response's tokens, nats, where another program sampled it; not recorded.
+    """
 
     student_prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    log_probs: tuple[float, ...] | None = None
 
 
 def _ids(content: dict[str, Any], name: str, vocab_size: int | None, where: str) -> tuple[int, ...]:

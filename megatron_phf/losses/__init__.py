@@ -37,6 +37,7 @@ from megatron_phf.losses.flow import (
     transition_counts,
     unit_states,
 )
+from megatron_phf.losses.log_probs import chunked_log_probs
 from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "FlowWeights",
     "adjacent_loss",
     "chunked_divergence",
+    "chunked_log_probs",
     "direction_loss",
     "directions",
     "flow_loss",

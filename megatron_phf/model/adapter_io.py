@@ -81,9 +81,15 @@ def merge_adapter(
 
 
 def save_peft_adapter(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config, target: str
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    target: str,
+    flag: str = "--save-adapter",
 ) -> None:
-    """Write the adapters to ``target`` as ``peft`` and vLLM load them; every rank calls.
+    """Write the adapters to ``target``, which ``flag`` named, as ``peft`` and vLLM load them;
+
+    every rank calls.
 
     Written beside and renamed at the end: ``target`` is whole, or as it was.
 
@@ -101,7 +107,7 @@ def save_peft_adapter(
         with open(os.path.join(directory, CONFIG_FILE), "w", encoding="utf-8") as f:
             json.dump(adapter_config(config), f, indent=2)
 
-    parallel.raise_together(write_directory(target, "--save-adapter", write))
+    parallel.raise_together(write_directory(target, flag, write))
 
 
 def read_adapter(directory: str) -> tuple[dict[str, Tensor], float]:

@@ -212,6 +212,7 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    flag: str = "--save-hf",
 ) -> None:
     """Export to ``target``, with the configuration and tokenizer of ``source``; every rank calls.
 
@@ -220,6 +221,7 @@ def save_hf(
 
     Args:
         dtype: of the files; None keeps the model's.
+        flag: the one that named ``target``.
 
     Raises:
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
@@ -231,7 +233,7 @@ def save_hf(
         write_shards(((n, w.to(dtype)) for n, w in weights), directory, max_shard_bytes)
         copy_model_files(source, directory, dtype, config.tokenizer)
 
-    problem = write_directory(target, "--save-hf", write)
+    problem = write_directory(target, flag, write)
     for _ in weights:  # the other ranks, and rank 0 after an error: the export is collective
         pass
     parallel.raise_together(problem)

@@ -1,4 +1,4 @@
-"""Where rollouts come from: sampled in Megatron, or replayed from a file."""
+"""Where rollouts come from: sampled in Megatron or by vLLM servers, or replayed from a file."""
 
 from __future__ import annotations
 

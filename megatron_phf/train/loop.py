@@ -32,6 +32,8 @@ from megatron_phf.model.teacher_architecture import common_vocab_size, read_teac
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.vllm import VllmRollouts, WeightSync, connect
+from megatron_phf.rollout.vllm_server import VllmServer
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
@@ -50,6 +52,7 @@ from megatron_phf.train.source import (
     ReplaySource,
     ResponseRoom,
     RolloutSource,
+    ServedSource,
 )
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
@@ -196,6 +199,7 @@ def _make_source(
     arch: Architecture,
     student: list[FlowGPTModel],
     prompts: _Prompts | None,
+    servers: list[VllmServer] | None,
     done: int,
 ) -> RolloutSource:
     rollout = config.rollout
@@ -207,12 +211,16 @@ def _make_source(
     else:
         order = ProblemOrder(prompts.pairs, config.train.global_batch_size, config.train.seed)
         room = response_room(config, arch)
+        sampling = sampling_params(config, prompts.stop_ids)
         if rollout.rollout_engine == "reference":
             encode, stop = prompts.tokenizer.encode, prompts.stop_ids[0]
             source = ReferenceSource(encode, stop, order, room)
-        else:
-            sampling = sampling_params(config, prompts.stop_ids)
+        elif servers is None:
             source = OnPolicySource(make_engine(config, arch, student), order, sampling, room)
+        else:
+            sync = WeightSync(servers, student, arch, config)
+            engine = VllmRollouts(servers, sync, vocab_size, config)
+            source = ServedSource(engine, order, sampling, room)
     if rollout.record_rollouts is not None:
         source = RecordingSource(
             source, rollout.record_rollouts, done * config.train.global_batch_size
@@ -277,12 +285,13 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
     replay = config.rollout.rollout_engine == "replay"
     say(run_summary(arch, config))
     prompts = None if replay else _read_prompts(config, arch, directory)
+    servers = connect(config, arch) if config.rollout.rollout_engine == "vllm" else None
     student = load_student(arch, config, directory)
     distiller = make_distiller(arch, config, student)
     session = Session(config, distiller, signals)
     done = session.begin()
     write_run_file(config, arch)
-    source = _make_source(config, arch, student, prompts, done)
+    source = _make_source(config, arch, student, prompts, servers, done)
     logger = RunLogger(config, config.train.train_iters, done=done)
     with contextlib.closing(logger), _evaluation(config, arch, student, logger, done) as evaluate:
 

@@ -1,12 +1,12 @@
-"""Where a step's rollouts come from, on this data-parallel rank: on-policy, or from files."""
+"""Where a step's rollouts come from, on this data-parallel rank: the student, or files."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.vllm import VllmRollouts
 
 
 class RolloutSource(Protocol):
@@ -62,8 +63,10 @@ class ResponseRoom:
         return min(*behind, self.max_new_tokens)
 
 
-def _rollout(pair: PromptPair, response: Sequence[int]) -> Rollout:
-    return Rollout(pair.student_ids, pair.teacher_ids, tuple(response))
+def _rollout(
+    pair: PromptPair, response: Sequence[int], log_probs: tuple[float, ...] | None = None
+) -> Rollout:
+    return Rollout(pair.student_ids, pair.teacher_ids, tuple(response), log_probs)
 
 
 class OnPolicySource:
@@ -83,8 +86,15 @@ class OnPolicySource:
         sample_ids, pairs = self._order.share(iteration)
         prompts = [pair.student_ids for pair in pairs]
         room = [self._room.of(pair) for pair in pairs]
+        sampled = self._sample(prompts, sample_ids, room)
+        return [_rollout(pair, *each) for pair, each in zip(pairs, sampled, strict=True)]
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], room: Sequence[int]
+    ) -> Iterable[tuple[tuple[int, ...], tuple[float, ...] | None]]:
+        """(token ids, their log-probabilities where another program sampled them) a prompt."""
         responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
-        return [_rollout(*both) for both in zip(pairs, responses, strict=True)]
+        return ((tuple(response), None) for response in responses)
 
 
 class ReferenceSource:
@@ -108,6 +118,26 @@ class ReferenceSource:
             _rollout(pair, solution[: self._room.of(pair)])
             for pair, solution in zip(pairs, solutions, strict=True)
         ]
+
+
+class ServedSource(OnPolicySource):
+    """On-policy rollouts from vLLM servers, which get the student's weights first."""
+
+    def __init__(self, engine: VllmRollouts, *args: Any) -> None:
+        """``args``: those of ``OnPolicySource`` after the engine."""
+        super().__init__(engine, *args)
+        self._servers = engine
+
+    def rollouts(self, iteration: int) -> list[Rollout]:
+        """See ``RolloutSource``."""
+        self._servers.sync(iteration)
+        return super().rollouts(iteration)
+
+    def _sample(
+        self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], room: Sequence[int]
+    ) -> Iterable[tuple[tuple[int, ...], tuple[float, ...] | None]]:
+        responses = self._servers.respond(prompts, self._sampling, sample_ids, room)
+        return ((tuple(r.token_ids), tuple(r.log_probs)) for r in responses)
 
 
 class ReplaySource:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config, flow_spec
 from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.replay_file import Rollout
-from megatron_phf.losses import DivergenceSpec, chunked_divergence
+from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.flow_tap import FlowWindow
 from megatron_phf.model.gpt import (
@@ -29,6 +30,7 @@ from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.model.rows import gather_rows, part_rows
 from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.teacher import Teacher
+from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import NonfiniteSteps
 from megatron_phf.train.optimizer import StudentOptimizer
@@ -79,6 +81,7 @@ class Distiller:
             clip=method.opsd_clip,
             top_k=method.opsd_top_k,
         )
+        self.drift = DriftMeter(config) if config.rollout.rollout_engine == "vllm" else None
         self.shards = sequence_shards(student[0].config)
         self._vocab_size = common_vocab_size(arch, config)
         layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
@@ -127,6 +130,8 @@ class Distiller:
         )
         balance = mean_aux_loss(self.arch, self.config)
         extra = {} if balance is None else {"moe_aux_loss": balance}
+        if self.drift is not None:
+            extra |= self.drift.take()
         return dataclasses.replace(metrics, extra=extra)
 
     def _local_batch(self, rollouts: Sequence[Rollout]) -> LocalBatch:
@@ -218,6 +223,9 @@ class Distiller:
         rows, mine = part_rows(hidden, batch.predicting, self.shards)
         here, kept = batch.scored & mine, mine[batch.scored]
         rows, weight = rows[here], self.student[-1].output_weight()
+        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        if self.drift is not None and batch.log_probs is not None:
+            self.drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
         result = chunked_divergence(
             rows,
             teacher[0][kept],
@@ -225,13 +233,20 @@ class Distiller:
             teacher[1],
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
-            group=parallel.tensor_parallel_group() if parallel.tensor_parallel_size() > 1 else None,
-            vocab_start=parallel.tensor_parallel_rank() * weight.shape[0],
-            vocab_size=self._vocab_size,
-            chunk_tokens=self.config.method.logits_chunk_tokens,
-            target_ids=batch.target_ids()[kept],
+            target_ids=targets,
             objective=self.config.method.opsd_objective,
+            **head,
         )
         sequence = here.nonzero()[:, 0]
         report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
         return result.loss, report
+
+    def _head_split(self, weight: Tensor) -> dict[str, Any]:
+        """Which rows of the output head this rank has, and how many tokens a chunk has."""
+        group = parallel.tensor_parallel_group()
+        return {
+            "group": group if parallel.tensor_parallel_size() > 1 else None,
+            "vocab_start": parallel.tensor_parallel_rank() * weight.shape[0],
+            "vocab_size": self._vocab_size,
+            "chunk_tokens": self.config.method.logits_chunk_tokens,
+        }

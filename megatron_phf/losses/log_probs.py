@@ -1,0 +1,42 @@
+"""Log-probabilities of given tokens, output head included, in chunks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_phf.losses._vocab_parallel import VocabShard
+
+
+@torch.no_grad()
+def chunked_log_probs(
+    rows: Tensor,
+    weight: Tensor,
+    target_ids: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 256,
+) -> Tensor:
+    """rows [n, h], weight [v_local, h], target_ids [n] -> log softmax(rows W^T)[target], fp32 [n].
+
+    At temperature 1, without gradient.  The other arguments are ``chunked_divergence``'s.
+    """
+    world = 1 if group is None else dist.get_world_size(group)
+    total = vocab_size if vocab_size is not None else weight.shape[0] * world
+    size = min(max(total - vocab_start, 0), weight.shape[0])
+    shard = VocabShard(group, vocab_start, size, total)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    parts = [rows.new_zeros(0, dtype=wide)]
+    for chunk, ids in zip(rows.split(chunk_tokens), target_ids.split(chunk_tokens), strict=True):
+        if not len(chunk):
+            continue
+        logs = shard.log_softmax_((chunk @ weight[:size].T).to(wide))
+        local = ids - vocab_start
+        here = (local >= 0) & (local < size)
+        picked = logs.new_zeros(len(ids))
+        picked[here] = logs[here, local[here]]
+        parts.append(shard.sum(picked))
+    return torch.cat(parts)

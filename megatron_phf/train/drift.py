@@ -1,0 +1,58 @@
+"""How far the program that sampled the rollouts is from the student that trains on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_phf import device, parallel
+from megatron_phf.config import Config
+from megatron_phf.train.logging import say
+
+
+class DriftMeter:
+    """Mean and largest |log p_server(y) - log p_student(y)| over a step's sampled tokens, nats.
+
+    Both at temperature 1 over the whole vocabulary.  Not zero between two implementations in
+    bf16; large where the servers compute with other weights.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._threshold = config.vllm.vllm_drift_warning
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device.device())
+        self._largest = torch.zeros(1, dtype=torch.float64, device=device.device())
+
+    def add(self, student: Tensor, server: Tensor) -> None:
+        """Log-probabilities [n] of the same tokens."""
+        difference = (student.double() - server).abs()
+        self._sums += torch.stack((difference.sum(), torch.ones_like(difference).sum()))
+        if len(difference):
+            self._largest = torch.maximum(self._largest, difference.max())
+
+    def take(self) -> dict[str, Any]:
+        """``rollout_drift``, ``rollout_drift_max`` and ``rollout_drift_warning`` of the tokens
+
+        since the last call.  Collective; warns where the mean is beyond the threshold.
+        """
+        if parallel.tensor_parallel_rank() > 0:  # they have the same tokens as rank 0
+            self._sums.zero_()
+        dist.all_reduce(self._sums)
+        dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
+        total, count = self._sums.tolist()
+        mean, largest = total / max(count, 1), float(self._largest)
+        self._clear()
+        beyond = not mean <= self._threshold
+        if beyond:
+            say(
+                f"warning: log-probabilities of vLLM and of the student differ by {mean:.3g} nats "
+                f"on average, more than --vllm-drift-warning {self._threshold:g}: do the servers "
+                "have the student's weights, its dtype and --logprobs-mode raw_logprobs?"
+            )
+        names = ("rollout_drift", "rollout_drift_max", "rollout_drift_warning")
+        return dict(zip(names, (mean, largest, beyond), strict=True))

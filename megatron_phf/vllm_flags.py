@@ -1,0 +1,102 @@
+"""What is said of ``--rollout-engine vllm`` before a server is asked.  No import of torch."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+
+from megatron_phf.config import Config, flag_of
+
+_AT_LEAST_ONE = ("vllm_sync_interval", "vllm_concurrency")
+
+
+def server_urls(config: Config) -> list[str]:
+    """The servers of ``--vllm-url``, without a slash at the end.
+
+    Raises:
+        ValueError: one of them is no URL of a server.
+    """
+    urls = [url.strip().rstrip("/") for url in (config.vllm.vllm_url or "").split(",")]
+    for url in urls:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            good = parts.scheme in ("http", "https") and bool(parts.hostname)
+            good = good and parts.port != 0 and not (parts.query or parts.fragment)
+            good = good and parts.username is None and url.isascii() and url.isprintable()
+        except ValueError:  # a port that is no number, half of an IPv6 address
+            good = False
+        if not good or " " in url:
+            raise ValueError(
+                f"--vllm-url {url!r}: need http://HOST:PORT of a vLLM server, several of them "
+                "separated by commas"
+            )
+    return urls
+
+
+def syncs_adapters(config: Config) -> bool:
+    """Whether servers get the student's adapters, rather than whole checkpoints."""
+    kind = config.vllm.vllm_weight_sync
+    return kind == "adapter" or (kind == "auto" and config.lora.lora_rank > 0)
+
+
+def sync_directory(config: Config) -> str:
+    """The directory, absolute, that the servers read weights from."""
+    default = os.path.join(config.output.output_dir, "vllm")
+    return os.path.realpath(config.vllm.vllm_sync_dir or default)
+
+
+def read_api_key(config: Config) -> str | None:
+    """The first line of ``--vllm-api-key-file``.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no key.
+    """
+    path = config.vllm.vllm_api_key_file
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="ascii") as f:
+            key = f.readline().strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--vllm-api-key-file {path}: cannot be read ({error})") from error
+    if not key or not key.isprintable():
+        raise ValueError(f"--vllm-api-key-file {path}: no key in its first line")
+    return key
+
+
+def _check_numbers(config: Config) -> None:
+    vllm = config.vllm
+    for name in _AT_LEAST_ONE:
+        if getattr(vllm, name) < 1:
+            raise ValueError(f"{flag_of(name)} {getattr(vllm, name)}: need at least 1")
+    for name in ("vllm_timeout_seconds", "vllm_backoff_seconds", "vllm_drift_warning"):
+        if getattr(vllm, name) <= 0:
+            raise ValueError(f"{flag_of(name)} {getattr(vllm, name)}: need more than 0")
+    if vllm.vllm_max_retries < 0:
+        raise ValueError(f"--vllm-max-retries {vllm.vllm_max_retries}: need at least 0")
+    minutes = config.parallel.distributed_timeout_minutes
+    if config.rollout.rollout_engine == "vllm" and vllm.vllm_timeout_seconds >= 60 * minutes:
+        raise ValueError(
+            f"--vllm-timeout-seconds {vllm.vllm_timeout_seconds:g} reaches "
+            f"--distributed-timeout-minutes {minutes:g}, after which the ranks that wait for the "
+            "answers give up; raise the latter"
+        )
+
+
+def check_vllm(config: Config) -> None:
+    """Raise ValueError where the flags of vLLM rollouts do not fit, each other or the rest."""
+    vllm, engine = config.vllm, config.rollout.rollout_engine
+    _check_numbers(config)
+    if (engine == "vllm") != (vllm.vllm_url is not None):
+        raise ValueError("--vllm-url and --rollout-engine vllm belong together")
+    if engine != "vllm":
+        return
+    if config.model.hf_model is None:
+        raise ValueError("--rollout-engine vllm needs --hf-model and --data")
+    server_urls(config)
+    read_api_key(config)
+    if vllm.vllm_weight_sync == "adapter" and not config.lora.lora_rank:
+        raise ValueError(
+            "--vllm-weight-sync adapter needs --lora-rank: without adapters the servers need whole "
+            "checkpoints (--vllm-weight-sync checkpoint)"
+        )

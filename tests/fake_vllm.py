@@ -1,0 +1,314 @@
+"""A small HTTP server with vLLM's documented endpoints over a transformers model; can misbehave.
+
+It knows exactly the endpoints and fields that vLLM 0.32 has of those the product uses, and refuses
+others.  Faults are taken from a list, one a completion: see ``FAULTS``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+FAULTS = (
+    *("ok", "500", "503", "400", "slow", "drip", "truncated", "closed", "not_json", "no_choice"),
+    *("abort", "wrong_ids", "large_ids", "too_long", "early", "after_stop", "other_prompt"),
+    *("no_token_ids", "no_log_probs", "nan_log_probs", "shifted_log_probs", "restart", "redirect"),
+)
+_FIELDS = {
+    "/v1/completions": {
+        *("model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "stream"),
+        *("stop_token_ids", "logprobs", "return_token_ids", "add_special_tokens"),
+    },
+    "/v1/load_lora_adapter": {"lora_name", "lora_path", "load_inplace", "is_3d_lora_weight"},
+    "/v1/unload_lora_adapter": {"lora_name", "lora_int_id"},
+    "/collective_rpc": {"method", "args", "kwargs", "timeout"},
+    "/reset_prefix_cache": set(),
+}
+SHIFT = 0.25
+
+
+class _Problem(Exception):
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class FakeVllm:
+    """``with FakeVllm(directory) as server: server.url``; ``directory`` None: scripted answers."""
+
+    def __init__(
+        self,
+        directory: str | None,
+        faults: list[str] | None = None,
+        api_key: str | None = None,
+        dev_mode: bool = True,
+        lora: bool = True,
+        max_model_len: int = 256,
+        down_seconds: float = 0.3,
+    ) -> None:
+        self.directory, self.api_key = directory, api_key
+        self.dev_mode, self.lora, self.max_model_len = dev_mode, lora, max_model_len
+        self.down_seconds = down_seconds
+        self.faults = list(faults or [])
+        assert set(self.faults) <= set(FAULTS)
+        self.log: list[tuple[str, dict]] = []
+        self.most_at_once = self._at_once = 0
+        self.scripted = [5, 6, 1]
+        self._lock, self._counter = threading.Lock(), threading.Lock()
+        self._load()
+        self._http = self._listen(0)
+        self.port = self._http.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _load(self) -> None:
+        self.adapters: dict[str, str] = {}
+        self._adapted: dict[str, torch.nn.Module] = {}
+        if self.directory is not None:
+            self.model = AutoModelForCausalLM.from_pretrained(self.directory).eval()
+
+    def _listen(self, port: int) -> ThreadingHTTPServer:
+        handler = type("Handler", (_Handler,), {"fake": self})
+        http = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        http.daemon_threads = True
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+        return http
+
+    def stop(self) -> None:
+        """Answer nobody any longer."""
+        self._http.shutdown()
+        self._http.server_close()
+
+    def restart(self) -> None:
+        """Away for a while; back with what its model's directory then holds, without adapters."""
+        self.stop()
+        time.sleep(self.down_seconds)
+        self._load()
+        self._http = self._listen(self.port)
+
+    def __enter__(self) -> FakeVllm:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def next_fault(self) -> str:
+        with self._counter:
+            return self.faults.pop(0) if self.faults else "ok"
+
+    def bodies(self, path: str) -> list[dict]:
+        """The requests to one endpoint."""
+        return [body for p, body in self.log if p == path]
+
+    def entered(self, change: int) -> None:
+        with self._counter:
+            self._at_once += change
+            self.most_at_once = max(self.most_at_once, self._at_once)
+
+    # --- endpoints ---
+
+    def models(self) -> dict:
+        name = self.directory or "scripted"
+        base = {"id": name, "object": "model", "root": name, "parent": None}
+        base["max_model_len"] = self.max_model_len
+        cards = [{"id": n, "root": p, "parent": name} for n, p in self.adapters.items()]
+        return {"object": "list", "data": [base, *cards]}
+
+    def load_adapter(self, body: dict) -> str:
+        name, path = body["lora_name"], body["lora_path"]
+        if not self.lora:
+            raise _Problem(404, "Not Found")
+        if name in self.adapters:
+            raise _Problem(400, f"The lora adapter '{name}' has already been loaded.")
+        if not os.path.isfile(os.path.join(path, "adapter_config.json")):
+            raise _Problem(404, f"Loading lora {name} failed: No adapter found for {path}")
+        with self._lock:
+            if self.directory is not None:
+                base = AutoModelForCausalLM.from_pretrained(self.directory)
+                self._adapted[name] = PeftModel.from_pretrained(base, path).eval()
+            self.adapters[name] = path
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload_adapter(self, body: dict) -> str:
+        if self.adapters.pop(body["lora_name"], None) is None:
+            raise _Problem(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
+        return "Success"
+
+    def rpc(self, body: dict) -> dict:
+        if not self.dev_mode:
+            raise _Problem(404, "Not Found")
+        assert body == {"method": "reload_weights"}
+        with self._lock:
+            self.model = AutoModelForCausalLM.from_pretrained(self.directory).eval()
+        return {"results": [None]}
+
+    def complete(self, body: dict) -> dict:
+        name = body["model"]
+        if name not in self.adapters and name != self.models()["data"][0]["id"]:
+            raise _Problem(404, f"The model `{name}` does not exist.")
+        assert body["return_token_ids"] and body["ignore_eos"] and not body["stream"]
+        if len(body["prompt"]) + body["max_tokens"] > self.max_model_len:
+            raise _Problem(400, f"maximum context length is {self.max_model_len} tokens")
+        if self.directory is None:
+            ids = self.scripted[: body["max_tokens"]]
+            logs = [-0.5] * len(ids)
+        else:
+            with self._lock, torch.no_grad():
+                ids, logs = sample(self._adapted.get(name, self.model), body)
+        stopped = ids[-1] in body["stop_token_ids"]
+        choice = {
+            "index": 0,
+            "text": "",
+            "logprobs": {"token_logprobs": logs, "tokens": [""] * len(ids), "top_logprobs": []},
+            "finish_reason": "stop" if stopped else "length",
+            "stop_reason": ids[-1] if stopped else None,
+            "prompt_token_ids": body["prompt"],
+            "token_ids": ids,
+        }
+        return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": [choice]}
+
+
+def sample(model: torch.nn.Module, body: dict) -> tuple[list[int], list[float]]:
+    """vLLM's order: temperature, top-k, top-p; log-probabilities of the raw logits."""
+    generator = torch.Generator().manual_seed(body["seed"])
+    ids, logs = list(body["prompt"]), []
+    for _ in range(body["max_tokens"]):
+        raw = model(torch.tensor([ids])).logits[0, -1].double()
+        if body["temperature"] == 0:
+            token = int(raw.argmax())
+        else:
+            p = (raw / body["temperature"]).softmax(-1)
+            order = p.argsort(descending=True)[: body["top_k"] or None]
+            p = p[order] / p[order].sum()
+            p = p * (p.cumsum(-1) - p < body["top_p"])
+            token = int(order[torch.multinomial(p, 1, generator=generator)])
+        ids.append(token)
+        logs.append(float(raw.log_softmax(-1)[token]))
+        if token in body["stop_token_ids"]:
+            break
+    return ids[len(body["prompt"]) :], logs
+
+
+def _spoiled(answer: dict, fault: str, body: dict) -> dict:
+    choice = answer["choices"][0]
+    ids, logs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    stop = body["stop_token_ids"][0]
+    if fault in ("wrong_ids", "large_ids", "too_long", "early", "after_stop"):
+        choice["token_ids"] = {
+            "wrong_ids": ["5"],
+            "large_ids": [10**6, stop],
+            "too_long": [5] * (body["max_tokens"] + 1),
+            "early": [5],
+            "after_stop": [stop, *ids],
+        }[fault]
+    elif fault == "other_prompt":
+        choice["prompt_token_ids"] = [7, *body["prompt"]]
+    elif fault == "no_token_ids":
+        del choice["token_ids"]
+    elif fault == "no_log_probs":
+        choice["logprobs"] = None
+    elif fault == "nan_log_probs":
+        logs[0] = None
+    elif fault == "shifted_log_probs":
+        choice["logprobs"]["token_logprobs"] = [x + SHIFT for x in logs]
+    elif fault == "abort":
+        choice["finish_reason"] = "abort"
+    elif fault == "no_choice":
+        answer["choices"] = []
+    return answer
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeVllm
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            self._send(404, {"detail": "Not Found"})
+        elif self._authorized():
+            self._send(200, self.fake.models())
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = json.loads(data) if data else {}
+        self.fake.log.append((self.path, body))
+        if not self._authorized():
+            return
+        try:
+            unknown = set(body) - _FIELDS[self.path]
+            if unknown:
+                raise _Problem(400, f"unknown fields {unknown}")
+            self._route(body)
+        except _Problem as problem:
+            message = {"message": str(problem), "type": "x", "code": problem.status}
+            self._send(problem.status, {"error": message})
+
+    def _authorized(self) -> bool:
+        key = self.fake.api_key
+        good = key is None or self.headers["Authorization"] == f"Bearer {key}"
+        if not good:
+            self._send(401, {"error": "Unauthorized"})
+        return good
+
+    def _route(self, body: dict) -> None:
+        fake = self.fake
+        if self.path == "/v1/completions":
+            fake.entered(+1)
+            try:
+                self._complete(body)
+            finally:
+                fake.entered(-1)
+        elif self.path == "/v1/load_lora_adapter":
+            self._send(200, fake.load_adapter(body))
+        elif self.path == "/v1/unload_lora_adapter":
+            self._send(200, fake.unload_adapter(body))
+        elif self.path == "/collective_rpc":
+            self._send(200, fake.rpc(body))
+        else:
+            self._send(200, {"success": True})
+
+    def _complete(self, body: dict) -> None:
+        fault = self.fake.next_fault()
+        if fault == "restart":
+            threading.Thread(target=self.fake.restart, daemon=True).start()
+        if fault in ("restart", "closed"):
+            self.close_connection = True
+        elif fault in ("400", "500", "503"):
+            self._send(int(fault), {"error": {"message": "scripted trouble"}})
+        elif fault == "redirect":
+            self._send(302, {}, {"Location": "http://127.0.0.1:9/"})
+        elif fault == "not_json":
+            self._send(200, "<html>")
+        else:
+            if fault == "slow":
+                time.sleep(1.0)
+            answer = _spoiled(self.fake.complete(body), fault, body)
+            self._send(200, answer, part=fault)
+
+    def _send(
+        self, status: int, content: object, headers: dict | None = None, part: str = ""
+    ) -> None:
+        data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if part == "truncated":
+                data, self.close_connection = data[:20], True
+            for i in range(0, len(data), 1 if part == "drip" else len(data)):
+                self.wfile.write(data[i : i + (1 if part == "drip" else len(data))])
+                time.sleep(0.05 if part == "drip" else 0)
+        except OSError:  # nobody listens any longer
+            self.close_connection = True
