@@ -29,7 +29,7 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.flow_spec import FlowSpec
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.attention import CachedSelfAttention, CausalAttention
+from megatron_phf.model.attention import CausalAttention
 from megatron_phf.model.flow_plan import make_flow_plan
 from megatron_phf.model.flow_tap import FlowTap
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
@@ -158,7 +158,6 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
         attention.core_attention = CausalAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
-    spec.submodules.self_attention.module = CachedSelfAttention
     spec.module = FlowTransformerLayer
     return spec
 

@@ -5,7 +5,7 @@ Order as in transformers and vLLM: temperature, then top-k, then top-p within wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,29 +43,100 @@ def uniforms(seed: int, sample_ids: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def filtered_probabilities(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """logits [b, v] -> (probabilities [b, k] not renormalised, their ids [b, k] or None for all).
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which part of each row's logits this process has: part ``rank``, ids from ``start`` on.
 
-    Entries that top-p drops have probability 0.
+    ``gather``: a tensor -> every part's, in the order of the ids.  Without it there is one part.
     """
-    scaled = logits.float() / params.temperature
-    if params.top_k == 0 and params.top_p == 1:
-        return scaled.softmax(-1), None
-    k = min(params.top_k, scaled.shape[-1]) if params.top_k else scaled.shape[-1]
-    values, ids = scaled.topk(k, dim=-1)
-    probabilities = values.softmax(-1)
+
+    rank: int = 0
+    start: int = 0
+    gather: Callable[[Tensor], list[Tensor]] = lambda tensor: [tensor]
+
+
+WHOLE = VocabularyShard()
+# Without top-k, so many of the most probable entries are looked at first for the nucleus.
+_NUCLEUS_GUESS = 128
+
+
+def _largest(logits: Tensor, k: int, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """The k largest of all parts, in order: values and ids [b, k] (fewer where there are fewer)."""
+    values, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    parts = shard.gather(values)
+    if len(parts) == 1:
+        return values.float(), ids
+    values, ids = torch.cat(parts, -1), torch.cat(shard.gather(ids + shard.start), -1)
+    values, index = values.topk(min(k, values.shape[-1]), dim=-1)
+    return values.float(), ids.gather(-1, index)
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Probabilities in falling order, those behind the nucleus 0."""
     before = probabilities.cumsum(-1) - probabilities
     # The token that crosses top_p stays, so that at least one does.
-    return probabilities.masked_fill(before >= params.top_p, 0.0), ids
+    return probabilities.masked_fill(before >= top_p, 0.0)
 
 
-def sample(logits: Tensor, uniform: Tensor, params: SamplingParams) -> Tensor:
-    """logits [b, v], uniform [b] in [0, 1) -> token ids [b] by inverting the distribution."""
+def filtered_probabilities(
+    logits: Tensor, params: SamplingParams, shard: VocabularyShard = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """logits [b, v] -> (probabilities [b, k] not renormalised, their ids [b, k]), falling.
+
+    With ``top_k`` or ``top_p``.  Entries that top-p drops have probability 0 or are left out: the
+    nucleus is found without sorting the vocabulary.
+    """
+    if params.top_k:
+        values, ids = _largest(logits, params.top_k, shard)
+        return _nucleus((values / params.temperature).softmax(-1), params.top_p), ids
+    scaled = logits.float() / params.temperature
+    total = torch.stack(shard.gather(scaled.logsumexp(-1))).logsumexp(0)[:, None]
+    k = _NUCLEUS_GUESS
+    while True:
+        values, ids = _largest(scaled, k, shard)
+        probabilities = (values - total).exp()
+        if values.shape[-1] < k or bool((probabilities.sum(-1) >= params.top_p).all()):
+            return _nucleus(probabilities, params.top_p), ids
+        k *= 8
+
+
+def _invert(weights: Tensor, target: Tensor) -> Tensor:
+    """weights [b, k], target [b] in [0, their sum] -> where the running sum passes the target."""
+    cumulative = weights.cumsum(-1)
+    index = (cumulative <= target[:, None]).sum(-1)
+    # Never an entry of weight 0 at the end, whatever the rounding.
+    return torch.minimum(index, (cumulative < cumulative[:, -1:]).sum(-1))
+
+
+def _unfiltered(
+    logits: Tensor, uniform: Tensor, temperature: float, shard: VocabularyShard
+) -> Tensor:
+    """A draw from all entries: each part draws, and the one in which the number falls is taken."""
+    top = torch.stack(shard.gather(logits.amax(-1))).amax(0)
+    weights = ((logits.float() - top[:, None].float()) / temperature).exp().double()
+    masses = torch.stack(shard.gather(weights.sum(-1)), dim=-1)  # [b, parts]
+    target = uniform * masses.sum(-1)
+    owner = _invert(masses, target)
+    before = (masses.cumsum(-1) - masses)[:, shard.rank]
+    drawn = _invert(weights, (target - before).clamp(min=0)) + shard.start
+    return torch.stack(shard.gather(drawn), dim=-1).gather(-1, owner[:, None]).squeeze(-1)
+
+
+def sample(
+    logits: Tensor, uniform: Tensor, params: SamplingParams, shard: VocabularyShard = WHOLE
+) -> Tensor:
+    """logits [b, v], uniform [b] in [0, 1) -> token ids [b] by inverting the distribution.
+
+    Args:
+        shard: which part of the vocabulary the logits are of (-inf: no such entry); what the parts
+            exchange does not grow with it, and all get the same ids.
+    """
     if params.temperature == 0:
-        return logits.argmax(-1)
-    probabilities, ids = filtered_probabilities(logits, params)
-    cumulative = probabilities.double().cumsum(-1)
-    target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    index = (cumulative <= target).sum(-1, keepdim=True)
-    index = index.clamp(max=probabilities.shape[-1] - 1)
-    return (index if ids is None else ids.gather(-1, index)).squeeze(-1)
+        return _largest(logits, 1, shard)[1].squeeze(-1)
+    uniform = uniform.to(logits.device)
+    if params.top_k == 0 and params.top_p == 1:
+        return _unfiltered(logits, uniform, params.temperature, shard)
+    probabilities, ids = filtered_probabilities(logits, params, shard)
+    weights = probabilities.double()
+    index = _invert(weights, uniform * weights.sum(-1))
+    return ids.gather(-1, index[:, None]).squeeze(-1)

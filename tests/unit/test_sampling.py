@@ -51,6 +51,19 @@ def test_the_sampled_distribution_is_the_filtered_one(settings: dict) -> None:
         assert test.pvalue > 1e-3  # the numbers are fixed: passes always or never
 
 
+def test_a_wide_nucleus_is_found_in_a_large_vocabulary() -> None:
+    """More entries than are looked at first; nothing outside the nucleus, nothing missing."""
+    logits = torch.randn(3, 2000, generator=torch.Generator().manual_seed(2))
+    p = params(top_p=0.95, temperature=2.0)
+    probabilities, ids = filtered_probabilities(logits, p)
+    assert (probabilities > 0).sum(-1).min() > 200
+    for row in range(3):
+        expected = exact(logits[row], p)
+        found = torch.zeros_like(expected)
+        found[ids[row]] = probabilities[row].double()
+        assert torch.allclose(found / found.sum(), expected, atol=1e-6)
+
+
 def test_greedy_and_the_ends_of_the_unit_interval() -> None:
     assert sample(LOGITS, torch.tensor([0.3]), params(temperature=0.0)).tolist() == [2]
     both = sample(LOGITS.expand(2, -1), torch.tensor([0.0, 1 - 1e-16]).double(), params(top_k=3))
