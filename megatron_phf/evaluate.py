@@ -216,7 +216,7 @@ def evaluate(
         [(first + problem) * k + draw for problem, draw in mine],
     )
     graded: dict[tuple[int, int], Answer] = {}
-    if parallel.is_first_of_replica():  # its other ranks have the same responses
+    if parallel.decides_for_model():  # its other ranks have the same responses
         for (problem, draw), response in zip(mine, responses, strict=True):
             text = tokenizer.decode(response)
             good = grader.correct(text, tests.problems[problem])

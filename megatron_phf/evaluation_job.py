@@ -25,11 +25,13 @@ from megatron_phf.evaluation_files import GenerationStore, read_generations
 from megatron_phf.grading import canonical_answer, make_grader
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.sharded_weights import load_weights
+from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.vllm import connect
 from megatron_phf.train.checkpoint_files import newest_weights
 from megatron_phf.train.checkpoint_inputs import inputs
 from megatron_phf.train.logging import say
-from megatron_phf.train.loop import load_student, make_engine
+from megatron_phf.train.loop import load_student, make_engine, make_served_engine
 
 
 def evaluate_sets(config: Config, files: dict[str, str]) -> None:
@@ -97,7 +99,12 @@ class _Student:
         chunks = load_student(self._arch, config, directory)
         if config.checkpoint.load is not None:
             load_weights(chunks, newest_weights(config.checkpoint.load))
-        self._engine = make_engine(config, self._arch, chunks)
+        self._engine: RolloutEngine = make_engine(config, self._arch, chunks)
+        if config.rollout.rollout_engine == "vllm":
+            servers = connect(config, self._arch)
+            served = make_served_engine(config, self._arch, chunks, servers)
+            served.sync(1)  # they get these weights, and keep them
+            self._engine = served
 
     def evaluate(self, name: str, file: str, grader: Grades) -> Evaluation:
         """One test set, part by part, from where an earlier start ended."""

@@ -124,11 +124,6 @@ def context_parallel_size() -> int:
     return mpu.get_context_parallel_world_size()
 
 
-def is_first_of_replica() -> bool:
-    """Whether this process speaks for its copy of the model (TP x PP x CP)."""
-    return pipeline_rank() == tensor_parallel_rank() == context_parallel_rank() == 0
-
-
 def is_first_stage() -> bool:
     """Whether this process embeds the tokens (of its first virtual chunk)."""
     return mpu.is_pipeline_first_stage(ignore_virtual=True)
@@ -165,7 +160,10 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
 
 
 def decides_for_model() -> bool:
-    """Whether this process is the one whose tensor :func:`broadcast_from_last_stage` spreads."""
+    """Whether this process is the one of its copy of the model (TP x PP x CP) that speaks for it:
+
+    the one whose tensor :func:`broadcast_from_last_stage` spreads.
+    """
     return is_last_stage() and tensor_parallel_rank() == 0 and context_parallel_rank() == 0
 
 

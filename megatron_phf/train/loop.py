@@ -108,6 +108,14 @@ def make_engine(config: Config, arch: Architecture, student: list[FlowGPTModel])
     return MegatronRollouts(student, common_vocab_size(arch, config), size)
 
 
+def make_served_engine(
+    config: Config, arch: Architecture, student: list[FlowGPTModel], servers: list[VllmServer]
+) -> VllmRollouts:
+    """vLLM servers that get ``student``'s weights at each ``sync``."""
+    sync = WeightSync(servers, student, arch, config)
+    return VllmRollouts(servers, sync, common_vocab_size(arch, config), config)
+
+
 def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
@@ -218,8 +226,7 @@ def _make_source(
         elif servers is None:
             source = OnPolicySource(make_engine(config, arch, student), order, sampling, room)
         else:
-            sync = WeightSync(servers, student, arch, config)
-            engine = VllmRollouts(servers, sync, vocab_size, config)
+            engine = make_served_engine(config, arch, student, servers)
             source = ServedSource(engine, order, sampling, room)
     if rollout.record_rollouts is not None:
         source = RecordingSource(

@@ -20,10 +20,8 @@ def test_evaluation_in_a_container_on_two_nodes(cluster: Cluster, tmp_path: Path
         SETUP="export OMP_NUM_THREADS=1; echo set up",
     )  # fmt: skip
     job.wait_until("COMPLETED")
-    assert (
-        json.loads((tmp_path / "out" / "sums" / "summary.json").read_text())["correct"]
-        == expected()
-    )
+    summary = json.loads((tmp_path / "out" / "sums" / "summary.json").read_text())
+    assert summary["correct"] == expected()
     logs = tmp_path / "out" / "logs" / f"{job.id}-0"
     assert {f.name for f in logs.glob("container-on-*")} == {"container-on-n1", "container-on-n2"}
     assert job.text().count("set up") == 2
