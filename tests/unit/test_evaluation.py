@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_phf import parallel
 from megatron_phf.data.problems import Problem
 from megatron_phf.evaluate import Answer, Evaluation, joined, majority
 from megatron_phf.evaluation_files import GenerationStore
+from megatron_phf.train.evaluation import EvaluationLog
 
 
 def answer(value: str | None, correct: bool) -> Answer:
@@ -63,6 +65,21 @@ def test_an_evaluation_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert joined(again.done(whole.problems)).answers == whole.answers
     again.finish(whole)
     assert json.loads((tmp_path / "new" / "summary.json").read_text())["average_at_k"] == 0.25
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "is_first_rank", lambda: True)
+    monkeypatch.setattr(parallel, "broadcast_object", lambda value: value)
+    log = EvaluationLog(str(tmp_path))
+    for step in (0, 10, 20):
+        log.add(step, evaluation())
+    assert "best 25.00 % after step 0, last 25.00 % after step 20" in log.describe()
+    assert set(EvaluationLog(str(tmp_path), done=15).averages) == {0, 10}
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 10]
+    assert EvaluationLog(str(tmp_path), done=0).averages == {}  # a run of its own
 
 
 def test_another_evaluations_directory_is_refused(tmp_path: Path) -> None:

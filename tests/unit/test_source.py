@@ -1,0 +1,52 @@
+"""Where rollouts come from when nothing samples them, and in which order problems are taken."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_phf import parallel
+from megatron_phf.data.problems import Problem
+from megatron_phf.data.prompts import PromptPair
+from megatron_phf.train.source import ProblemOrder, ReferenceSource, ResponseRoom
+
+STOP = 9
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "local_share", list)
+
+
+def pairs(count: int) -> list[PromptPair]:
+    """Problem i has the solution of i + 1 digits 1."""
+    return [PromptPair(Problem("", "1" * (i + 1), None, i), (i,), (i, i)) for i in range(count)]
+
+
+def test_every_problem_once_an_epoch_in_another_order() -> None:
+    order = ProblemOrder(pairs(6), global_batch_size=3, seed=4)
+    taken = [[p.problem.index for p in order.share(step)[1]] for step in range(1, 5)]
+    first, second = taken[0] + taken[1], taken[2] + taken[3]
+    assert sorted(first) == sorted(second) == list(range(6))
+    assert first != second
+    assert order.share(4)[0] == [9, 10, 11]
+    again = ProblemOrder(pairs(6), global_batch_size=3, seed=4)
+    assert [p.problem.index for p in again.share(3)[1]] == taken[2]
+
+
+def test_reference_solutions_end_with_a_stop_token_where_there_is_room() -> None:
+    order = ProblemOrder(pairs(4), global_batch_size=4, seed=1)
+    source = ReferenceSource(
+        lambda text: [int(c) for c in text], STOP, order, ResponseRoom(32, 32, 3)
+    )
+    rollouts = {r.student_prompt_ids[0]: r for r in source.rollouts(1)}
+    assert [rollouts[i].response_ids for i in range(4)] == [
+        (1, STOP), (1, 1, STOP), (1, 1, 1), (1, 1, 1),
+    ]  # fmt: skip
+    assert rollouts[2].teacher_prompt_ids == (2, 2)
+
+
+def test_a_response_ends_where_either_model_does() -> None:
+    pair = pairs(1)[0]  # prompts of one and of two tokens
+    assert ResponseRoom(10, 10, 99).of(pair) == 8
+    assert ResponseRoom(6, 10, 99).of(pair) == 5
+    assert ResponseRoom(6, 10, 4).of(pair) == 4
