@@ -4,7 +4,7 @@ The prompts (``string_match_student.txt``, ``string_match_teacher.txt``) ask for
 ``Answer: ...``, which must be the problem's answer but for case, spaces and a final dot.
 
     export PYTHONPATH=examples/tasks
-    torchrun tools/evaluate.py --hf-model DIR --data examples/tasks/string_match.jsonl \\
+    torchrun tools/evaluate.py --hf-model DIR --eval-data examples/tasks/string_match.jsonl \\
         --student-template examples/tasks/string_match_student.txt --grader string_match:same_text
 """
 

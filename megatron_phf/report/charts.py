@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.report.statistics import Estimate, estimate
+from megatron_phf.report.statistics import Estimate
 
 # By name where readers know it from elsewhere, else in turn.
 _KNOWN = {"base": "#6b7280", "opsd": "#d97706", "phf": "#2563eb", "sft": "#0f766e"}
@@ -27,7 +27,8 @@ _STYLE: Any = {
     "axes.axisbelow": True, "axes.formatter.limits": (-4, 5), "axes.formatter.useoffset": False,
 }  # fmt: skip
 _SIZE = (5.0, 3.1)  # inches of 72 units: the width of a phone's screen, so that 10 is read as 10
-Series = Mapping[int, Sequence[float]]
+Series = Mapping[int, Estimate]
+MANY = 8  # more curves than that hide each other's bands
 
 
 @dataclass(frozen=True)
@@ -102,21 +103,22 @@ class Gallery:
         factor: float = 1.0,
         percent: bool = False,
     ) -> Chart | None:
-        """{variant: {step: values of its seeds}} as means with 95 % bands; None without values."""
+        """{variant: {step: estimate}} as means with bands; None without values."""
         shown = {name: points for name, points in series.items() if points}
         if not shown:
             return None
 
         def paint(figure: Any, axes: Any) -> None:
             for name, points in shown.items():
-                _curve(axes, name, points, self._looks[name], factor)
+                quiet = len(shown) > MANY and name not in _KNOWN
+                _curve(axes, name, points, self._looks[name], factor, quiet)
             axes.set_xlabel("optimizer step")
             axes.set_ylabel(label)
             axes.grid(axis="y", color=_GRID, lw=0.8)
             axes.margins(x=0.02)
             if percent:  # a symmetric interval may reach beyond what can be
                 low, high = axes.get_ylim()
-                axes.set_ylim(max(low, -2.0), min(high, 102.0))
+                axes.set_ylim(max(low, -0.02 * (high - low)), min(high, 102.0))
             axes.xaxis.get_major_locator().set_params(integer=True)
 
         return self.draw(title, paint)
@@ -238,12 +240,14 @@ class Gallery:
         return self.draw(title, paint)
 
 
-def _curve(axes: Any, name: str, points: Series, look: Look, factor: float) -> None:
-    steps = list(points)
-    means = [estimate(points[step]).scaled(factor) for step in steps]
-    style = {"marker": "o", "ms": 3.5} if len(steps) <= 25 else {}
-    axes.plot(steps, [m.mean for m in means], color=look.colour, ls=look.dash, lw=1.6,
-              label=name, **style)  # fmt: skip
+def _curve(axes: Any, name: str, points: Series, look: Look, factor: float, quiet: bool) -> None:
+    """``quiet``: one of many, without its band."""
+    steps, means = list(points), [value.scaled(factor) for value in points.values()]
+    style = {"marker": "o", "ms": 2.5 if quiet else 3.5} if len(steps) <= 25 else {}
+    axes.plot(steps, [m.mean for m in means], color=look.colour, ls=look.dash, label=name,
+              lw=1.0 if quiet else 1.6, zorder=2 if quiet else 3, **style)  # fmt: skip
+    if quiet:
+        return
     low = [m.mean if m.low is None else m.low for m in means]
     high = [m.mean if m.high is None else m.high for m in means]
     axes.fill_between(steps, low, high, color=look.colour, alpha=0.16, lw=0)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_phf.report.charts import MANY
 from megatron_phf.report.runs import Variant
 from megatron_phf.report.section import Report, Section
-from megatron_phf.report.statistics import layer_rows, values_by_step
+from megatron_phf.report.statistics import estimates_by_step, layer_rows, values_by_step
 
 _PHASES = ("rollout", "teacher", "student", "optimizer")
+_BANDS = (
+    "Means over seeds with 95 % intervals; of one seed, Average@k over problems and nothing else. "
+    f"Of more than {MANY} variants only the best known ones have theirs drawn."
+)
 
 
 def _curves(
     report: Report, section: Section, title: str, label: str, factor: float = 1.0, **key: Any
 ) -> None:
-    series = {v.name: values_by_step(v, **key) for v in report.variants}
+    series = {v.name: estimates_by_step(v, **key) for v in report.variants}
     section.add(
         report.gallery.curves(title, series, label, factor, percent=factor == 100),
         title[0].lower() + title[1:],
@@ -23,9 +28,7 @@ def _curves(
 
 def accuracies(report: Report) -> Section:
     """Evaluations over the steps."""
-    section = Section(
-        "Accuracy over training", "Bands: 95 % intervals over seeds.", legend=report.names
-    )
+    section = Section("Accuracy over training", _BANDS, legend=report.names)
     for name in ("average", "pass", "majority"):
         key = f"{name}_at_k"
         title = f"{name.capitalize()}@{report.k}"
@@ -35,7 +38,7 @@ def accuracies(report: Report) -> Section:
 
 def losses(report: Report) -> Section:
     """Loss curves."""
-    section = Section("Losses", "Means over seeds with 95 % bands.", legend=report.names)
+    section = Section("Losses", _BANDS, legend=report.names)
     for key, title, label in (
         ("loss", "Loss", "loss"),
         ("opsd", "Output divergence", "nats a token"),
@@ -86,7 +89,7 @@ def rollouts(report: Report) -> Section:
         _curves(report, section, title, label, factor, key="rollout_lengths", part=part)
     modes = sorted({s["clip_mode"] for r in report.runs for s in r.steps if s.get("clip_mode")})
     of = {"entry": "vocabulary entries", "token": "tokens"}
-    label = "% of " + " or ".join(of[mode] for mode in modes if mode in of) if modes else "%"
+    label = " or ".join(f"% of {of[mode]}" for mode in modes if mode in of) or "%"
     _curves(report, section, "Clipped by the loss", label, 100, key="clipped_fraction")
     _curves(report, section, "Entropy of the teacher", "nats a token", key="teacher_entropy")
     return section

@@ -50,7 +50,7 @@ def write_report(variants: Sequence[Variant], directory: str, baseline: str | No
     source = (Path(__file__).parent / _TEMPLATE).read_text(encoding="utf-8")
     names = [variant.name for variant in variants]
     html = environment.from_string(source).render(
-        title=", ".join(names) if len(names) <= 4 else f"{len(names)} variants",
+        title=", ".join(names) if len(names) <= 8 else f"{len(names)} variants",
         report=report,
         sections=sections,
         looks=variant_looks,

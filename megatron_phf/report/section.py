@@ -58,7 +58,7 @@ class Report:
         devices = {run.on_gpu for run in self.runs}
         if devices == {True}:
             return "GPU-hour"
-        return "hour of the machine" if devices == {False} else "GPU-hour, or hour of a CPU machine"
+        return "machine-hour" if devices == {False} else "GPU- or machine-hour"
 
     @property
     def names(self) -> list[str]:

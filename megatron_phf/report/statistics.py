@@ -53,67 +53,81 @@ def _over_problems(values: Sequence[float]) -> Estimate:
     )
 
 
-def accuracy(run: Run, which: int = -1) -> float | None:
-    """Average@k of the run's evaluation number ``which`` (-1: the last)."""
-    scored = [e for e in run.evaluations if e.get("average_at_k") is not None]
-    return scored[which]["average_at_k"] if scored else None
+def scored(run: Run) -> list[Line]:
+    """The run's evaluations that have an Average@k."""
+    return [e for e in run.evaluations if e.get("average_at_k") is not None]
+
+
+def last_step(variant: Variant) -> int | None:
+    """After which step the variant's last evaluation was; the first of its runs to end decides."""
+    steps = [evaluations[-1]["step"] for run in variant.runs if (evaluations := scored(run))]
+    return min(steps, default=None)
+
+
+def _over_seed(evaluation: Line) -> Estimate:
+    """Of the only seed: over its problems."""
+    fractions = per_problem(evaluation)
+    if fractions is not None:
+        return _over_problems(fractions)
+    low, high = evaluation.get("interval_95") or (None, None)
+    return Estimate(evaluation["average_at_k"], low, high, "problems")
 
 
 def final_accuracy(variant: Variant) -> Estimate | None:
     """Last Average@k: over seeds, or over the problems of the only seed."""
-    values = [a for run in variant.runs if (a := accuracy(run)) is not None]
-    if not values:
-        return None
-    if len(values) == 1:
-        (run,) = (run for run in variant.runs if accuracy(run) is not None)
-        fractions = per_problem(run.evaluations[-1])
-        return Estimate(values[0]) if fractions is None else _over_problems(fractions)
-    return estimate(values)
+    finals = [evaluations[-1] for run in variant.runs if (evaluations := scored(run))]
+    if len(finals) == 1:
+        return _over_seed(finals[0])
+    return estimate([final["average_at_k"] for final in finals]) if finals else None
 
 
 def paired_difference(variant: Variant, baseline: Variant) -> Estimate | None:
-    """Last Average@k minus the baseline's, seed by seed; over problems where one seed is shared."""
-    others = {run.seed: run for run in baseline.runs}
-    pairs = [(run, others[run.seed]) for run in variant.runs if run.seed in others]
-    scores = [(accuracy(a), accuracy(b), a, b) for a, b in pairs]
-    scored = [(x - y, a, b) for x, y, a, b in scores if x is not None and y is not None]
-    if not scored:
-        return None
-    if len(scored) > 1:
-        return estimate([difference for difference, _, _ in scored])
-    difference, a, b = scored[0]
-    ours, theirs = per_problem(a.evaluations[-1]), per_problem(b.evaluations[-1])
-    if ours is None or theirs is None:
-        return Estimate(difference)
-    return _over_problems([x - y for x, y in zip(ours, theirs, strict=True)])
+    """Last Average@k minus the baseline's, seed by seed; over problems where one seed is shared.
+
+    Runs whose last evaluation came after another step than their partner's make no pair.
+    """
+    others = {run.seed: scored(run) for run in baseline.runs}
+    pairs = [
+        (ours[-1], theirs[-1])
+        for run in variant.runs
+        if (ours := scored(run)) and (theirs := others.get(run.seed))
+        if ours[-1]["step"] == theirs[-1]["step"]
+    ]
+    differences = [ours["average_at_k"] - theirs["average_at_k"] for ours, theirs in pairs]
+    if len(pairs) != 1:
+        return estimate(differences) if pairs else None
+    one, other = (per_problem(evaluation) for evaluation in pairs[0])
+    if one is None or other is None:
+        return Estimate(differences[0])
+    return _over_problems([x - y for x, y in zip(one, other, strict=True)])
 
 
-def training_seconds(run: Run) -> float | None:
-    """Seconds of all phases of all steps; without evaluations, start and checkpoints."""
-    tables = [step["seconds"] for step in run.steps if step.get("seconds")]
+def training_seconds(run: Run, until: int | None = None) -> float | None:
+    """Seconds of all phases of the steps up to ``until``; no evaluations, start or checkpoints."""
+    steps = [step for step in run.steps if until is None or step["step"] <= until]
+    tables = [step["seconds"] for step in steps if step.get("seconds")]
     return math.fsum(v for t in tables for v in t.values() if v is not None) if tables else None
 
 
-def hours(run: Run) -> float | None:
+def hours(run: Run, until: int | None = None) -> float | None:
     """GPU-hours of training, or hours of the machine where there was no GPU."""
-    seconds = training_seconds(run)
+    seconds = training_seconds(run, until)
     if seconds is None:
         return None
     return seconds * (run.processes if run.on_gpu else 1) / 3600
 
 
-def gain(run: Run) -> float | None:
-    """Last Average@k minus that of step 0."""
-    if not run.evaluations or run.evaluations[0]["step"] != 0:
-        return None
-    before, after = accuracy(run, 0), accuracy(run)
-    return None if before is None or after is None or len(run.evaluations) < 2 else after - before
-
-
 def gains_per_hour(variant: Variant) -> list[tuple[float, float]]:
-    """(hours, gain) of each run that has both."""
-    pairs = [(hours(run), gain(run)) for run in variant.runs]
-    return [(h, g) for h, g in pairs if h and g is not None]
+    """(hours up to the last evaluation, its Average@k minus step 0's) of each run that has both."""
+    pairs = []
+    for run in variant.runs:
+        evaluations = scored(run)
+        if len(evaluations) < 2 or evaluations[0]["step"] != 0:
+            continue
+        first, last = evaluations[0], evaluations[-1]
+        if cost := hours(run, last["step"]):
+            pairs.append((cost, last["average_at_k"] - first["average_at_k"]))
+    return pairs
 
 
 def values_by_step(
@@ -129,6 +143,16 @@ def values_by_step(
             if value is not None:
                 values.setdefault(line["step"], []).append(value)
     return dict(sorted(values.items()))
+
+
+def estimates_by_step(
+    variant: Variant, key: str, part: str | None = None, evaluations: bool = False
+) -> dict[int, Estimate]:
+    """``values_by_step`` with intervals over seeds; Average@k of an only seed, over problems."""
+    if key == "average_at_k" and len(variant.runs) == 1:
+        return {e["step"]: _over_seed(e) for e in scored(variant.runs[0])}
+    values = values_by_step(variant, key, part, evaluations)
+    return {step: estimate(found) for step, found in values.items()}
 
 
 def layer_rows(variant: Variant, key: str) -> tuple[list[int], list[list[float]]]:
@@ -171,15 +195,15 @@ def entropy(shares: Sequence[float]) -> float:
     return -math.fsum(p * math.log(p) for p in shares if p > 0)
 
 
-def entropy_by_step(variant: Variant) -> dict[int, list[float]]:
-    """Entropy of the shares, one value a run that has them."""
+def entropy_by_step(variant: Variant) -> dict[int, Estimate]:
+    """Entropy of the shares."""
     values: dict[int, list[float]] = {}
     for run in variant.runs:
         spec = run.flow
         for step in run.steps:
             if (shares := flow_shares(step, spec)) is not None:
                 values.setdefault(step["step"], []).append(entropy(shares))
-    return dict(sorted(values.items()))
+    return {step: estimate(found) for step, found in sorted(values.items())}
 
 
 def mean_shares(variant: Variant) -> list[float] | None:

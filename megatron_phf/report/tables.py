@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_phf.report.runs import Line, Run, Variant
+from megatron_phf.report.runs import Run, Variant
 from megatron_phf.report.section import Report, Section, bytes_text, mean_of, plain, points
 from megatron_phf.report.statistics import (
     Estimate,
-    accuracy,
     entropy,
     entropy_by_step,
     estimate,
     final_accuracy,
     gains_per_hour,
     hours,
+    last_step,
     mean_shares,
     paired_difference,
+    scored,
     training_seconds,
 )
 
 
 def _best(variant: Variant) -> str:
     """Mean over seeds of each one's best evaluation, and after which steps they were."""
-    tops: list[Line] = []
-    for run in variant.runs:
-        scored = [e for e in run.evaluations if e.get("average_at_k") is not None]
-        tops += [max(scored, key=lambda e: e["average_at_k"])] if scored else []
+    found = [evaluations for run in variant.runs if (evaluations := scored(run))]
+    tops = [max(evaluations, key=lambda e: e["average_at_k"]) for evaluations in found]
     if not tops:
         return "–"
     mean = sum(top["average_at_k"] for top in tops) / len(tops)
@@ -35,7 +34,16 @@ def _best(variant: Variant) -> str:
     return f"{100 * mean:.1f} % (step {place})"
 
 
-def _reading(difference: Estimate | None) -> str:
+def _final(variant: Variant, longest: int) -> str:
+    """The last accuracy, and when it was where others trained for longer."""
+    step = last_step(variant)
+    early = f", step {step}" if step is not None and step < longest else ""
+    return points(final_accuracy(variant)) + early
+
+
+def _reading(variant: Variant, base: Variant, difference: Estimate | None) -> str:
+    if difference is None and last_step(variant) != last_step(base):
+        return "other steps: not comparable"
     if difference is None or difference.low is None or difference.high is None:
         return "not known"
     if difference.low > 0:
@@ -58,6 +66,7 @@ def result(report: Report) -> Section:
          "Reading", "Best evaluation"),
     )  # fmt: skip
     finals, differences = {}, {}
+    longest = max((s for v in report.variants if (s := last_step(v)) is not None), default=0)
     for variant in report.variants:
         final = final_accuracy(variant)
         difference = None if variant is base else paired_difference(variant, base)
@@ -68,9 +77,9 @@ def result(report: Report) -> Section:
         section.rows.append(
             (
                 variant.name, str(len(variant.runs)),
-                points(mean_of(variant, _before)).split(" [")[0], points(final),
+                points(mean_of(variant, _before)).split(" [")[0], _final(variant, longest),
                 "baseline" if variant is base else points(difference, signed=True),
-                "" if variant is base else _reading(difference), _best(variant),
+                "" if variant is base else _reading(variant, base, difference), _best(variant),
             )
         )  # fmt: skip
     if finals:
@@ -85,8 +94,8 @@ def result(report: Report) -> Section:
 
 
 def _before(run: Run) -> float | None:
-    first = run.evaluations[0] if run.evaluations else None
-    return accuracy(run, 0) if first is not None and first["step"] == 0 else None
+    evaluations = scored(run)
+    return evaluations[0]["average_at_k"] if evaluations and evaluations[0]["step"] == 0 else None
 
 
 def _peak(run: Run) -> float | None:
@@ -102,14 +111,14 @@ def trade_off(report: Report) -> Section:
     """What a gain costs."""
     section = Section(
         "Cost, and gain for it",
-        "Gain: final Average@k minus that before training. Seconds: all phases of all steps, "
-        f"without evaluations, start and checkpoints. One {report.hour} is the unit of cost.",
+        "Gain: last Average@k minus that before training. Cost: all phases of the steps up to that "
+        f"evaluation, in {report.hour}s, without evaluations, start and checkpoints.",
         (
             "Variant",
             "Seconds a run",
-            "Hours a run",
+            f"{report.hour[0].upper()}{report.hour[1:]}s a run",
             "Gain, points",
-            "Points an hour",
+            f"Points a {report.hour}",
             "Peak memory",
         ),
         legend=report.names,
@@ -130,7 +139,7 @@ def trade_off(report: Report) -> Section:
             )
         )  # fmt: skip
     dots = {v.name: [(h, 100 * g) for h, g in gains_per_hour(v)] for v in report.variants}
-    labels = (f"hours of a run ({report.hour})", "gain, points")
+    labels = (f"cost of a run, {report.hour}s", "gain, points")
     section.add(report.gallery.scatter("Gain and cost", dots, labels), "gain and cost of a run")
     if rates:
         title = f"Gain for one {report.hour}"

@@ -16,11 +16,13 @@ import pytest
 import scipy.stats
 
 from megatron_phf.flow_spec import FlowSpec
+from megatron_phf.grading import bootstrap_interval
 from megatron_phf.report.page import PAGE, write_report
 from megatron_phf.report.runs import read_run, read_variants
 from megatron_phf.report.statistics import (
     entropy,
     estimate,
+    estimates_by_step,
     final_accuracy,
     flow_shares,
     gains_per_hour,
@@ -125,6 +127,35 @@ def test_one_seed_is_compared_problem_by_problem(tmp_path: Path) -> None:
     assert difference.over == f"{PROBLEMS} problems, bootstrap"
     final = final_accuracy(opsd)
     assert final is not None and final.low is not None and final.low < final.mean
+
+
+def test_a_run_that_is_not_done_is_not_compared(tmp_path: Path) -> None:
+    """Its partner trained for longer; its cost ends where its last evaluation was."""
+    a, b = (make_run(tmp_path / name, name, 1) for name in ("opsd", "phf"))
+    lines = [json.loads(line) for line in (b / "evaluations.jsonl").read_text().splitlines()]
+    write_lines(b / "evaluations.jsonl", lines[:3])
+    opsd, phf = read_variants([str(a), str(b)])
+    assert paired_difference(phf, opsd) is None
+    page = Path(write_report([opsd, phf], str(tmp_path / "out"))).read_text()
+    text = Page(page).text
+    assert "other steps: not comparable" in text and "], step 20" in text
+    steps = [json.loads(line) for line in (b / "metrics.jsonl").read_text().splitlines()]
+    seconds = sum(sum(step["seconds"].values()) for step in steps[:20])
+    assert gains_per_hour(phf)[0][0] == pytest.approx(4 * seconds / 3600)
+
+
+def test_curves_of_one_seed_have_intervals_over_problems(study: Path) -> None:
+    (variant,) = read_variants([str(study / "phf" / "seed1")])
+    curve = estimates_by_step(variant, "average_at_k", evaluations=True)
+    assert list(curve) == [0, 10, 20, 30, 40]
+    for step, value in curve.items():
+        line = variant.runs[0].evaluations[step // 10]
+        assert value.mean == pytest.approx(line["average_at_k"])
+        assert (value.low, value.high) == bootstrap_interval([sum(r) / 4 for r in line["correct"]])
+    (both,) = read_variants([str(study / "phf" / "seed1"), str(study / "phf" / "seed2")])
+    pairs = [[e["average_at_k"] for e in run.evaluations] for run in both.runs]
+    curve = estimates_by_step(both, "average_at_k", evaluations=True)
+    assert curve[10] == estimate([pairs[0][1], pairs[1][1]])
 
 
 def test_gain_and_cost(study: Path, tmp_path: Path) -> None:
