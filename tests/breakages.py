@@ -24,6 +24,7 @@ LORA = "tests/parallel/test_lora.py"
 RESUME = "tests/parallel/test_resume.py"
 EVALUATE = "tests/end_to_end/test_evaluate.py"
 VLLM, VLLM_JOB = "tests/unit/test_vllm_server.py", "tests/end_to_end/test_vllm_job.py"
+GRADING, REPORT = "tests/unit/test_grading.py", "tests/unit/test_report.py"
 SECURITY, FUZZ = "tests/unit/test_security.py", "tests/unit/test_fuzz.py"
 
 
@@ -73,6 +74,34 @@ BREAKAGES = (
         "(first + problem) * k + draw",
         "problem * k + draw",
         (EVALUATE, "-k", "every_draw"),
+    ),
+    Breakage(
+        "a grading function may take for ever",
+        "megatron_phf/grader_process.py",
+        "        timer.start()\n",
+        "        threading.Timer(20, _kill, [process]).start()\n",
+        (GRADING, "-k", "plug_in_that_fails"),
+    ),
+    Breakage(
+        "a grading function may take all memory",
+        "megatron_phf/grader_process.py",
+        "    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))\n",
+        "",
+        (GRADING, "-k", "plug_in_that_fails"),
+    ),
+    Breakage(
+        "differences between seeds that are not each other's",
+        "megatron_phf/report/statistics.py",
+        "others = {run.seed: scored(run) for run in baseline.runs}",
+        "others = {run.seed % 3 + 1: scored(run) for run in baseline.runs}",
+        (REPORT, "-k", "paired_by_seed"),
+    ),
+    Breakage(
+        "the report takes text from runs for HTML",
+        "megatron_phf/report/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        (REPORT, "-k", "is_text"),
     ),
     Breakage(
         "vLLM samples with the weights of the first step for ever",

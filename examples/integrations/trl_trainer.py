@@ -26,7 +26,6 @@ class PHFTrainer(SFTTrainer):
         super().__init__(model, args=args, data_collator=lambda rows: {"rows": rows}, **kwargs)
         self.alpha, self.max_new_tokens = alpha, max_new_tokens
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
-        self.model_accepts_loss_kwargs = False  # then Trainer divides by the accumulation steps
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sample, then the loss; there are no outputs to return."""

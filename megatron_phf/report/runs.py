@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,8 +204,15 @@ def _find(path: str) -> list[str]:
     return found
 
 
+def _order(name: str) -> tuple[int, list[tuple[float, str]]]:
+    """The usual variants first; then by name, numbers in it by value."""
+    words = re.findall(r"\d+(?:\.\d+)?|\D+", name)
+    numbers = [(float(word), "") if word[0].isdecimal() else (-1.0, word) for word in words]
+    return (_FIRST.index(name) if name in _FIRST else len(_FIRST)), numbers
+
+
 def read_variants(paths: Iterable[str]) -> list[Variant]:
-    """All runs in and below ``paths``, grouped by name: the usual ones first, then as found.
+    """All runs in and below ``paths``, grouped by name, the usual names first.
 
     Raises:
         ValueError: no run, a damaged one, two of one name and seed, or evaluations of which one has
@@ -223,7 +231,7 @@ def read_variants(paths: Iterable[str]) -> list[Variant]:
         seeds[run.seed] = run
     variants = [
         Variant(name, [groups[name][seed] for seed in sorted(groups[name])])
-        for name in sorted(groups, key=lambda n: _FIRST.index(n) if n in _FIRST else len(_FIRST))
+        for name in sorted(groups, key=_order)
     ]
     _check_comparable(variants)
     return variants

@@ -74,11 +74,16 @@ def _over_seed(evaluation: Line) -> Estimate:
 
 
 def final_accuracy(variant: Variant) -> Estimate | None:
-    """Last Average@k: over seeds, or over the problems of the only seed."""
+    """Last Average@k: over seeds, within 0 and 1, or over the problems of the only seed."""
     finals = [evaluations[-1] for run in variant.runs if (evaluations := scored(run))]
     if len(finals) == 1:
         return _over_seed(finals[0])
-    return estimate([final["average_at_k"] for final in finals]) if finals else None
+    if not finals:
+        return None
+    mean = estimate([final["average_at_k"] for final in finals])
+    if mean.low is None or mean.high is None:
+        return mean
+    return Estimate(mean.mean, max(mean.low, 0.0), min(mean.high, 1.0), mean.over)
 
 
 def paired_difference(variant: Variant, baseline: Variant) -> Estimate | None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
@@ -78,6 +80,29 @@ def test_plain_pytorch(directory: Path, expected: reference.Result) -> None:
     assert loss.item() == pytest.approx(expected.metrics["loss"], rel=1e-5)
     assert_gradients({n: p.grad for n, p in student.named_parameters()}, expected)
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_plain_pytorch_under_ddp(
+    directory: Path, expected: reference.Result, tmp_path: Path
+) -> None:
+    """Its reducer only works on a module that is called itself."""
+    from plain_pytorch import phf_loss
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float32)
+        for _ in range(2)
+    )
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        wrapped, called = DistributedDataParallel(student), []
+        wrapped.register_forward_pre_hook(lambda *arguments: called.append(1))
+        phf_loss(wrapped, teacher, *columns(directory), alpha=OPTIONS.alpha).backward()
+    finally:
+        dist.destroy_process_group()
+    assert called
+    assert_gradients({n: p.grad for n, p in student.named_parameters()}, expected)
 
 
 def test_the_plain_loop_learns(tmp_path: Path) -> None:

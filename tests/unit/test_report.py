@@ -358,6 +358,24 @@ def test_runs_that_cannot_be_reported(tmp_path: Path) -> None:
         write_report(read_variants([str(one)]), str(tmp_path / "out"), "sft")
 
 
+def test_variants_come_in_an_order_that_readers_expect(tmp_path: Path) -> None:
+    names = "alpha_10", "phf", "alpha_2", "alpha_0.5", "sft", "alpha", "opsd", "７", "½2"
+    for i, name in enumerate(names):
+        make_run(tmp_path / str(i), name, 1)
+    found = [variant.name for variant in read_variants([str(tmp_path)])]
+    assert found[:3] == ["sft", "opsd", "phf"] and sorted(found) == sorted(names)
+    ordered = ["alpha", "alpha_0.5", "alpha_2", "alpha_10"]
+    assert [name for name in found if name in ordered] == ordered
+
+
+def test_accuracies_stay_between_0_and_1(tmp_path: Path) -> None:
+    for seed, final in ((1, 0.05), (2, 0.95)):
+        make_run(tmp_path / str(seed), "phf", seed, final=final)
+    (variant,) = read_variants([str(tmp_path)])
+    value = final_accuracy(variant)
+    assert value is not None and (value.low, value.high) == (0.0, 1.0)
+
+
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "phf", 1)
     with open(run / METRICS, "a", encoding="utf-8") as f:
