@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,9 +117,8 @@ class Gallery:
             axes.set_ylabel(label)
             axes.grid(axis="y", color=_GRID, lw=0.8)
             axes.margins(x=0.02)
-            if percent:  # a symmetric interval may reach beyond what can be
-                low, high = axes.get_ylim()
-                axes.set_ylim(max(low, -0.02 * (high - low)), min(high, 102.0))
+            means = [factor * e.mean for points in shown.values() for e in points.values()]
+            axes.set_ylim(*_limits(axes.get_ylim(), means, 102.0 if percent else math.inf))
             axes.xaxis.get_major_locator().set_params(integer=True)
 
         return self.draw(title, paint)
@@ -164,6 +164,7 @@ class Gallery:
             axes.grid(axis="x", color=_GRID, lw=0.8)
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="y", length=0)
+            axes.locator_params(axis="x", nbins=5)
             axes.set_xlabel(label)
             if zero:
                 axes.axvline(0, color=_QUIET, lw=1)
@@ -250,7 +251,17 @@ def _curve(axes: Any, name: str, points: Series, look: Look, factor: float, quie
         return
     low = [m.mean if m.low is None else m.low for m in means]
     high = [m.mean if m.high is None else m.high for m in means]
-    axes.fill_between(steps, low, high, color=look.colour, alpha=0.16, lw=0)
+    axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, lw=0)
+
+
+def _limits(drawn: tuple[float, float], means: Sequence[float], top: float) -> tuple[float, float]:
+    """What to show of an axis: all means, and of the intervals as much as leaves those readable."""
+    least, most = min(means), max(means)
+    room = (most - least) or abs(most) or 1.0
+    low, high = max(drawn[0], least - room), min(drawn[1], most + room, top)
+    if least >= 0:  # such a quantity: an interval may reach below what can be
+        low = max(low, -0.02 * (high - low))
+    return low, high
 
 
 def _cut(name: str) -> str:

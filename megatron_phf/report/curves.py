@@ -11,8 +11,8 @@ from megatron_phf.report.statistics import estimates_by_step, layer_rows, values
 
 _PHASES = ("rollout", "teacher", "student", "optimizer")
 _BANDS = (
-    "Means over seeds with 95 % intervals; of one seed, Average@k over problems and nothing else. "
-    f"Of more than {MANY} variants only the best known ones have theirs drawn."
+    "Means over seeds, from three on with 95 % intervals; Average@k of a single one with that "
+    f"over problems. Of more than {MANY} variants only the best known ones have theirs drawn."
 )
 
 

@@ -153,11 +153,19 @@ def values_by_step(
 def estimates_by_step(
     variant: Variant, key: str, part: str | None = None, evaluations: bool = False
 ) -> dict[int, Estimate]:
-    """``values_by_step`` with intervals over seeds; Average@k of an only seed, over problems."""
+    """Means of ``values_by_step``, from three seeds on with intervals.
+
+    Of two, an interval is six times as wide as they are apart: it hides every other curve.
+    Average@k of an only seed has one over problems.
+    """
     if key == "average_at_k" and len(variant.runs) == 1:
         return {e["step"]: _over_seed(e) for e in scored(variant.runs[0])}
     values = values_by_step(variant, key, part, evaluations)
-    return {step: estimate(found) for step, found in values.items()}
+    return {step: _for_curve(found) for step, found in values.items()}
+
+
+def _for_curve(values: Sequence[float]) -> Estimate:
+    return estimate(values) if len(values) > 2 else Estimate(math.fsum(values) / len(values))
 
 
 def layer_rows(variant: Variant, key: str) -> tuple[list[int], list[list[float]]]:
@@ -208,7 +216,7 @@ def entropy_by_step(variant: Variant) -> dict[int, Estimate]:
         for step in run.steps:
             if (shares := flow_shares(step, spec)) is not None:
                 values.setdefault(step["step"], []).append(entropy(shares))
-    return {step: estimate(found) for step, found in sorted(values.items())}
+    return {step: _for_curve(found) for step, found in sorted(values.items())}
 
 
 def mean_shares(variant: Variant) -> list[float] | None:

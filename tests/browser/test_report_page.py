@@ -85,5 +85,5 @@ def test_the_screenshot_is_not_blank(page: Path, width: int) -> None:
     assert light > 0.6 and dark > 0.005
     for colour in ((0xD9, 0x77, 0x06), (0x25, 0x63, 0xEB)):  # OPSD's and PHF's
         assert (np.abs(pixels - colour).max(-1) < 8).sum() > 50
-    rows = (pixels.max(-1) < 110).any(1)
-    assert all(part.mean() > 0.1 for part in np.split(rows, 8))
+    rows = (pixels.min(-1) < 200).sum(1) > 3
+    assert min(part.mean() for part in np.split(rows, 8)) > 0.1  # nowhere an empty stretch

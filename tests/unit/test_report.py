@@ -20,6 +20,7 @@ from megatron_phf.grading import bootstrap_interval
 from megatron_phf.report.page import PAGE, write_report
 from megatron_phf.report.runs import read_run, read_variants
 from megatron_phf.report.statistics import (
+    Estimate,
     entropy,
     estimate,
     estimates_by_step,
@@ -155,7 +156,10 @@ def test_curves_of_one_seed_have_intervals_over_problems(study: Path) -> None:
     (both,) = read_variants([str(study / "phf" / "seed1"), str(study / "phf" / "seed2")])
     pairs = [[e["average_at_k"] for e in run.evaluations] for run in both.runs]
     curve = estimates_by_step(both, "average_at_k", evaluations=True)
-    assert curve[10] == estimate([pairs[0][1], pairs[1][1]])
+    assert curve[10] == Estimate((pairs[0][1] + pairs[1][1]) / 2)  # two seeds: no interval
+    (three,) = read_variants([str(study / "phf")])
+    values = [run.evaluations[1]["average_at_k"] for run in three.runs]
+    assert estimates_by_step(three, "average_at_k", evaluations=True)[10] == estimate(values)
 
 
 def test_gain_and_cost(study: Path, tmp_path: Path) -> None:
