@@ -41,6 +41,26 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """FP8 in the student's training pass, with Transformer Engine's layers (docs/gpu.md)."""
+
+    fp8_format: str | None = _flag(
+        None, "hybrid: E4M3 forward, E5M2 backward; e4m3: both", ("hybrid", "e4m3")
+    )
+    fp8_recipe: str = _flag(
+        "delayed",
+        "where scales come from; mxfp8 needs Blackwell",
+        ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_amax_history_len: int = _flag(1, "of delayed scaling")
+    fp8_amax_compute_algo: str = _flag("most_recent", "of delayed scaling", ("most_recent", "max"))
+    fp8_param_gather: bool = _flag(False, "keep and gather the linears' weights in FP8")
+    first_last_layers_bf16: bool = _flag(False, "first and last layers in bf16")
+    num_layers_at_start_in_bf16: int = _flag(1, "with --first-last-layers-bf16")
+    num_layers_at_end_in_bf16: int = _flag(1, "with --first-last-layers-bf16")
+
+
+@dataclass(frozen=True)
 class TokenizerConfig:
     tokenizer_type: str = _flag(
         "HFTokenizer", "kind of tokenizer", ("HFTokenizer", "SentencePieceTokenizer")
@@ -59,6 +79,12 @@ class ParallelConfig:
     expert_model_parallel_size: int = _flag(1, "expert parallel size, within data parallelism")
     sequence_parallel: bool = _flag(False, "shard activations along the sequence over TP")
     use_distributed_optimizer: bool = _flag(False, "shard the optimizer state over DP")
+    overlap_grad_reduce: bool = _flag(
+        False, "reduce gradients over DP while the backward pass goes on"
+    )
+    gradient_accumulation_fusion: bool = _flag(
+        True, "add weight gradients in the GEMM (on CUDA, with NVIDIA's apex)"
+    )
     num_layers_in_first_pipeline_stage: int | None = _flag(None, "uneven split: first stage")
     num_layers_in_last_pipeline_stage: int | None = _flag(None, "uneven split: last stage")
     account_for_embedding_in_pipeline_split: bool = _flag(
@@ -267,6 +293,9 @@ class OutputConfig:
     wandb_project: str | None = _flag(None, "log to this Weights & Biases project")
     save_hf: str | None = _flag(None, "export the trained student to this HuggingFace directory")
     progress: bool = _flag(True, "a progress bar on rank 0")
+    record_memory_history: bool = _flag(
+        False, "note where device memory is allocated, for the snapshot of an out-of-memory error"
+    )
 
 
 @dataclass(frozen=True)
@@ -283,6 +312,7 @@ class EmbeddedConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = ModelConfig()
+    fp8: Fp8Config = Fp8Config()
     tokenizer: TokenizerConfig = TokenizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig = DataConfig()

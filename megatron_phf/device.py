@@ -126,6 +126,38 @@ def peak_since_start() -> int:
         return int(f.read().split()[1]) * resource.getpagesize()
 
 
+def record_memory_history() -> None:
+    """From now on, note who allocates device memory; nothing on the CPU."""
+    if has_cuda():
+        torch.cuda.memory._record_memory_history()
+
+
+def dump_memory_snapshot(path: str) -> None:
+    """Write what is allocated on the device, as pytorch.org/memory_viz reads it.
+
+    Raises:
+        RuntimeError: there is no CUDA.
+    """
+    if not has_cuda():
+        raise RuntimeError("no CUDA")
+    torch.cuda.memory._dump_snapshot(path)
+
+
+def fp8_support(recipe: str) -> str | None:
+    """Why this device or Transformer Engine lacks FP8's ``recipe``; None where it is there."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    question = {
+        "mxfp8": "is_mxfp8_available",
+        "blockwise": "is_fp8_block_scaling_available",
+    }.get(recipe, "is_fp8_available")
+    available = getattr(FP8GlobalStateManager, question, None)
+    if available is None:
+        return "this version of Transformer Engine does not know it"
+    good, reason = available()
+    return None if good else str(reason)
+
+
 def describe() -> str:
     """One line for the start-up summary."""
     if not has_cuda():

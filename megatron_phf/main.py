@@ -76,16 +76,25 @@ def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) 
 def _run(config: Config, job: Job, signals: StopSignals) -> None:
     # Megatron's overlap of communication and computation counts on one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_phf import device, parallel
+    # Sequences of other lengths in each step leave holes that fixed segments could not fill.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    from torch import OutOfMemoryError
+
+    from megatron_phf import device, out_of_memory, parallel
     from megatron_phf.train.heartbeat import Heartbeat
 
     device.setup()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device.init_distributed(local_rank, config.parallel.distributed_timeout_minutes)
     parallel.initialize(config.parallel)
+    if config.output.record_memory_history:
+        device.record_memory_history()
     heartbeat = Heartbeat()
     try:
         job(config, signals, heartbeat)
+    except OutOfMemoryError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        raise ValueError(out_of_memory.report(error, config, heartbeat.phase, rank)) from error
     except RuntimeError as error:
         raise RuntimeError(f"{error}\nthe other ranks:\n{heartbeat.report()}") from error
     heartbeat.stop()

@@ -17,6 +17,7 @@ from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import FieldNames, read_problems, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
+from megatron_phf.gpu_flags import check_fp8_model, check_gpu
 from megatron_phf.model.adapter_config import check_lora, target_modules
 from megatron_phf.model.architecture import (
     Architecture,
@@ -261,9 +262,12 @@ def check(config: Config) -> None:
     check_teacher_flags(config)
     check_lora(config)
     check_vllm(config)
+    check_gpu(config)
     _check_checkpoints(config)
     if config.model.hf_model is not None:
-        _check_expert_flags(read_architecture(config.model.hf_model), config)
+        arch = read_architecture(config.model.hf_model)
+        _check_expert_flags(arch, config)
+        check_fp8_model(config, arch)
         check_models(config, config.model.hf_model)
         _check_weights(config)
     else:
@@ -271,6 +275,7 @@ def check(config: Config) -> None:
         _check_expert_flags(arch, config)
         check_split(arch, config)
         check_flow(arch, config)
+        check_fp8_model(config, arch)
     _check_tokenizer(config)
     _check_evaluation(config)
     data = config.data

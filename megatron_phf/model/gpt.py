@@ -25,13 +25,21 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
-from megatron_phf import device, parallel
+from megatron_phf import device, fused, parallel
 from megatron_phf.config import Config
 from megatron_phf.flow_spec import FlowSpec
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.attention import CausalAttention
 from megatron_phf.model.flow_plan import make_flow_plan
 from megatron_phf.model.flow_tap import FlowTap
+from megatron_phf.model.fp8 import (
+    alignment,
+    fp8_off,
+    fp8_settings,
+    module_configs,
+    without_fp8_flags,
+    without_fp8_state,
+)
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
 from megatron_phf.model.moe import moe_settings
 from megatron_phf.model.rows import SequenceShards
@@ -128,12 +136,14 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=fused.rope(implementation).on,
+        gradient_accumulation_fusion=fused.gradient_accumulation(config).on,
         # Interleaved stages exchange shapes through batched sends otherwise, which gloo lacks.
         batch_p2p_comm=on_gpu and virtual == 1,
         overlap_p2p_comm=False,
         deallocate_pipeline_outputs=True,
         **_recompute(config),
+        **fp8_settings(config),
         **moe_settings(arch, config, grouped_gemm=_has_grouped_gemm(implementation)),
     )
 
@@ -156,6 +166,9 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
         spec.submodules.pre_mlp_layernorm = LocalRMSNorm
         attention = spec.submodules.self_attention.submodules
         attention.core_attention = CausalAttention
+        if config.num_moe_experts:
+            # The norm before experts has its own name in the other spec, hence in checkpoints.
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = LocalRMSNorm
     spec.module = FlowTransformerLayer
@@ -174,7 +187,14 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
     """The model chunks of this pipeline rank (one, or one a virtual stage), random weights.
 
     All copies made from one configuration share nothing; the seed decides the weights.
+
+    Raises:
+        ValueError: FP8 is asked for, and this device does not have it.
     """
+    if config.fp8.fp8_format is not None:
+        problem = device.fp8_support(config.fp8.fp8_recipe)
+        if problem is not None:
+            raise ValueError(f"--fp8-recipe {config.fp8.fp8_recipe}: {problem}")
     parallel.seed(config.train.seed)
     transformer = transformer_config(arch, config)
     vocab = arch.padded_vocab_size(
@@ -207,7 +227,7 @@ def sequence_shards(config: TransformerConfig) -> SequenceShards:
     """How this process's layers see a sequence."""
     context = parallel.context_parallel_group() if config.context_parallel_size > 1 else None
     sequence = parallel.tensor_parallel_group() if config.sequence_parallel else None
-    return SequenceShards(context, sequence)
+    return SequenceShards(context, sequence, alignment(config))
 
 
 def make_flow_tap(
@@ -251,22 +271,30 @@ def set_padding(chunks: Sequence[torch.nn.Module], masks: Sequence[Tensor] | Non
 
 
 def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) -> Any:
-    """A second model with the same weights, in eval mode, without gradients, DDP or optimizer."""
-    copy = build_model(arch, config)
+    """A second model with the same weights, in eval mode, without gradients, DDP or optimizer.
+
+    Without FP8: its passes never are in FP8 (see ``evaluating``).
+    """
+    copy = build_model(arch, without_fp8_flags(config))
     for source, target in zip(chunks, copy, strict=True):
-        target.load_state_dict(source.state_dict())
+        state = without_fp8_state(source.state_dict())
+        left = target.load_state_dict(state, strict=False)
+        assert not left.unexpected_keys and not without_fp8_state(dict.fromkeys(left.missing_keys))
         target.eval().requires_grad_(False)
     return copy
 
 
 @contextlib.contextmanager
 def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """No gradients and eval mode within (no activation recompute); the modes as before after."""
+    """No gradients, eval mode (no activation recompute) and no FP8 within; as before after.
+
+    FP8 would leave the statistics of a pass that is not trained on in the student's scales.
+    """
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fp8_off(chunks):
             yield
     finally:
         for chunk, mode in zip(chunks, modes, strict=True):
@@ -279,9 +307,7 @@ def without_sequence_parallel(chunks: list[FlowGPTModel]) -> Iterator[None]:
     names = ("sequence_parallel", "reduce_scatter_embeddings")
     changed: list[tuple[Any, str]] = []
     for chunk in chunks:
-        # Experts keep a copy of the configuration.
-        configs = {id(m.config): m.config for m in chunk.modules() if hasattr(m, "config")}
-        for owner in (*configs.values(), *chunk.modules()):
+        for owner in (*module_configs(chunk), *chunk.modules()):
             changed += [(owner, name) for name in names if getattr(owner, name, False) is True]
     for owner, name in changed:
         setattr(owner, name, False)

@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_phf.model.flow_tap import FlowTap
+from megatron_phf.model.fp8 import outside_fp8
 
 
 class FlowTransformerLayer(TransformerLayer):
@@ -35,7 +36,8 @@ class FlowTransformerLayer(TransformerLayer):
         output, context = super().forward(*args, **kwargs)
         if self.flow_tap is not None and microbatch is not None:
             inputs = kwargs["hidden_states"]
-            output = self.flow_tap.visit(self.layer_number, int(microbatch), inputs, output)
+            with outside_fp8(self.config):
+                output = self.flow_tap.visit(self.layer_number, int(microbatch), inputs, output)
         return output, context
 
 

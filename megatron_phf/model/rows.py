@@ -7,6 +7,7 @@ parallelism cuts that part again, into TP contiguous pieces.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,14 @@ def context_positions(length: int, size: int, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SequenceShards:
-    """The groups over which sequences are sharded, or None where they are whole."""
+    """The groups over which sequences are sharded, or None where they are whole.
+
+    ``alignment``: what the tokens of a sequence in one process must be a multiple of.
+    """
 
     context: dist.ProcessGroup | None = None  # context parallelism
     sequence: dist.ProcessGroup | None = None  # sequence parallelism, within a context part
+    alignment: int = 1
 
     @property
     def context_size(self) -> int:
@@ -42,7 +47,7 @@ class SequenceShards:
     def length_multiple(self) -> int:
         """Sequences are padded to a multiple of this."""
         chunks = 1 if self.context is None else 2 * self.context_size
-        return chunks * self.sequence_size
+        return math.lcm(chunks, self.alignment * self.context_size) * self.sequence_size
 
     def part(self, whole: Tensor) -> Tensor:
         """[b, s] -> this context rank's tokens [b, s / CP], what the model gets."""

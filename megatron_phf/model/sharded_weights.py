@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from megatron_phf.model import torch_dist
+from megatron_phf.model.fp8 import without_fp8_state
 from megatron_phf.model.gpt import FlowGPTModel
 
 _WITH_HEADS = ("self_attention.linear_qkv.", "self_attention.linear_proj.")
@@ -29,7 +30,7 @@ def weights_sharded_state_dict(chunks: list[FlowGPTModel], prefix: str = "") -> 
     """
     state = {}
     for number, chunk in enumerate(chunks):
-        tensors = chunk.sharded_state_dict(prefix=prefix)
+        tensors = without_fp8_state(chunk.sharded_state_dict(prefix=prefix))
         for value in tensors.values():
             if isinstance(value, ShardedTensor) and any(n in value.key for n in _WITH_HEADS):
                 value.allow_shape_mismatch = True

@@ -30,6 +30,11 @@ class Heartbeat:
         self._phase = phase
         self._beat()  # at once: who stops now must not be seen in the phase before
 
+    @property
+    def phase(self) -> str:
+        """Where this rank is."""
+        return self._phase
+
     def stop(self) -> None:
         """End the thread: Python aborts where it meets one inside the store at its own end."""
         self._stopping.set()

@@ -25,11 +25,18 @@ class StudentOptimizer:
     def __init__(self, chunks: list[FlowGPTModel], config: Config) -> None:
         train, dtype = config.train, model_dtype(config)
         distributed = config.parallel.use_distributed_optimizer
+        overlap = config.parallel.overlap_grad_reduce
         ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=distributed,
+            overlap_grad_reduce=overlap,
+            fp8_param_gather=config.fp8.fp8_param_gather,
         )
         transformer = chunks[0].config
         self.wrapped = [DistributedDataParallel(transformer, ddp, chunk) for chunk in chunks]
+        if overlap:  # in the last microbatch's backward pass alone
+            no_sync = [chunk.no_sync for chunk in self.wrapped]
+            transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         transformer.finalize_model_grads_func = finalize_model_grads
         options = OptimizerConfig(
             optimizer="adam",
@@ -44,6 +51,7 @@ class StudentOptimizer:
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=distributed,
+            fp8_recipe=config.fp8.fp8_recipe if config.fp8.fp8_format else None,
         )
         with device.cuda_type_names():
             self.optimizer = get_megatron_optimizer(options, self.wrapped)

@@ -6,6 +6,7 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.data.tokenizer import Tokenizer
+from megatron_phf.fused import feature_table
 from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
@@ -62,6 +63,7 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"sequence parallel {'on' if p.sequence_parallel else 'off'}, "
             f"distributed optimizer {'on' if p.use_distributed_optimizer else 'off'}",
             f"device   {device.describe()}",
+            feature_table(config, transformer_impl(config)),
             f"batch    {t.global_batch_size} rollouts a step, microbatches of {t.micro_batch_size}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
             f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, clip "

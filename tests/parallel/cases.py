@@ -15,13 +15,17 @@ LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_p
 OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
 
 
-def launch(processes: int, cases: list[dict], directory: Path, timeout: float = 600) -> None:
+def launch(
+    processes: int,
+    cases: list[dict],
+    directory: Path,
+    timeout: float = 600,
+    driver: str = "tests/parallel/driver.py",
+) -> None:
     """Run ``cases`` on ``processes`` ranks; each leaves NAME.json and NAME.safetensors."""
     path = directory / f"cases{processes}.json"
     path.write_text(json.dumps(cases))
-    done = torchrun(
-        processes, "tests/parallel/driver.py", str(path), str(directory), timeout=timeout
-    )
+    done = torchrun(processes, driver, str(path), str(directory), timeout=timeout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 

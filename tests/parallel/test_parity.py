@@ -21,6 +21,7 @@ BF16 = "bf16_tp2_pp2_sp"
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 SP = ["--sequence-parallel"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
+OVERLAP = ["--overlap-grad-reduce"]
 MB2 = ["--micro-batch-size", "2"]
 FULL = ["--recompute-granularity", "full", "--recompute-num-layers"]
 BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block"]
@@ -36,6 +37,14 @@ CASES = {
     "tp2_sp": (2, "qwen3", [*TP2, *SP, *MB2], {}),
     "dp2": (2, "qwen3", MB2, {}),
     "dp2_tp2": (4, "qwen3", TP2 + MB2, {}),
+    "dp2_overlap": (2, "qwen3", OVERLAP, {}),
+    "empty_dp2_overlap": (
+        2,
+        "qwen3",
+        [*OVERLAP, "--use-distributed-optimizer"],
+        {"replay": "empty"},
+    ),
+    "dp2_pp2_vpp2_overlap": (4, "qwen3", [*PP2, *VPP2, *OVERLAP], {}),
     "pp2_vpp2": (2, "qwen3", PP2 + VPP2, {}),
     "pp4": (4, "qwen3", ["--pipeline-model-parallel-size", "4"], {}),
     "pp2_full": (2, "qwen3", [*PP2, *FULL, "1"], {}),

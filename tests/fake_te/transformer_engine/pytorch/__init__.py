@@ -1,0 +1,214 @@
+"""Linears, norms and attention under Transformer Engine's names, tensor-parallel as they are."""
+
+import torch
+import torch.nn.functional as F
+from torch.nn import Parameter
+
+from transformer_engine.pytorch import distributed, fp8, ops, tensor
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast
+from transformer_engine.recording import record
+
+__all__ = ["distributed", "fp8", "fp8_autocast", "ops", "tensor"]
+
+
+def fp8_model_init(*args, **kwargs):
+    """Nobody gets FP8 weights here."""
+    raise NotImplementedError("the stand-in has no FP8 weights")
+
+
+class _Base(torch.nn.Module):
+    """FP8 state: the history of absolute maxima, in the state dict as ``_extra_state``."""
+
+    def _start(self) -> None:
+        self.amax_history: list[float] = []
+
+    def _note(self, x: torch.Tensor) -> None:
+        on = FP8GlobalStateManager.enabled
+        tokens = x.shape[:-1].numel()
+        record.append(
+            {
+                "what": type(self).__name__, "module": id(self), "fp8": on, "tokens": tokens,
+                "sequence": x.shape[0], "recipe": type(FP8GlobalStateManager.recipe).__name__,
+                "training": self.training, "grad": torch.is_grad_enabled(),
+            }
+        )  # fmt: skip
+        if on:
+            assert tokens % 16 == 0 and x.shape[-1] % 16 == 0, f"FP8 GEMM of {tuple(x.shape)}"
+            self.amax_history.append(float(x.detach().abs().max()))
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor(self.amax_history[-1:]).view(torch.uint8)
+
+    def set_extra_state(self, state) -> None:
+        if state is not None and state.numel():
+            self.amax_history = state.cpu().view(torch.float32).tolist()
+
+
+def _parallel(parameter: Parameter, dim: int) -> None:
+    parameter.tensor_model_parallel = True
+    parameter.partition_dim, parameter.partition_stride = dim, 1
+
+
+class Linear(_Base):
+    """y = x W^T + b."""
+
+    def __init__(self, in_features, out_features, sequence_parallel=False,
+                 fuse_wgrad_accumulation=False, tp_group=None, tp_size=1,
+                 get_rng_state_tracker=None, rng_tracker_name=None, init_method=None,
+                 bias=True, return_bias=False,
+                 params_dtype=None, parallel_mode=None, device="cpu", normalization=None, eps=1e-5,
+                 return_layernorm_output=False, zero_centered_gamma=False) -> None:  # fmt: skip
+        super().__init__()
+        self._start()
+        self.parallel_mode, self.tp_size = parallel_mode, tp_size
+        self.sequence_parallel = sequence_parallel and tp_size > 1
+        if parallel_mode == "column":
+            out_features //= tp_size
+        elif parallel_mode == "row":
+            in_features //= tp_size
+        self.in_features, self.out_features = in_features, out_features
+        self.use_bias, self.return_bias = bias, return_bias
+        options = {"dtype": params_dtype, "device": device}
+        self.weight = Parameter(torch.empty(out_features, in_features, **options))
+        if get_rng_state_tracker is None or parallel_mode is None:
+            init_method(self.weight)
+        else:
+            with get_rng_state_tracker().fork():
+                init_method(self.weight)
+        if bias:
+            self.bias = Parameter(torch.zeros(out_features, **options))
+        if parallel_mode == "column":
+            for parameter in self.parameters():
+                _parallel(parameter, 0)
+        elif parallel_mode == "row":
+            _parallel(self.weight, 1)
+
+    def forward(self, x, is_first_microbatch=None):
+        from megatron.core import tensor_parallel as tp
+
+        if self.parallel_mode == "column" and self.sequence_parallel:
+            x = tp.gather_from_sequence_parallel_region(x)
+        elif self.parallel_mode == "column" and self.tp_size > 1:
+            x = tp.copy_to_tensor_model_parallel_region(x)
+        self._note(x)
+        out = F.linear(x, self.weight)
+        if self.parallel_mode == "row" and self.sequence_parallel:
+            out = tp.reduce_scatter_to_sequence_parallel_region(out)
+        elif self.parallel_mode == "row" and self.tp_size > 1:
+            out = tp.reduce_from_tensor_model_parallel_region(out)
+        if not self.use_bias:
+            return out
+        return (out, self.bias) if self.return_bias else out + self.bias
+
+
+class LayerNormLinear(Linear):
+    """RMSNorm and the linear behind it."""
+
+    def __init__(self, in_features, out_features, *, eps, normalization, params_dtype, device="cpu",
+                 return_layernorm_output=False, **kwargs) -> None:  # fmt: skip
+        assert normalization == "RMSNorm"
+        super().__init__(in_features, out_features, params_dtype=params_dtype, device=device,
+                         **kwargs)  # fmt: skip
+        self.eps, self.return_layernorm_output = eps, return_layernorm_output
+        self.return_layernorm_output_gathered = False
+        self.layer_norm_weight = Parameter(
+            torch.ones(in_features, dtype=params_dtype, device=device)
+        )
+        self.layer_norm_weight.sequence_parallel = self.sequence_parallel
+
+    def forward(self, x, is_first_microbatch=None):
+        normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
+        out = super().forward(normed)
+        return (out, normed) if self.return_layernorm_output else out
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's."""
+
+    def __init__(self, hidden_size, eps, sequence_parallel=False, zero_centered_gamma=False,
+                 params_dtype=None, device="cpu") -> None:  # fmt: skip
+        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
+        self.weight.sequence_parallel = sequence_parallel
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Not used by the product's models."""
+
+
+class GroupedLinear(_Base):
+    """One linear for each of the experts here: weight0, weight1, ..."""
+
+    def __init__(self, num_gemms, in_features, out_features, sequence_parallel=False,
+                 fuse_wgrad_accumulation=False, tp_group=None, tp_size=1,
+                 get_rng_state_tracker=None, rng_tracker_name=None, init_method=None,
+                 bias=False, return_bias=False,
+                 params_dtype=None, parallel_mode=None, device="cpu",
+                 ub_name=None) -> None:  # fmt: skip
+        super().__init__()
+        self._start()
+        assert not bias
+        if parallel_mode == "column":
+            out_features //= tp_size
+        elif parallel_mode == "row":
+            in_features //= tp_size
+        self.num_gemms, self.parallel_mode, self.use_bias = num_gemms, parallel_mode, bias
+        self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        for i in range(num_gemms):
+            weight = torch.empty(out_features, in_features, dtype=params_dtype, device=device)
+            init_method(weight)
+            setattr(self, f"weight{i}", Parameter(weight))
+
+    def init_fp8_metadata(self, num_gemms=1) -> None:
+        pass
+
+    def forward(self, x, m_splits, is_first_microbatch=None):
+        self._note(x)
+        parts = x.split(list(map(int, m_splits)))
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        return torch.cat([F.linear(p, w) for p, w in zip(parts, weights, strict=True)])
+
+
+class DotProductAttention(_Base):
+    """Causal attention of [s, b, heads, hn]."""
+
+    def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0,
+                 attn_mask_type="causal", sequence_parallel=False, tp_size=1,
+                 get_rng_state_tracker=None, tp_group=None, layer_number=None, num_gqa_groups=None,
+                 attention_type="self", softmax_scale=None) -> None:  # fmt: skip
+        super().__init__()
+        self._start()
+        assert not attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type="causal"):
+        assert attn_mask_type == "causal" and attention_mask is None
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+class Fp8Padding(torch.nn.Module):
+    """Rows of zeros behind each expert's tokens, up to a multiple of 16."""
+
+    def __init__(self, num_gemms, align_size=16) -> None:
+        super().__init__()
+
+    def forward(self, x, m_splits):
+        parts = x.split(list(m_splits))
+        padded = [F.pad(p, (0, 0, 0, -len(p) % 16)) for p in parts]
+        return torch.cat(padded), [len(p) for p in padded]
+
+
+class Fp8Unpadding(torch.nn.Module):
+    """Undoes :class:`Fp8Padding`; ``m_splits`` are those before it."""
+
+    def __init__(self, num_gemms, align_size=16) -> None:
+        super().__init__()
+
+    def forward(self, x, m_splits):
+        sizes = [n + -n % 16 for n in m_splits]
+        parts = zip(x.split(sizes), m_splits, strict=True)
+        return torch.cat([p[:n] for p, n in parts])

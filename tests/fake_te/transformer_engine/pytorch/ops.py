@@ -1,0 +1,9 @@
+"""Fusible operations: named in annotations alone."""
+
+
+class Sequential:
+    """Not used."""
+
+
+class FusibleOperation:
+    """Not used."""

@@ -1,0 +1,5 @@
+"""FP8 tensors: none are ever made."""
+
+
+class QuantizedTensor:
+    """Only asked for in isinstance."""

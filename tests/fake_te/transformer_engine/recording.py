@@ -1,0 +1,3 @@
+"""What the stand-in was asked to do, in order."""
+
+record: list[dict] = []

@@ -1,0 +1,55 @@
+"""The driver over the stand-in for Transformer Engine: arguments and cases are the driver's.
+
+NAME.record.json: what each module of the stand-in, and each loss, met of FP8, on rank 0.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fake_te")]
+
+import torch  # noqa: E402
+import transformer_engine as te  # noqa: E402
+
+from megatron_phf.model.flow_tap import FlowTap  # noqa: E402
+from megatron_phf.train import step  # noqa: E402
+from tests.parallel import driver  # noqa: E402
+
+
+def noted(what: str, function):
+    """``function``, each call of which is recorded."""
+
+    def call(*args, **kwargs):
+        on = te.pytorch.fp8.FP8GlobalStateManager.is_fp8_enabled()
+        te.record.append({"what": what, "fp8": on, "dtype": str(args[0].dtype)})
+        return function(*args, **kwargs)
+
+    return call
+
+
+def visit(self, layer: int, microbatch: int, inputs, output):
+    """FlowTap.visit, each call of which is recorded."""
+    on = te.pytorch.fp8.FP8GlobalStateManager.is_fp8_enabled()
+    te.record.append({"what": "flow", "fp8": on, "dtype": str(output.dtype)})
+    return original_visit(self, layer, microbatch, inputs, output)
+
+
+def run_case(config, case: dict, path: str) -> object:
+    """As the driver's, with a record."""
+    te.record.clear()
+    result = original_run(config, case, path)
+    if torch.distributed.get_rank() == 0:
+        Path(path.replace(".safetensors", ".record.json")).write_text(json.dumps(te.record))
+    return result
+
+
+original_visit, original_run = FlowTap.visit, driver.run_case
+FlowTap.visit, driver.run_case = visit, run_case
+step.chunked_divergence = noted("output loss", step.chunked_divergence)
+
+if __name__ == "__main__":
+    driver.main()

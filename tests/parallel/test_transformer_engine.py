@@ -1,0 +1,217 @@
+"""Transformer Engine's layer spec over a stand-in with torch's arithmetic (tests/fake_te).
+
+The stand-in shows that megatron-core's wrappers, our layers, weights and checkpoints fit together,
+and where FP8 contexts are entered.  It shows nothing about FP8's or CUDA's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import reference
+from tests.models import make_adapter, make_model, make_replay
+from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
+from tests.parallel.test_parity import FULL, PP2, SP, TOLERANCE, TP2
+
+BATCH, LAYERS = 4, 4
+TE = ["--transformer-impl", "transformer_engine", "--dtype", "auto"]  # fp32 on the CPU
+FP8 = [*TE, "--fp8-format"]
+TENSORWISE = [*FP8, "hybrid", "--fp8-recipe", "tensorwise"]
+BF16_ENDS = ["--first-last-layers-bf16", "--num-layers-at-end-in-bf16", "2"]
+LORA = ["--lora-rank", "8", "--lora-alpha", "12"]
+# name -> (model, flags); all on two processes
+PARITY = {
+    "bf16_tp2_sp": ("qwen3", [*TE, *TP2, *SP]),
+    "tensorwise_tp2_sp": ("qwen3", [*TENSORWISE, *BF16_ENDS, *TP2, *SP]),
+    "delayed_pp2_full": ("qwen2", [*FP8, "e4m3", *PP2, *FULL, "1"]),
+    "delayed_live_dp2": ("qwen3", [*FP8, "hybrid", "--teacher", "live"]),
+    "mxfp8_lora_tp2": ("qwen3", [*FP8, "e4m3", "--fp8-recipe", "mxfp8", *TP2, *LORA]),
+    "blockwise_moe_ep2": (
+        "moe",
+        [*FP8, "e4m3", "--fp8-recipe", "blockwise", "--expert-model-parallel-size", "2"],
+    ),
+}
+LINEARS = ("TELayerNormColumnParallelLinear", "TERowParallelLinear")
+OPTIONS = reference.Options(alpha=0.7, window_size=8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    d = tmp_path_factory.mktemp("te")
+    make_model(str(d / "qwen3"))
+    make_model(str(d / "qwen2"), "qwen2")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    make_model(
+        str(d / "moe"), "qwen3_moe", norm_topk_prob=True, decoder_sparse_step=1,
+        mlp_only_layers=[], router_aux_loss_coef=0.0, **experts,
+    )  # fmt: skip
+    make_adapter(str(d / "adapter"), str(d / "qwen3"))
+    make_replay(str(d / "r.jsonl"), [5, 1, 20, 9])
+    make_replay(str(d / "long.jsonl"), [5, 7, 3, 9] * 4)
+    return d
+
+
+@pytest.fixture(scope="module")
+def results(files: Path) -> Path:
+    """All cases in one start: parity, then weights, rollouts and checkpoints in both specs."""
+    out = files / "out"
+    out.mkdir()
+    cases = []
+    for name, (model, layout) in PARITY.items():
+        argv = [*flags(OPTIONS, str(files / model), str(files / "r.jsonl"), BATCH), *layout]
+        if "lora" in name:
+            argv += ["--lora-adapter", str(files / "adapter")]
+        cases.append({"name": name, "kind": "gradients", "argv": argv})
+    cases += [*weights(files), *rollouts(files), *resumed(files)]
+    launch(2, cases, out, driver="tests/parallel/driver_te.py")
+    return out
+
+
+def weights(files: Path) -> list[dict]:
+    """Saved in one spec, loaded in the other."""
+    cases = []
+    for model in ("qwen3", "moe"):
+        argv = [*flags(OPTIONS, str(files / model), str(files / "r.jsonl"), BATCH)]
+        for spec, layout in (("local", PP2), ("transformer_engine", [])):
+            saved = str(files / f"{model}-{spec}.ckpt")
+            impl = ["--transformer-impl", spec, *layout]
+            other = "transformer_engine" if spec == "local" else "local"
+            save = {"name": f"save_{model}_{spec}", "save": saved, "argv": [*argv, *impl]}
+            load = {"name": f"load_{model}_{other}", "load": saved}
+            load["argv"] = [*argv, "--transformer-impl", other]
+            cases += [{**each, "kind": "reshard"} for each in (save, load)]
+    return cases
+
+
+def rollouts(files: Path) -> list[dict]:
+    """The same greedy tokens from both specs."""
+    sampling = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8}
+    case = {
+        "kind": "rollouts",
+        "prompts": [[1, 2, 3], [7] * 9, [30, 4, 9, 8]],
+        "batch_size": 3,
+        "sampling": {**sampling, "stop_ids": [], "seed": 0},
+    }
+    argv = [*flags(OPTIONS, str(files / "qwen3"), str(files / "r.jsonl"), BATCH), *TP2, *SP]
+    specs = {"greedy_local": [], "greedy_te": TENSORWISE}
+    return [{**case, "name": n, "argv": [*argv, *more]} for n, more in specs.items()]
+
+
+def resumed(files: Path) -> list[dict]:
+    """Four steps in the local spec; two of them local, one with TE and FP8, one local again."""
+    argv = [*flags(OPTIONS, str(files / "qwen3"), str(files / "long.jsonl"), BATCH), *TP2]
+    argv += ["--train-iters", "4", "--no-tensorboard", "--lr", "1e-3", "--adam-eps", "1e-4"]
+
+    def job(name: str, *more: str) -> dict:
+        output = ["--output-dir", str(files / name)]
+        return {"name": name, "kind": "job", "argv": [*argv, *output, *more]}
+
+    a, b = str(files / "a.ckpt"), str(files / "b.ckpt")
+    return [
+        job("straight"),
+        job("first", "--save", a, "--exit-interval", "2"),
+        job("second", "--load", a, "--save", b, "--exit-interval", "3", *FP8, "hybrid"),
+        job("third", "--load", b),
+    ]
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_equals_reference(name: str, files: Path, results: Path) -> None:
+    """With FP8's padding of the sequences, which must not count in any loss."""
+    model = str(files / PARITY[name][0])
+    samples = reference.read_replay(str(files / "r.jsonl"))
+    adapter = str(files / "adapter") if "lora" in name else None
+    expected = reference.compute(model, samples, OPTIONS, adapter=adapter)
+    compare_metrics(json.loads((results / f"{name}.json").read_text()), expected.metrics, TOLERANCE)
+    found = load_file(results / f"{name}.gradient.safetensors")
+    compare_tensors(found, expected.gradients, 3 * TOLERANCE)
+
+
+def record(results: Path, name: str) -> list[dict]:
+    return json.loads((results / f"{name}.record.json").read_text())
+
+
+@pytest.mark.parametrize("name", [n for n in PARITY if not n.startswith("bf16")])
+def test_fp8_is_where_the_student_trains_and_nowhere_else(name: str, results: Path) -> None:
+    met = record(results, name)
+    kinds = (*LINEARS, "TEColumnParallelGroupedLinear")  # "Adapted..." with LoRA
+    gemms = [r for r in met if r["what"].endswith(kinds)]
+    student, teacher = ([r for r in gemms if r["training"] is t] for t in (True, False))
+    assert teacher and not any(r["fp8"] for r in teacher)
+    losses = [r for r in met if r["what"] in ("flow", "output loss")]
+    assert {r["what"] for r in losses} >= {"flow"} and not any(r["fp8"] for r in losses)
+    recipe = {
+        "tensorwise": "Float8CurrentScaling",
+        "delayed": "TEDelayedScaling",
+        "mxfp8": "MXFP8BlockScaling",
+        "blockwise": "Float8BlockScaling",
+    }[name.split("_")[0]]
+    used = {r["recipe"] for r in student if r["fp8"]}
+    assert used == {recipe}
+    if "tensorwise" not in name:
+        assert student and all(r["fp8"] for r in student)
+    assert not any(r["fp8"] for r in met if r["what"] == "RMSNorm")
+
+
+def test_first_and_last_layers_in_bf16(results: Path) -> None:
+    """Four linears a layer, four microbatches: of four layers the second alone is in FP8."""
+    met = record(results, "tensorwise_tp2_sp")
+    student = [r for r in met if r["what"] in LINEARS and r["training"]]
+    assert len(student) == 4 * LAYERS * BATCH
+    for start in range(0, len(student), 4 * LAYERS):
+        layers = [r["fp8"] for r in student[start : start + 4 * LAYERS]]
+        assert layers == [False] * 4 + [True] * 4 + [False] * 8
+
+
+def test_recompute_is_transformer_engines(results: Path) -> None:
+    """It enters FP8 again when a layer is computed the second time."""
+    met = record(results, "delayed_pp2_full")
+    assert sum(r["what"] == "checkpoint" and r["fp8"] for r in met) == BATCH * LAYERS // 2
+    student = [r for r in met if r["what"] in LINEARS and r["training"]]
+    assert len(student) == 2 * 4 * BATCH * LAYERS // 2
+    assert sum(r["grad"] for r in student) == len(student) // 2
+
+
+def test_sequences_have_lengths_that_fp8_takes(results: Path) -> None:
+    """Times TP where sequence parallelism cuts them: each rank quantises its own piece."""
+    for name, multiple in (("tensorwise_tp2_sp", 32), ("delayed_pp2_full", 16)):
+        gemms = [r for r in record(results, name) if r["what"] in LINEARS and r["training"]]
+        assert gemms and all(r["sequence"] % multiple == 0 for r in gemms)
+    plain = [r for r in record(results, "bf16_tp2_sp") if r["what"] in LINEARS]
+    assert any(r["sequence"] % 16 for r in plain)
+
+
+@pytest.mark.parametrize("model", ["qwen3", "moe"])
+@pytest.mark.parametrize("spec", ["local", "transformer_engine"])
+def test_a_checkpoint_of_the_other_spec_loads(
+    model: str, spec: str, files: Path, results: Path
+) -> None:
+    exported = load_file(results / f"load_{model}_{spec}.safetensors")
+    original = load_file(files / model / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all((exported[name] == original[name]).all() for name in original)
+
+
+def test_rollouts_are_the_same_and_leave_fp8_alone(results: Path) -> None:
+    local, engine = (
+        json.loads((results / f"greedy_{n}.json").read_text()) for n in ("local", "te")
+    )
+    assert local == engine
+    met = record(results, "greedy_te")
+    assert met and not any(r["fp8"] for r in met)
+
+
+def test_a_run_goes_on_in_the_other_spec(results: Path) -> None:
+    """Weights, moments and schedule; the stand-in has no rounding of its own."""
+    straight = json.loads((results / "straight.json").read_text())
+    parts = [json.loads((results / f"{n}.json").read_text()) for n in ("first", "second", "third")]
+    together = [step for part in parts for step in part]
+    assert [len(part) for part in parts] == [2, 1, 1]
+    for ours, wanted in zip(together, straight, strict=True):
+        assert ours["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert any(r["fp8"] for r in record(results, "second") if r["what"] in LINEARS)

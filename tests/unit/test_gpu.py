@@ -1,0 +1,201 @@
+"""What can be checked of the GPU path without one: flags, kernels, padding, memory advice."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_phf import device, fused, gpu_flags, out_of_memory, preflight
+from megatron_phf.data.arithmetic import MODEL_CONFIG
+from megatron_phf.flags import parse_args
+from megatron_phf.model.architecture import parse_architecture
+from megatron_phf.model.rows import SequenceShards
+from tests.launch import REPO, environment
+
+FP8 = ["--transformer-impl", "transformer_engine", "--fp8-format", "e4m3"]
+WEIGHTS = [*FP8, "--fp8-recipe", "tensorwise", "--fp8-param-gather"]
+DISTRIBUTED = ["--use-distributed-optimizer"]
+MX_WEIGHTS = [*FP8, "--fp8-recipe", "mxfp8", "--fp8-param-gather", *DISTRIBUTED]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Transformer Engine were installed."""
+    monkeypatch.syspath_prepend(str(REPO / "tests" / "fake_te"))
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            [*FP8[:2], "--fp8-format", "hybrid", "--fp8-recipe", "blockwise"],
+            "use --fp8-format e4m3",
+        ),
+        (["--fp8-param-gather"], "--fp8-param-gather needs --fp8-format"),
+        (["--first-last-layers-bf16"], "--first-last-layers-bf16 needs --fp8-format"),
+        ([*FP8, "--first-last-layers-bf16"], "choose tensorwise, blockwise or mxfp8"),
+        (WEIGHTS, "--fp8-param-gather needs --use-distributed-optimizer"),
+        (MX_WEIGHTS, "does not work with --fp8-recipe mxfp8"),
+        ([*WEIGHTS, *DISTRIBUTED, "--lora-rank", "8"], "leave out --lora-rank"),
+        ([*WEIGHTS, *DISTRIBUTED, "--teacher", "live"], "use frozen or ema"),
+        ([*FP8, "--dtype", "fp32"], "--fp8-format needs --dtype bf16"),
+        (["--fp8-format", "e4m3", "--transformer-impl", "local"], "Transformer Engine's layers"),
+        ([*FP8, "--fp8-amax-history-len", "0"], "--fp8-amax-history-len 0: need at least 1"),
+    ],
+)
+def test_combinations_that_do_not_fit(engine: None, flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        gpu_flags.check_gpu(parse_args(flags))
+
+
+@pytest.mark.parametrize("flags", [FP8, [*WEIGHTS, *DISTRIBUTED], FP8[:2]])
+def test_combinations_that_fit(engine: None, flags: list[str]) -> None:
+    gpu_flags.check_gpu(parse_args(flags))
+
+
+def test_without_transformer_engine() -> None:
+    assert importlib.util.find_spec("transformer_engine") is None
+    for flags in (FP8[:2], ["--fp8-format", "hybrid"]):
+        with pytest.raises(ValueError, match="installed"):
+            gpu_flags.check_gpu(parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "message"),
+    [
+        ({"hidden_size": 72}, [], "multiples of 16, but hidden_size is 72"),
+        ({}, ["--tensor-model-parallel-size", "4"], "attention output a rank is 40"),
+        ({"ffn_hidden_size": 264}, [], "MLP width a rank is 264"),
+        ({"hidden_size": 80}, ["--fp8-recipe", "mxfp8"], "multiples of 32, but hidden_size is 80"),
+        (
+            {},
+            ["--fp8-recipe", "tensorwise", "--first-last-layers-bf16",
+             "--num-layers-at-end-in-bf16", "4"],
+            "--num-layers-at-end-in-bf16 4: need 0 to 3",
+        ),
+    ],
+)  # fmt: skip
+def test_widths_that_fp8_cannot_take(change: dict, flags: list[str], message: str) -> None:
+    arch = replace(parse_architecture({**MODEL_CONFIG, "head_dim": 32}, "test"), **change)
+    config = parse_args([*FP8, "--pad-attention-heads", *flags])
+    if "attention output" in message:
+        arch = replace(arch, kv_channels=20)
+    with pytest.raises(ValueError, match=message):
+        gpu_flags.check_fp8_model(config, arch)
+    gpu_flags.check_fp8_model(parse_args(flags), arch)  # without FP8 any width will do
+
+
+class _Group:
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize(
+    ("context", "sequence", "alignment", "multiple"),
+    [
+        (1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 1, 4), (2, 2, 1, 8), (1, 1, 16, 16), (1, 1, 32, 32),
+        (1, 4, 16, 64), (2, 1, 16, 32), (2, 4, 32, 256), (4, 2, 16, 128),
+    ],
+)  # fmt: skip
+def test_padding(context: int, sequence: int, alignment: int, multiple: int) -> None:
+    """Each process's piece is a multiple of the alignment, each context part has equal halves."""
+    groups = (None if n == 1 else _Group(n) for n in (context, sequence))
+    shards = SequenceShards(*groups, alignment)  # type: ignore[arg-type]
+    assert shards.length_multiple == multiple
+    assert multiple % (context * sequence) == 0
+    assert multiple // (context * sequence) % alignment == 0
+    assert context == 1 or multiple % (2 * context) == 0
+
+
+def test_the_table_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU; then as it would be on CUDA, with and without the packages."""
+    table = fused.feature_table(parse_args([]), "local")
+    first = table.splitlines()[0].split()
+    assert first[:4] == ["kernel", "Transformer", "Engine", "layers"]
+    assert first[4:] == ["off", "transformer_engine", "is", "not", "installed"]
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    there: set[str] = set()
+    monkeypatch.setattr(device, "has_module", lambda name: name in there)
+    state = {f.name: f for f in fused.features(parse_args([]), "local")}
+    assert "apex, built with its CUDA extensions, is missing" in (
+        state["gradient accumulation fusion"].why
+    )
+    assert not state["fused rotary embedding"].on and state["fused SwiGLU"].on
+    there |= {"transformer_engine", "fused_weight_gradient_mlp_cuda"}
+    monkeypatch.setattr(fused, "is_te_min_version", lambda version: True)
+    state = {f.name: f for f in fused.features(parse_args(FP8), "transformer_engine")}
+    names = ("gradient accumulation fusion", "fused rotary embedding", "fused Adam", "FP8")
+    assert all(state[name].on for name in names)
+    assert state["FP8"].why == "e4m3, delayed scaling"
+    lora = {f.name: f for f in fused.features(parse_args(["--lora-rank", "8"]), "local")}
+    assert "--lora-rank" in lora["gradient accumulation fusion"].why
+    off = fused.gradient_accumulation(parse_args(["--no-gradient-accumulation-fusion"]))
+    assert (off.on, off.why) == (False, "--no-gradient-accumulation-fusion")
+
+
+def test_memory_advice_names_flags_that_the_run_can_still_change() -> None:
+    plain = out_of_memory.advice(parse_args(["--micro-batch-size", "4"]), "student")
+    flags = [line.split(":")[0] for line in plain]
+    assert flags[:3] == ["--micro-batch-size 2", "--recompute-granularity full",
+                         "--logits-chunk-tokens 128"]  # fmt: skip
+    assert "--teacher-offload" in flags and "--use-distributed-optimizer" in flags
+    used = ["--micro-batch-size", "1", "--recompute-granularity", "full", "--teacher-offload"]
+    used += ["--use-distributed-optimizer", "--logits-chunk-tokens", "64", "--max-new-tokens", "64"]
+    left = out_of_memory.advice(parse_args([*used, "--lora-rank", "8"]), "student")
+    assert len(left) == 1 and left[0].startswith("--tensor-model-parallel-size 2, or")
+    rollout = out_of_memory.advice(parse_args(["--rollout-batch-size", "8"]), "rollout")
+    assert rollout[0] == "--rollout-batch-size 4: half the KV cache"
+    parser_flags = {word for line in (*plain, *left, *rollout) for word in line.replace(
+        ":", " ").replace(",", " ").split() if word.startswith("--")}  # fmt: skip
+    for flag in parser_flags:
+        with pytest.raises(ValueError) as caught:  # known flags end with another error, or none
+            parse_args([flag, "x"])
+            raise ValueError("known")
+        assert "unrecognized arguments: --" not in str(caught.value)
+
+
+OUT_OF_MEMORY = """
+import torch
+from megatron_phf.flags import parse_args
+from megatron_phf.main import run_rank
+def job(config, signals, heartbeat):
+    heartbeat.at("step 3, student")
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+run_rank(lambda: parse_args(["--output-dir", OUT]), job)
+"""
+
+
+def test_out_of_memory_is_one_error_with_its_phase_and_advice(tmp_path: Path) -> None:
+    code = OUT_OF_MEMORY.replace("OUT", repr(str(tmp_path / "out")))
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**environment(), **torchrun}, text=True,
+        capture_output=True, timeout=120, check=False, cwd=REPO,
+    )  # fmt: skip
+    assert done.returncode == 1
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith("error: rank 0: out of device memory (step 3, student): CUDA out of")
+    assert "\n  --micro-batch-size 8: half the activations" in error
+    assert "Traceback" not in done.stderr
+
+
+def test_launcher_counts_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    """With nvidia-smi on PATH: a process a GPU, rounded down to whole models."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\nfor i in 0 1 2 3 4; do echo "GPU $i: NVIDIA H100"; done\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert preflight._num_gpus() == 5
+    assert preflight.main(["--global-batch-size", "64", "--tensor-model-parallel-size", "2"]) == 0
+    assert capsys.readouterr().out.split()[0] == "4"
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert preflight._num_gpus() == 0
