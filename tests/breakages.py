@@ -133,13 +133,6 @@ BREAKAGES = (
         (ENGINE, "-k", "other_spec_loads and moe"),
     ),
     Breakage(
-        "gradients are reduced after each microbatch",
-        "megatron_phf/train/optimizer.py",
-        "            transformer.no_sync_func = no_sync",
-        "            no_sync = no_sync",
-        (PARITY, "-k", "dp2_overlap"),
-    ),
-    Breakage(
         "vLLM samples with the weights of the first step for ever",
         "megatron_phf/rollout/vllm.py",
         "if not self._synced or (iteration - 1) % self._config.vllm.vllm_sync_interval == 0:",
