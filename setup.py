@@ -34,7 +34,7 @@ setup(
         "matplotlib",
         "scipy",  # the report's t intervals
         "jinja2",  # its page; torch and transformers ask for it too
-        "math-verify",  # every evaluation grades; it brings sympy, which torch brings anyway
+        "math-verify>=0.9",  # every evaluation grades; it brings sympy, which torch brings anyway
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", TRL],

@@ -179,7 +179,7 @@ def read_run(directory: str) -> Run:
     info = read_json_object(path)
     _check(info, _RUN, path)
     name = info.get("run_name")
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise ValueError(f"{path}: field 'run_name' is {shown(name)}, not a name")
     return Run(
         name,

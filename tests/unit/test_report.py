@@ -17,8 +17,10 @@ import scipy.stats
 
 from megatron_phf.flow_spec import FlowSpec
 from megatron_phf.grading import bootstrap_interval
+from megatron_phf.report.charts import Gallery, looks
 from megatron_phf.report.page import PAGE, write_report
 from megatron_phf.report.runs import read_run, read_variants
+from megatron_phf.report.section import Report
 from megatron_phf.report.statistics import (
     Estimate,
     entropy,
@@ -29,6 +31,7 @@ from megatron_phf.report.statistics import (
     gains_per_hour,
     paired_difference,
 )
+from megatron_phf.report.tables import result
 from tests.launch import REPO
 from tests.report_runs import PHASES, PROBLEMS, make_run, make_study, write_lines
 
@@ -137,9 +140,9 @@ def test_a_run_that_is_not_done_is_not_compared(tmp_path: Path) -> None:
     write_lines(b / "evaluations.jsonl", lines[:3])
     opsd, phf = read_variants([str(a), str(b)])
     assert paired_difference(phf, opsd) is None
-    page = Path(write_report([opsd, phf], str(tmp_path / "out"))).read_text()
-    text = Page(page).text
-    assert "other steps: not comparable" in text and "], step 20" in text
+    report = Report([opsd, phf], opsd, Gallery(str(tmp_path), looks(["opsd", "phf"])))
+    _, row = result(report).rows
+    assert row[5] == "other steps: not comparable" and row[3].endswith("], step 20")
     steps = [json.loads(line) for line in (b / "metrics.jsonl").read_text().splitlines()]
     seconds = sum(sum(step["seconds"].values()) for step in steps[:20])
     assert gains_per_hour(phf)[0][0] == pytest.approx(4 * seconds / 3600)
@@ -312,6 +315,7 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
         (EVALUATIONS, 2, '{"step": 2, "samples": [{"problem": 3}]}', "not a list of samples"),
         ("run.json", 0, '{"run_name": "x"', "is not JSON"),
         ("run.json", 0, '{"seed": 1}', "field 'run_name' is None, not a name"),
+        ("run.json", 0, '{"run_name": "x\\ud800", "seed": 1}', "not a name"),
         ("run.json", 0, '{"run_name": "x", "seed": "1"}', "field 'seed' is '1', not a whole"),
         ("run.json", 0, '{"run_name": "x", "seed": 1, "config": []}', "field 'config' is"),
         (
