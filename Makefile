@@ -1,5 +1,5 @@
-# make demo | test | test-matrix | test-slurm | test-browser | soak | breakages | parity | lint: each sets up its own
-# environment in .venv first.
+# make demo | test | test-matrix | test-slurm | test-browser | soak | breakages | parity | bench |
+# lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
 # GPUs the plain package brings CUDA; on one without, any CPU build of this version will do.
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix test-slurm test-browser soak breakages parity lint format setup clean
+.PHONY: demo test test-matrix test-slurm test-browser soak breakages parity bench lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
@@ -43,6 +43,10 @@ parity: $(READY)
 # 110 kills at random times: about 10 minutes on 2 CPU cores.
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
+
+# Figures of docs/performance.md on this machine: about 15 minutes on 2 CPU cores.
+bench: $(READY)
+	$(BIN)/python -m benchmarks
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

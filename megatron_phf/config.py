@@ -266,6 +266,15 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class BatchingConfig:
+    max_tokens_per_microbatch: int = _flag(
+        0,
+        "sort rollouts by length into microbatches of at most this many padded tokens of either "
+        "model; 0: --micro-batch-size rollouts each",
+    )
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     save: str | None = _flag(None, "write checkpoints into this directory")
     load: str | None = _flag(None, "resume from the newest checkpoint of this directory")
@@ -322,6 +331,7 @@ class Config:
     teacher: TeacherConfig = TeacherConfig()
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
+    batching: BatchingConfig = BatchingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()

@@ -6,6 +6,7 @@ rank asks again, with torchrun's real world size, before it joins the others.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import shutil
@@ -93,6 +94,23 @@ def _check_numbers(config: Config) -> None:
     for name, value, good, text in ranges:
         if not good:
             raise ValueError(f"{flag_of(name)} {value}: need {text}")
+
+
+def _check_batching(config: Config) -> None:
+    budget = config.batching.max_tokens_per_microbatch
+    if budget < 0:
+        raise ValueError(f"--max-tokens-per-microbatch {budget}: need at least 0 (0 is off)")
+    if budget and config.parallel.num_virtual_stages_per_pipeline_rank > 1:
+        raise ValueError(
+            "--max-tokens-per-microbatch makes microbatches of different shapes, which "
+            "megatron-core's interleaved schedule does not run; leave out "
+            "--num-virtual-stages-per-pipeline-rank"
+        )
+    if budget and (config.train.micro_batch_size != 1 or config.is_embedded):
+        raise ValueError(
+            "--max-tokens-per-microbatch takes the place of --micro-batch-size and needs "
+            "--hf-model; leave one of the two out"
+        )
 
 
 def _check_combinations(config: Config) -> None:
@@ -211,6 +229,10 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"--expert-model-parallel-size {experts} does not divide the {replicas} data-parallel "
             f"rank(s) of {world_size} process(es); start a multiple of {model_parallel * experts}"
         )
+    if config.batching.max_tokens_per_microbatch:
+        train = dataclasses.replace(
+            train, micro_batch_size=1
+        )  # any number of them may be asked for
     if train.global_batch_size % (replicas * train.micro_batch_size):
         raise ValueError(
             f"--global-batch-size {train.global_batch_size} is not a multiple of "
@@ -258,6 +280,7 @@ def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_finite(config)
     _check_numbers(config)
+    _check_batching(config)
     _check_combinations(config)
     check_teacher_flags(config)
     check_lora(config)

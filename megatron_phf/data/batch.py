@@ -55,11 +55,22 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This data-parallel rank's microbatches of one step; all share each side's length."""
+    """This data-parallel rank's microbatches of one step.
+
+    ``order``: the number of the rollout in each row of each microbatch.
+    """
 
     microbatches: list[Microbatch]
     num_tokens: int
     num_sequences: int
+    order: list[list[int]]
+
+    def token_counts(self) -> tuple[int, int]:
+        """Tokens that both models read, without and with padding."""
+        sides = [side for m in self.microbatches for side in (m.student, m.teacher)]
+        padding = sum(int(side.padding.sum()) for side in sides)
+        computed = sum(side.tokens.numel() for side in sides)
+        return computed - padding, computed
 
 
 def _sequences(
@@ -104,31 +115,40 @@ def make_local_batch(
     *,
     length_multiple: int = 1,
     pad_id: int = 0,
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> LocalBatch:
-    """Cut this rank's rollouts, in order, into microbatches.
+    """Cut this rank's rollouts into microbatches: in order, all of one length a side.
 
     Args:
+        groups: or the numbers of the rollouts of each, which then have lengths of their own.
         window: response lengths [b] -> (positions [b, m], valid [b, m]), see ``flow_window``.
         length_multiple: sequences are padded to a multiple of this (sequence parallelism: TP).
     """
-    assert len(rollouts) % micro_batch_size == 0, "checked before launch"
+    order = [list(group) for group in groups or []]
+    if groups is None:
+        assert len(rollouts) % micro_batch_size == 0, "checked before launch"
+        starts = range(0, len(rollouts), micro_batch_size)
+        order = [list(range(start, start + micro_batch_size)) for start in starts]
     students = [(r.student_prompt_ids, r.response_ids) for r in rollouts]
     teachers = [(r.teacher_prompt_ids, r.response_ids) for r in rollouts]
-    # One length a side for all microbatches: pipeline stages exchange tensors of one shape.
+    # One length a side, unless grouped: pipeline stages then need not tell each other shapes.
     lengths = [_padded_length(side, length_multiple) for side in (students, teachers)]
     microbatches = []
-    for start in range(0, len(rollouts), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        positions = window([len(r.response_ids) for r in rollouts[rows]])
-        student = _sequences(students[rows], lengths[0], positions, pad_id)
-        student = dataclasses.replace(student, log_probs=_log_probs(rollouts[rows]))
-        teacher = _sequences(teachers[rows], lengths[1], positions, pad_id)
+    for rows in order:
+        members = [rollouts[i] for i in rows]
+        sides = [[side[i] for i in rows] for side in (students, teachers)]
+        if groups is not None:
+            lengths = [_padded_length(side, length_multiple) for side in sides]
+        positions = window([len(r.response_ids) for r in members])
+        student = _sequences(sides[0], lengths[0], positions, pad_id)
+        student = dataclasses.replace(student, log_probs=_log_probs(members))
+        teacher = _sequences(sides[1], lengths[1], positions, pad_id)
         assert torch.equal(student.target_ids(), teacher.target_ids()), (
             "student and teacher must score the same response tokens"
         )
         microbatches.append(Microbatch(student, teacher))
     tokens = sum(len(r.response_ids) for r in rollouts)
-    return LocalBatch(microbatches, tokens, len(rollouts))
+    return LocalBatch(microbatches, tokens, len(rollouts), order)
 
 
 def flow_window(size: int, rule: str) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:

@@ -35,7 +35,9 @@ class VocabShard:
         return x
 
     def log_softmax_(self, logits: Tensor) -> Tensor:
-        """In place: logits [c, v] -> log probabilities over all shards (-inf stays)."""
+        """logits [c, v], overwritten -> log probabilities over all shards (-inf stays)."""
+        if self.group is None:
+            return F.log_softmax(logits, dim=-1)
         floor = logits.new_full((logits.shape[0], 1), torch.finfo(logits.dtype).min)
         # A shard that is all padding has no entries, hence no maximum of its own.
         top = self.max(logits.amax(-1, keepdim=True) if self.size else floor)

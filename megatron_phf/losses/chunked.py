@@ -19,6 +19,8 @@ from megatron_phf.losses._vocab_parallel import VocabShard, divergence_chunk, po
 from megatron_phf.losses.divergence import DivergenceSpec
 
 OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
+# Vocabulary entries of one block: 16 MiB in fp32, large for a GPU's launches, small for memory.
+_BLOCK_ENTRIES = 2**22
 
 
 class ChunkedDivergence(NamedTuple):
@@ -92,38 +94,50 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # A second copy of the head's gradient would be the largest tensor here: the kept one is
+        # scaled in place, unless another backward pass may need it.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        d_rows, d_weight = (None if g is None else (g * grads[0]).to(d) for g, d in pairs)
+        d_rows, d_weight = (
+            None if g is None else (g * grads[0] if kept else g.mul_(grads[0])).to(d)
+            for g, d in pairs
+        )
         return d_rows, d_weight, None
 
 
 def _run_chunk(
     rows: Tensor, weight: Tensor, part: slice, problem: _Problem, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Values [3, c] and, if wanted, the weighted loss's gradient in the raw logits [c, real]."""
+    """Values [3, c] and, if wanted, the weighted loss's gradient in the raw logits [c, real].
+
+    Matrix products take the whole chunk.  What is done entry by entry goes a block of rows at a
+    time, whose temporaries are small; the gradient takes the place of the student's logits.
+    """
     wide = torch.promote_types(rows.dtype, torch.float32)
     temperature = problem.spec.temperature
     real = problem.shard.size  # padding comes last: without its columns it has no probability
-    student = (rows @ weight[:real].T).to(wide).div_(temperature)
+    student = rows @ weight[:real].T
     teacher = problem.teacher_rows[part] @ problem.teacher_weight[:real].T
-    teacher = teacher.to(wide).div_(temperature)
-    if problem.objective == "jsd":
-        values, gradient = divergence_chunk(
-            student, teacher, problem.spec, problem.shard, with_gradient
-        )
-    else:
-        assert problem.target_ids is not None
-        values, gradient = policy_chunk(
-            student,
-            teacher,
-            problem.target_ids[part],
-            problem.shard,
-            with_gradient,
-            supervised=problem.objective == "cross_entropy",
-        )
-    if gradient is not None:
-        gradient.mul_((problem.token_weights[part] / temperature)[:, None])
-    return values.to(problem.token_weights.dtype), gradient
+    targets = None if problem.target_ids is None else problem.target_ids[part]
+    scale = (problem.token_weights[part] / temperature)[:, None]
+    outputs = []
+    # Of the largest shard, as all ranks exchange numbers block by block.
+    size = max(1, _BLOCK_ENTRIES // max(1, weight.shape[0]))
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        s, t = (x[block].to(wide).div_(temperature) for x in (student, teacher))
+        if problem.objective == "jsd":
+            values, gradient = divergence_chunk(s, t, problem.spec, problem.shard, with_gradient)
+        else:
+            assert targets is not None
+            supervised = problem.objective == "cross_entropy"
+            values, gradient = policy_chunk(
+                s, t, targets[block], problem.shard, with_gradient, supervised=supervised
+            )
+        outputs.append(values.to(problem.token_weights.dtype))
+        if gradient is not None:
+            student[block] = gradient.mul_(scale[block])
+    return torch.cat(outputs, dim=1), student if with_gradient else None
 
 
 def chunked_divergence(

@@ -141,10 +141,16 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         # Interleaved stages exchange shapes through batched sends otherwise, which gloo lacks.
         batch_p2p_comm=on_gpu and virtual == 1,
         overlap_p2p_comm=False,
+        # Microbatches of their own lengths: each message is announced by its shape.
+        variable_seq_lengths=config.batching.max_tokens_per_microbatch > 0,
         deallocate_pipeline_outputs=True,
         **_recompute(config),
         **fp8_settings(config),
-        **moe_settings(arch, config, grouped_gemm=_has_grouped_gemm(implementation)),
+        # Without experts too: the only dispatcher that megatron-core lets have such lengths.
+        **{
+            "moe_token_dispatcher_type": "alltoall",
+            **moe_settings(arch, config, grouped_gemm=_has_grouped_gemm(implementation)),
+        },
     )
 
 

@@ -21,11 +21,12 @@ def _line(iteration: int, total: int, values: dict[str, Any]) -> str:
     seconds = sum(values["seconds"].values())
     mode, fraction = values["clip_mode"], values["clipped_fraction"]
     clip = "no clip" if mode == "none" else f"{mode} clip {100 * fraction:.3g}%"
+    mfu = "" if values.get("mfu") is None else f" | MFU {100 * values['mfu']:.1f}%"
     return (
         f"step {iteration:>{len(str(total))}}/{total} | loss {values['loss']:.5f}"
         f" | opsd {values['opsd']:.5f}{flow} | grad norm {values['grad_norm']:.3g}"
         f" | lr {values['learning_rate']:.2e} | {clip} | {values['rollout_tokens']} tokens"
-        f" | {values['tokens_per_second']:.0f} tok/s | {seconds:.2f} s"
+        f" | {values['tokens_per_second']:.0f} tok/s{mfu} | {seconds:.2f} s"
     )
 
 

@@ -56,6 +56,7 @@ from megatron_phf.train.source import (
 )
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
+from megatron_phf.train.utilisation import Utilisation
 
 
 def load_student(arch: Architecture, config: Config, directory: str) -> list[FlowGPTModel]:
@@ -164,6 +165,7 @@ def train_steps(
     (see ``Distiller.step``).
     """
     history: list[StepMetrics] = []
+    utilisation = Utilisation(distiller.config, distiller.arch)
     for iteration in range(done + 1, distiller.config.train.train_iters + 1):
         timer = PhaseTimer(lambda phase, i=iteration: hooks.entered(f"step {i}, {phase}"))  # type: ignore[misc]
         with timer.phase("rollout"):
@@ -174,6 +176,7 @@ def train_steps(
         extra = {
             **metrics.extra,
             **timing(timer, metrics.rollout_tokens),
+            "mfu": utilisation.mfu(rollouts, timer.seconds["student"]),
             "rollout_lengths": response_lengths(rollouts, hooks.stop_ids),
             "nonfinite_steps": distiller.nonfinite.total,
         }

@@ -1,15 +1,28 @@
-"""The start-up summary's memory estimate: what training keeps on a rank, by formula."""
+"""What training keeps on a rank, by formula: the start-up summary's lines and the planner's.
+
+No import of torch: ``tools/plan.py`` asks without one.
+"""
 
 from __future__ import annotations
 
-from megatron_phf import parallel
+from dataclasses import dataclass
+
 from megatron_phf.config import Config
 from megatron_phf.model.adapter_config import num_adapter_parameters
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.gpt import model_dtype
 from megatron_phf.model.teacher_architecture import read_teacher
 
 _GIB = 2**30
+# What the output loss works on at a time beside a chunk's logits: see losses/chunked.py.
+_BLOCK_BYTES = 6 * 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``width``: bytes of a weight; ``replicas``: data-parallel ranks."""
+
+    width: int
+    replicas: int
 
 
 def _model_split(config: Config) -> int:
@@ -24,7 +37,7 @@ def _local_weights(arch: Architecture, config: Config) -> float:
     return (whole - experts + experts_here) / _model_split(config)
 
 
-def _trained(arch: Architecture, config: Config) -> tuple[float, float]:
+def _trained(arch: Architecture, config: Config, machine: Machine) -> tuple[float, float]:
     """(trained parameters of one rank, those whose optimizer state it keeps)."""
     split, lora = _model_split(config), config.lora
     whole = num_adapter_parameters(arch, lora) if lora.lora_rank else arch.num_parameters()
@@ -32,28 +45,28 @@ def _trained(arch: Architecture, config: Config) -> tuple[float, float]:
     if not config.parallel.use_distributed_optimizer:
         return local, local
     # Experts are split over what EP leaves of the replicas: in sum each is kept once.
-    replicas = parallel.data_parallel_size() * config.parallel.context_parallel_size
+    replicas = machine.replicas * config.parallel.context_parallel_size
     return local, whole / split / replicas
 
 
-def _teacher_bytes(arch: Architecture, config: Config) -> float:
-    width, kind = model_dtype(config).itemsize, config.method.teacher
+def _teacher_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
+    width, kind = machine.width, config.method.teacher
     teacher = read_teacher(arch, config)
     if teacher is not None:
         return _local_weights(teacher, config) * width
     if kind == "live":
         return 0
     if config.lora.lora_rank:
-        return _trained(arch, config)[0] * 4 if kind == "ema" else 0
+        return _trained(arch, config, machine)[0] * 4 if kind == "ema" else 0
     average = 4 if kind == "ema" and width != 4 else 0  # an fp32 copy is its own average
     return _local_weights(arch, config) * (width + average)
 
 
-def _target_bytes(arch: Architecture, config: Config) -> float:
+def _target_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
     method, new_tokens = config.method, config.rollout.max_new_tokens
     hidden = (read_teacher(arch, config) or arch).hidden_size
-    sequences = config.train.global_batch_size / parallel.data_parallel_size()
-    rows = sequences * new_tokens * hidden * model_dtype(config).itemsize
+    sequences = config.train.global_batch_size / machine.replicas
+    rows = sequences * new_tokens * hidden * machine.width
     if method.phf_alpha == 0:
         return rows
     transitions = min(method.phf_window_size, new_tokens) - 1
@@ -62,7 +75,7 @@ def _target_bytes(arch: Architecture, config: Config) -> float:
     return rows + sequences * transitions * layers * numbers * 4
 
 
-def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
+def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> dict[str, float]:
     """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
 
     Weights are split over TP x PP, those of experts over EP too.  Gradients are fp32; Adam keeps
@@ -73,8 +86,8 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
     layer (products of the window's length where they are smaller and enough), and the teacher's
     final hidden states of as many new tokens as allowed.
     """
-    width = model_dtype(config).itemsize
-    trained, optimized = _trained(arch, config)
+    width = machine.width
+    trained, optimized = _trained(arch, config, machine)
     adapters = trained if config.lora.lora_rank else 0
     moments = 8 if width == 4 else 12
     teacher_key = "teacher in its pass" if config.teacher.teacher_offload else "teacher"
@@ -82,7 +95,83 @@ def memory_estimate(arch: Architecture, config: Config) -> dict[str, float]:
         "weights": (_local_weights(arch, config) + adapters) * width,
         "gradients": trained * 4,
         "optimizer": optimized * moments,
-        teacher_key: _teacher_bytes(arch, config),
-        "targets": _target_bytes(arch, config),
+        teacher_key: _teacher_bytes(arch, config, machine),
+        "targets": _target_bytes(arch, config, machine),
     }
     return {name: size / _GIB for name, size in sizes.items()}
+
+
+def _layer_numbers(arch: Architecture, config: Config) -> tuple[float, float]:
+    """Numbers a token that one layer keeps for backward: (all, its input alone)."""
+    p = config.parallel
+    tp = p.tensor_model_parallel_size
+    stream = arch.hidden_size / (tp if p.sequence_parallel else 1)
+    groups = arch.padded_groups(tp)
+    queries = groups * (arch.num_attention_heads // arch.num_query_groups) * arch.kv_channels / tp
+    keys = groups * arch.kv_channels / tp
+    # q/k/v; rotated q and k; the attention's output, and once more in the projection's layout.
+    attention = (queries + 2 * keys) + (queries + keys) + 2 * queries
+    if arch.experts is None:
+        mlp = 4 * arch.ffn_hidden_size / tp  # gate and up, silu(gate), product
+    else:
+        expert = 4 * arch.experts.ffn_hidden_size / tp + 2 * arch.hidden_size / tp
+        mlp = arch.experts.per_token * expert
+    return 4 * stream + attention + mlp, stream  # both norms' inputs and outputs
+
+
+def activation_bytes(arch: Architecture, config: Config, machine: Machine, tokens: int) -> float:
+    """What the first pipeline stage keeps of its microbatches of ``tokens`` padded tokens each.
+
+    1F1B: as many microbatches are under way there as there are stages.  With full recompute a layer
+    keeps its input, and one layer is computed again at a time; attention keeps no scores (fused).
+    """
+    p = config.parallel
+    everything, kept = _layer_numbers(arch, config)
+    layers = arch.num_layers / p.pipeline_model_parallel_size
+    local = config.train.global_batch_size / machine.replicas / config.train.micro_batch_size
+    under_way = min(p.pipeline_model_parallel_size, max(1, local))
+    part = tokens / p.context_parallel_size * machine.width
+    if p.recompute_granularity == "full":
+        return (under_way * layers * kept + everything) * part
+    return under_way * layers * everything * part
+
+
+def output_loss_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
+    """Temporaries of the output loss on the last stage: a chunk's logits of both models, blocks,
+
+    the head's fp32 gradient before it joins the others.
+    """
+    tp = config.parallel.tensor_model_parallel_size
+    entries = arch.padded_vocab_size(config.model.make_vocab_size_divisible_by, tp) / tp
+    chunk = config.method.logits_chunk_tokens
+    logits = 2 * chunk * entries * machine.width
+    blocks = min(_BLOCK_BYTES, 6 * chunk * entries * 4)
+    head = 0.0 if config.lora.lora_rank else entries * arch.hidden_size * 4
+    return logits + blocks + head
+
+
+def kv_cache_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
+    """Keys and values of one batch of rollouts on a rank."""
+    p, r = config.parallel, config.rollout
+    groups = arch.padded_groups(p.tensor_model_parallel_size) / p.tensor_model_parallel_size
+    length = config.data.max_prompt_length + r.max_new_tokens
+    layers = arch.num_layers / p.pipeline_model_parallel_size
+    rows = min(r.rollout_batch_size, config.train.global_batch_size / machine.replicas)
+    return rows * length * layers * 2 * groups * arch.kv_channels * machine.width
+
+
+def peak_estimate(
+    arch: Architecture, config: Config, machine: Machine, tokens: int
+) -> dict[str, float]:
+    """GiB a rank at the peak of a step with microbatches of ``tokens`` padded tokens.
+
+    The parts of :func:`memory_estimate`, and the larger of the rollouts' cache and of what the
+    student's pass needs (activations, output loss): they are never there together.
+    """
+    parts = memory_estimate(arch, config, machine)
+    activations = activation_bytes(arch, config, machine, tokens) / _GIB
+    loss = output_loss_bytes(arch, config, machine) / _GIB
+    cache = kv_cache_bytes(arch, config, machine) / _GIB
+    if cache > activations + loss:
+        return {**parts, "kv cache": cache}
+    return {**parts, "activations": activations, "output loss": loss}

@@ -31,14 +31,17 @@ class NonfiniteSteps:
         outputs: Sequence[OutputLoss],
         values: Mapping[tuple[int, int], Tensor],
         gradients_finite: bool,
+        order: Sequence[Sequence[int]],
     ) -> bool:
         """Whether the weights must not change; after each backward pass, on every rank alike.
+
+        ``order``: the number of the rollout in each row of each microbatch.
 
         Raises:
             ValueError: as many in a row as --max-consecutive-nonfinite-steps; names the step and
                 the file with its samples.
         """
-        bad = _bad_sequences(outputs, values, self._config.train.micro_batch_size)
+        bad = _bad_sequences(outputs, values, order)
         loss_bad, gradient_bad = parallel.max_over_ranks([bool(bad), not gradients_finite])
         if not loss_bad and not gradient_bad:
             self.in_a_row = 0
@@ -62,16 +65,18 @@ class NonfiniteSteps:
 
 
 def _bad_sequences(
-    outputs: Sequence[OutputLoss], values: Mapping[tuple[int, int], Tensor], micro_batch_size: int
+    outputs: Sequence[OutputLoss],
+    values: Mapping[tuple[int, int], Tensor],
+    order: Sequence[Sequence[int]],
 ) -> set[int]:
     """Numbers, within this rank's batch, of the sequences with a term that is not finite here."""
     bad: set[int] = set()
     for microbatch, output in enumerate(outputs):
         rows = output.sequence[~output.per_token.isfinite()].tolist()
-        bad |= {microbatch * micro_batch_size + row for row in rows}
+        bad |= {order[microbatch][row] for row in rows}
     for (microbatch, _), terms in values.items():
         rows = (~terms.isfinite()).any(0).nonzero().flatten().tolist()
-        bad |= {microbatch * micro_batch_size + row for row in rows}
+        bad |= {order[microbatch][row] for row in rows}
     return bad
 
 

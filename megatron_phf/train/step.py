@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_phf import device, parallel
 from megatron_phf.config import Config, flow_spec
 from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
+from megatron_phf.data.microbatches import groups_under_budget, split_into
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
 from megatron_phf.model.architecture import Architecture
@@ -82,6 +83,7 @@ class Distiller:
             top_k=method.opsd_top_k,
         )
         self.drift = DriftMeter(config) if config.rollout.rollout_engine == "vllm" else None
+        self._useful_fraction = 1.0
         self.shards = sequence_shards(student[0].config)
         self._vocab_size = common_vocab_size(arch, config)
         layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
@@ -108,7 +110,9 @@ class Distiller:
             outputs = self._forward_backward(batch, targets)
         del targets  # with it goes the output head of an offloaded teacher
         finite = self.optimizer.gradients_finite()
-        skip = self.nonfinite.must_skip(iteration, rollouts, outputs, self.tap.values, finite)
+        skip = self.nonfinite.must_skip(
+            iteration, rollouts, outputs, self.tap.values, finite, batch.order
+        )
         learning_rate, grad_norm = self.optimizer.learning_rate, math.nan
         with timer.phase("optimizer"):
             if not skip:
@@ -129,7 +133,8 @@ class Distiller:
             self.tap,
         )
         balance = mean_aux_loss(self.arch, self.config)
-        extra = {} if balance is None else {"moe_aux_loss": balance}
+        extra = {"useful_tokens_fraction": self._useful_fraction}
+        extra |= {} if balance is None else {"moe_aux_loss": balance}
         if self.drift is not None:
             extra |= self.drift.take()
         return dataclasses.replace(metrics, extra=extra)
@@ -141,9 +146,34 @@ class Distiller:
             self.config.train.micro_batch_size,
             flow_window(method.phf_window_size, method.phf_window_rule),
             length_multiple=self.shards.length_multiple,
+            groups=self._groups(rollouts),
         )
         moved = [type(m)(m.student.to(where), m.teacher.to(where)) for m in batch.microbatches]
-        return LocalBatch(moved, batch.num_tokens, batch.num_sequences)
+        return dataclasses.replace(batch, microbatches=moved)
+
+    def _groups(self, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
+        """The microbatches under --max-tokens-per-microbatch, as many on every data-parallel rank:
+
+        experts wait for tokens of all of them.
+        """
+        budget = self.config.batching.max_tokens_per_microbatch
+        if budget == 0:
+            return None
+        multiple = self.shards.length_multiple
+
+        def padded(prompt: Sequence[int], response: Sequence[int]) -> int:
+            return -(-(len(prompt) + len(response)) // multiple) * multiple
+
+        lengths = [
+            (
+                padded(r.student_prompt_ids, r.response_ids),
+                padded(r.teacher_prompt_ids, r.response_ids),
+            )
+            for r in rollouts
+        ]
+        groups = groups_under_budget(lengths, budget)
+        number = max(parallel.gather_over_data_parallel(len(groups)))
+        return split_into(groups, number, lengths)
 
     def _windows(self, batches: Sequence[SequenceBatch], scale: float) -> list[FlowWindow]:
         return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
@@ -172,8 +202,10 @@ class Distiller:
         return TeacherOutput(rows, head)
 
     def _forward_backward(self, batch: LocalBatch, teacher: TeacherOutput) -> list[OutputLoss]:
-        totals = torch.tensor([batch.num_tokens, batch.num_sequences], device=device.device())
-        num_tokens, num_sequences = parallel.sum_over_data_parallel(totals).tolist()
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts()]
+        totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
+        num_tokens, num_sequences, useful, computed = totals.tolist()
+        self._useful_fraction = useful / computed
         if num_tokens == 0:
             raise ValueError("all responses of a global batch are empty: nothing to train on")
         batches = [m.student for m in batch.microbatches]

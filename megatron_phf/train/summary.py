@@ -11,7 +11,7 @@ from megatron_phf.model.adapter_config import num_adapter_parameters, target_mod
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import model_dtype, transformer_impl
 from megatron_phf.model.teacher_architecture import layer_map, read_teacher
-from megatron_phf.train.memory import memory_estimate
+from megatron_phf.train.memory import Machine, memory_estimate
 
 _SHOWN_TOKENS = 12
 
@@ -47,7 +47,8 @@ def _trainable(arch: Architecture, config: Config) -> str:
 def run_summary(arch: Architecture, config: Config) -> str:
     """The block printed before the first step."""
     p, t, m = config.parallel, config.train, config.method
-    memory = memory_estimate(arch, config)
+    machine = Machine(model_dtype(config).itemsize, parallel.data_parallel_size())
+    memory = memory_estimate(arch, config, machine)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     virtual = p.num_virtual_stages_per_pipeline_rank
     expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size})"

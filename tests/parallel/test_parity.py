@@ -24,6 +24,7 @@ VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
 OVERLAP = ["--overlap-grad-reduce"]
 MB2 = ["--micro-batch-size", "2"]
 FULL = ["--recompute-granularity", "full", "--recompute-num-layers"]
+BUDGET = ["--max-tokens-per-microbatch", "60"]
 BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block"]
 
 # name -> (processes, model, layout flags, options of the method)
@@ -72,6 +73,12 @@ CASES = {
     "empty_dp2": (2, "qwen3", [], {"replay": "empty"}),
     "empty_dp2_pp2": (4, "qwen3", PP2, {"replay": "empty"}),
     "empty_dp2_tp2_sp": (4, "qwen3", [*TP2, *SP, *MB2], {"replay": "empty"}),
+    # Microbatches by a token budget, other ones on each data-parallel rank.
+    "budget_one": (1, "qwen3", BUDGET, {}),
+    "budget_dp2": (2, "qwen3", BUDGET, {}),
+    "budget_dp2_pp2": (4, "qwen3", [*PP2, *BUDGET], {}),
+    "budget_tp2_sp_pp2": (4, "qwen3", [*TP2, *SP, *PP2, *BUDGET], {}),
+    "budget_empty_dp2": (2, "qwen3", BUDGET, {"replay": "empty"}),
     "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
 }
 MODELS = {

@@ -180,6 +180,30 @@ def test_chunked_policy_gradient_equals_whole() -> None:
         assert torch.allclose(ours, wanted)
 
 
+@pytest.mark.parametrize("objective", ["jsd", "policy_gradient"])
+def test_blocks_within_a_chunk_change_nothing(objective: str, monkeypatch) -> None:
+    rows, weight = normal(1, 7, 3).requires_grad_(), normal(2, 9, 3).requires_grad_()
+    teacher, targets = normal(3, 7, 3), torch.tensor([0, 8, 3, 3, 1, 6, 2])
+    spec = DivergenceSpec(beta=0.3, clip=0.02, top_k=4)
+
+    def result() -> list[Tensor]:
+        found = chunked(rows, teacher, weight, weight, spec, chunk_tokens=5, target_ids=targets,
+                        token_weights=normal(4, 7), objective=objective)  # fmt: skip
+        return [*found, *torch.autograd.grad(found.loss, (rows, weight))]
+
+    whole = result()
+    monkeypatch.setattr("megatron_phf.losses.chunked._BLOCK_ENTRIES", 20)  # two rows a block
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(result(), whole, strict=True))
+
+
+def test_backward_through_a_graph_that_is_kept_leaves_it_whole() -> None:
+    rows, weight = normal(1, 4, 3).requires_grad_(), normal(2, 6, 3).requires_grad_()
+    loss = 3 * chunked(rows, normal(3, 4, 3), weight, weight, plain()).loss
+    first = torch.autograd.grad(loss, (rows, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (rows, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 def test_chunked_gradcheck_and_no_tokens() -> None:
     rows, weight = normal(1, 3, 2).requires_grad_(), normal(2, 5, 2).requires_grad_()
     teacher, teacher_weight = normal(3, 3, 2), normal(4, 5, 2)

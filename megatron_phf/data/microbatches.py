@@ -1,0 +1,43 @@
+"""Which rollouts share a microbatch, where a token budget decides (--max-tokens-per-microbatch)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# The padded tokens that a rollout asks of each model: (student, teacher).
+Lengths = Sequence[tuple[int, int]]
+
+
+def padded_tokens(group: Sequence[int], lengths: Lengths) -> int:
+    """Tokens of the larger side of a microbatch, every row as long as its longest."""
+    return len(group) * max(max(lengths[i]) for i in group)
+
+
+def groups_under_budget(lengths: Lengths, budget: int) -> list[list[int]]:
+    """Numbers of the rollouts of each microbatch, the longest first, neighbours in length.
+
+    As few microbatches as filling them in that order gives.  A rollout longer than ``budget`` has
+    one of its own.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-max(lengths[i]), i)):
+        if groups and padded_tokens([*groups[-1], i], lengths) <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def split_into(groups: Sequence[Sequence[int]], number: int, lengths: Lengths) -> list[list[int]]:
+    """The same order in ``number`` groups, at least as many as there are: the heaviest are halved.
+
+    Data-parallel ranks must agree in the number; halves keep every budget.
+    """
+    result = [list(group) for group in groups]
+    assert len(result) <= number <= len(lengths), "a microbatch has at least one rollout"
+    while len(result) < number:
+        sizes = [padded_tokens(g, lengths) if len(g) > 1 else 0 for g in result]
+        k = sizes.index(max(sizes))
+        middle = (len(result[k]) + 1) // 2
+        result[k : k + 1] = [result[k][:middle], result[k][middle:]]
+    return result

@@ -1,0 +1,45 @@
+"""FLOPs by formula against torch's counter on transformers' model; MFU from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_phf.config import Config
+from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.flops import forward_flops, student_flops
+from megatron_phf.train.utilisation import gpu_peak, measured_peak
+from tests.models import make_model
+from tests.reference import load_model
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"architecture": "llama", "tie_word_embeddings": False, "head_dim": 8}]
+)
+def test_equal_torchs_counter(tmp_path, settings: dict) -> None:
+    path = make_model(str(tmp_path / "model"), **settings)
+    arch, length = read_architecture(path), 33
+    with FlopCounterMode(display=False) as counter:
+        output = load_model(path)(torch.ones(2, length, dtype=torch.long)).logits
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    found = forward_flops(arch, [length] * 2, 2 * length)
+    # Eager attention multiplies all pairs of tokens, the upper triangle too.
+    all_pairs = found.attention * 2 * length / (length + 1)
+    rotary = 2 * length * arch.kv_channels // 2 * 2  # angles: positions times frequencies
+    assert forward - (found.layers + all_pairs + found.head) in (0, rotary, rotary // 2)
+    whole = counter.get_total_flops() - (forward - found.layers - all_pairs - found.head)
+    trained = student_flops(arch, arch, Config(), [length] * 2, 2 * length)
+    assert trained + 3 * (all_pairs - found.attention) - found.head == pytest.approx(whole)
+
+
+def test_lora_and_peaks(tmp_path) -> None:
+    path = make_model(str(tmp_path / "model"))
+    arch = read_architecture(path)
+    full = student_flops(arch, arch, Config(), [40, 9], 30)
+    lora = student_flops(arch, arch, Config().replaced(lora_rank=4), [40, 9], 30)
+    assert 0.6 * full < lora < full
+    assert gpu_peak("NVIDIA H100 80GB HBM3, 79 GiB, NCCL") == 989e12
+    assert gpu_peak("NVIDIA GeForce") is None
+    assert 1e8 < measured_peak(torch.float32) < 1e14

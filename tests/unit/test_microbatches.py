@@ -1,0 +1,52 @@
+"""Microbatches under a token budget: everyone once, within the budget, as many as asked for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_phf import preflight
+from megatron_phf.config import Config
+from megatron_phf.data.batch import flow_window, make_local_batch
+from megatron_phf.data.microbatches import groups_under_budget, padded_tokens, split_into
+from megatron_phf.data.replay_file import Rollout
+
+sizes = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=30)
+
+
+@given(sizes, st.integers(1, 300), st.data())
+def test_a_partition_within_the_budget(lengths, budget, data) -> None:
+    groups = groups_under_budget(lengths, budget)
+    number = data.draw(st.integers(len(groups), len(lengths)))
+    for found in (groups, split_into(groups, number, lengths)):
+        assert sorted(i for group in found for i in group) == list(range(len(lengths)))
+        assert all(len(g) == 1 or padded_tokens(g, lengths) <= budget for g in found)
+    assert len(split_into(groups, number, lengths)) == number
+    # No two neighbours would fit into one.
+    for first, second in itertools.pairwise(groups):
+        assert padded_tokens([*first, second[0]], lengths) > budget
+
+
+def test_padding_counts() -> None:
+    rollouts = [Rollout((1,) * 3, (1,) * 5, (2,) * n) for n in (1, 9, 2, 8)]
+    window = flow_window(8, "even")
+    fixed = make_local_batch(rollouts, 2, window)
+    assert fixed.token_counts() == (20 + 12 + 20 + 20, 4 * (12 + 14))
+    assert fixed.order == [[0, 1], [2, 3]]
+    grouped = make_local_batch(rollouts, 1, window, groups=[[1, 3], [2, 0]])
+    assert grouped.token_counts() == (72, 2 * (12 + 14) + 2 * (5 + 7))
+    assert [m.student.tokens.shape[1] for m in grouped.microbatches] == [12, 5]
+
+
+def test_refused_flags() -> None:
+    base = Config().replaced(hf_model="m", data="d")
+    with pytest.raises(ValueError, match="takes the place of --micro-batch-size"):
+        preflight._check_batching(base.replaced(max_tokens_per_microbatch=9, micro_batch_size=2))
+    with pytest.raises(ValueError, match="--max-tokens-per-microbatch -1"):
+        preflight._check_batching(base.replaced(max_tokens_per_microbatch=-1))
+    virtual = base.replaced(max_tokens_per_microbatch=9, num_virtual_stages_per_pipeline_rank=2)
+    with pytest.raises(ValueError, match="interleaved schedule does not run"):
+        preflight._check_batching(virtual)

@@ -1,0 +1,110 @@
+"""The planner: no torch, layouts that divide the model, formulas where a hand can check them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from megatron_phf.config import Config
+from megatron_phf.model.architecture import parse_architecture
+from megatron_phf.train.memory import Machine, peak_estimate
+from tests.launch import REPO
+from tools import plan
+
+_COMMON = {
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+}
+
+
+def dense(layers: int, hidden: int, ffn: int, heads: int, tied: bool) -> dict:
+    return {
+        **_COMMON,
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": tied,
+    }
+
+
+def mixture(layers: int, hidden: int, heads: int, expert: int) -> dict:
+    return {
+        **dense(layers, hidden, 3 * hidden, heads, False),
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": expert,
+        "norm_topk_prob": True,
+    }
+
+
+# name -> (config.json, billions of parameters, GPUs)
+MODELS = {
+    "1.7B": (dense(28, 2048, 6144, 16, True), 1.72, 8),
+    "8B": (dense(36, 4096, 12288, 32, False), 8.2, 8),
+    "32B": (dense(64, 5120, 25600, 64, False), 32.8, 64),
+    "30B-A3B": (mixture(48, 2048, 32, 768), 30.5, 64),
+    "235B-A22B": (mixture(94, 4096, 64, 1536), 235.1, 1024),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_fit_and_divide(name: str) -> None:
+    content, billions, gpus = MODELS[name]
+    arch = parse_architecture(content, name)
+    assert arch.num_parameters() / 1e9 == pytest.approx(billions, rel=0.01)
+    base = Config().replaced(global_batch_size=256)
+    hardware = plan.Hardware(4e14, 3e11, 4e10, 8)
+    fit, rest = plan.plans(arch, base, gpus, 74.5, hardware)
+    assert fit
+    assert [p.seconds for p in fit] == sorted(p.seconds for p in fit)
+    for p in (*fit, *rest):
+        sizes = p.config.parallel
+        split = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size
+        assert split * p.replicas == gpus
+        assert (p.total <= 74.5) == (p in fit)
+    # Splitting the model more never takes more weights; recompute never more activations.
+    by_name = {p.describe(): p.memory for p in (*fit, *rest)}
+    for text, memory in by_name.items():
+        again = by_name.get(f"{text} recompute")
+        if again is not None:
+            assert sum(again.values()) <= sum(memory.values())
+
+
+def test_parts_by_hand() -> None:
+    """Qwen3-1.7B on one GPU: every weight here, bf16 with fp32 gradients and three fp32 states."""
+    arch = parse_architecture(MODELS["1.7B"][0], "1.7B")
+    parts = peak_estimate(arch, Config(), Machine(2, 1), 1536)
+    n = arch.num_parameters() / 2**30
+    for name, size in {"weights": 2, "gradients": 4, "optimizer": 12, "teacher": 2}.items():
+        assert parts[name] == pytest.approx(size * n)
+
+
+def test_command_line_without_torch(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["8B"][0]))
+    command = [sys.executable, "tools/plan.py", "--hf-config", str(path), "--gpus", "8"]
+    blocked = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; import runpy; "
+    blocked += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked, *command[1:]],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "8.2 B parameters, 8 GPUs" in done.stdout
+    assert "TP" in done.stdout
+    bad = subprocess.run(
+        [*command[:-1], "0"], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert (bad.returncode, bad.stderr) == (2, "error: --gpus: need more than 0\n")
