@@ -191,8 +191,8 @@ BREAKAGES = (
     Breakage(
         "no adjacent term on the first layer of a pipeline stage",
         "megatron_phf/model/flow_tap.py",
-        "        if layer > 1:\n            before",
-        "        if layer > 1 and layer != 3:\n            before",  # of 4 layers at PP 2
+        "            if layer > 1:\n                before",
+        "            if layer > 1 and layer != 3:\n                before",  # of 4 layers at PP 2
         (PARITY, "-k", "test_equals_reference and llama_pp2"),
     ),
     Breakage(
@@ -239,16 +239,16 @@ BREAKAGES = (
     ),
     Breakage(
         "an absent direction term halves the geometry term",
-        "megatron_phf/losses/flow.py",
-        "return geometry if direction is None",
-        "return geometry / 2 if direction is None",
+        "megatron_phf/flow_spec.py",
+        "share / len(chosen) / max(len(local), 1)",
+        "share / len(chosen) / 2",
         (LARGER, "-k", "tall] or deep] or shallow]"),
     ),
     Breakage(
         "padding that only the student has takes part",
         "megatron_phf/train/step.py",
-        "vocab_size=self._vocab_size",
-        "vocab_size=self.arch.vocab_size",
+        '"vocab_size": self._vocab_size',
+        '"vocab_size": self.arch.vocab_size',
         (LARGER, "-k", "tall] or deep] or shallow]"),
     ),
     Breakage(
