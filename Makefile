@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | test-slurm | test-browser | soak | breakages | parity | bench |
+# make demo | test | test-matrix | test-slurm | test-vllm | test-browser | soak | breakages | parity | bench |
 # lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix test-slurm test-browser soak breakages parity bench lint format setup clean
+.PHONY: demo test test-matrix test-slurm test-vllm test-browser soak breakages parity bench lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm \
+		--ignore tests/real_vllm \
 		$(if $(shell command -v chromium),,--ignore tests/browser)
 
 # Every combination of three layout settings, up to 16 processes: give it an hour on 2 CPU cores.
@@ -30,6 +31,11 @@ test-slurm: $(READY)
 # The report in headless Chromium; installs Debian's package where root may.
 test-browser: $(READY)
 	bash tests/browser/with_chromium.sh $(BIN)/python -m pytest tests/browser
+
+# A job over vLLM itself on the CPU, in an environment of its own (3 GB): about ten minutes.
+test-vllm: $(READY)
+	bash tests/real_vllm/setup.sh .venv-vllm
+	$(BIN)/python -m pytest tests/real_vllm
 
 # Break the product on purpose; the tests must notice.
 breakages: $(READY)
