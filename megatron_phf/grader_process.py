@@ -30,6 +30,18 @@ MEMORY_BYTES = 4 * 2**30
 _log = logging.getLogger(__name__)
 
 
+def check_grader(spec: str) -> None:
+    """Refuse what names no grader; imports nothing.
+
+    Raises:
+        ValueError: names ``--grader`` and what it takes.
+    """
+    module, colon, function = spec.partition(":")
+    names = [*module.split("."), function]
+    if spec not in ("math", "exact") and not (colon and all(n.isidentifier() for n in names)):
+        raise ValueError(f"--grader {spec}: need math, exact or package.module:function")
+
+
 class GraderProcess:
     """``target`` (``package.module:function``) in a process, ``timeout`` seconds an answer."""
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_phf.data.problems import Problem
-from megatron_phf.grader_process import GraderProcess
+from megatron_phf.grader_process import GraderProcess, check_grader
 
 _BOXED = "\\boxed{"
 _FRACTION = re.compile(r"(-?)\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
@@ -116,18 +116,6 @@ class _MathGrader:
         if key not in self._known:  # samples repeat each other, also those that take long
             self._known[key] = self._process.correct(found, problem)
         return self._known[key]
-
-
-def check_grader(spec: str) -> None:
-    """Refuse what names no grader; imports nothing.
-
-    Raises:
-        ValueError: names ``--grader`` and what it takes.
-    """
-    module, colon, function = spec.partition(":")
-    names = [*module.split("."), function]
-    if spec not in ("math", "exact") and not (colon and all(n.isidentifier() for n in names)):
-        raise ValueError(f"--grader {spec}: need math, exact or package.module:function")
 
 
 @contextlib.contextmanager

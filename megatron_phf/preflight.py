@@ -19,6 +19,7 @@ from megatron_phf.data.problems import FieldNames, read_problems, read_test_prob
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
 from megatron_phf.gpu_flags import check_fp8_model, check_gpu
+from megatron_phf.grader_process import check_grader
 from megatron_phf.model.adapter_config import check_lora, target_modules
 from megatron_phf.model.architecture import (
     Architecture,
@@ -164,6 +165,7 @@ def _fields(config: Config) -> FieldNames:
 
 def _check_evaluation(config: Config) -> None:
     e = config.evaluation
+    check_grader(e.grader)
     if e.eval_interval < 0:
         raise ValueError(f"--eval-interval {e.eval_interval}: need at least 0")
     if e.eval_max_new_tokens is not None and e.eval_max_new_tokens < 1:
