@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
+_MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_bytes")
 
 
 def environment() -> dict[str, str]:
@@ -39,3 +40,8 @@ def torchrun(processes: int, script: str, *arguments: str, timeout: float = 300)
     """``torchrun --standalone --nproc-per-node N script arguments``."""
     head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return run([*head, "--nproc-per-node", str(processes), script, *arguments], timeout=timeout)
+
+
+def unmeasured(step: dict) -> dict:
+    """A step's metrics without what a clock or other programs on the machine decide."""
+    return {key: value for key, value in step.items() if key not in _MEASURED}

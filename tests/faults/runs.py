@@ -10,9 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_phf.data.arithmetic import make_hf_directory, make_problems
-from tests.launch import run
-
-TIMES = ("seconds", "tokens_per_second", "peak_memory_bytes")
+from tests.launch import run, unmeasured
 
 
 def make_files(directory: Path) -> None:
@@ -66,7 +64,7 @@ def write_plan(path: Path, *faults: dict) -> Path:
 def steps_of(directory: Path) -> list[dict]:
     """The lines of the metrics file, without what differs between two equal runs."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMES} for x in lines]
+    return [unmeasured(json.loads(line)) for line in lines]
 
 
 def same_weights(one: Path, other: Path) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+from tests.launch import unmeasured
 from tests.slurm.cluster import Cluster
 
 PRETRAIN = "examples/slurm/pretrain_phf.sbatch"
@@ -39,10 +40,9 @@ class Run:
         return int(path.read_text()) if path.exists() else 0
 
     def metrics(self) -> list[dict]:
-        """Every step's, without what a clock or another process's memory decides."""
+        """Every step's, without what is measured."""
         lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        clocks = ("seconds", "tokens_per_second", "peak_memory_bytes")
-        return [{k: v for k, v in json.loads(x).items() if k not in clocks} for x in lines]
+        return [unmeasured(json.loads(line)) for line in lines]
 
     def wait_for_checkpoint(self) -> None:
         """Until a checkpoint newer than the newest is there."""
