@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from tests.fake_vllm import FakeVllm
 from tests.launch import run, torchrun
 from tests.models import make_answering_model
 
@@ -115,6 +119,27 @@ def test_evaluation_in_training(files: list[str], tmp_path: Path) -> None:
     assert (about["run_name"], about["seed"], about["world_size"]) == ("train", 1234, 2)
     assert about["config"]["evaluation"]["eval_samples"] == K
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    # The checkpoint's weights are what the tool evaluates, not those of --hf-model.
+    broken = shutil.copytree(files[1], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    save_file({n: torch.zeros_like(w) for n, w in weights.items()}, broken / "model.safetensors")
+    again = ["--load", str(tmp_path / "saved"), "--output-dir", str(tmp_path / "again")]
+    done = torchrun(2, TOOL, "--hf-model", str(broken), *files[2:], *again, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check_summary(tmp_path / "again", done.stdout)
+
+
+def test_a_vllm_server_samples(files: list[str], tmp_path: Path) -> None:
+    """It gets the weights of --hf-model; greedily the model always says 7."""
+    served = shutil.copytree(files[1], tmp_path / "served")
+    with FakeVllm(str(served)) as server:
+        engine = ["--rollout-engine", "vllm", "--vllm-url", server.url]
+        engine += ["--vllm-sync-dir", str(served), "--eval-temperature", "0"]
+        done = torchrun(2, TOOL, *files, *engine, "--output-dir", str(tmp_path), timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert len(server.bodies("/v1/completions")) == len(ANSWERS) * K
+    report = json.loads((tmp_path / "sums" / "summary.json").read_text())
+    assert report["correct"] == [[answer == "7"] * K for answer in ANSWERS]
 
 
 def test_mistakes(files: list[str], tmp_path: Path) -> None:
