@@ -22,8 +22,8 @@ from megatron_phf.data.problems import write_jsonl
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
-from megatron_phf.evaluate import Evaluation, Grades, evaluation_sampling, make_test_set
-from megatron_phf.grading import make_grader
+from megatron_phf.evaluate import Evaluation, evaluation_sampling, make_test_set
+from megatron_phf.grading import Grader, make_grader
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
@@ -104,7 +104,7 @@ class _Demo:
     def _solution(self, pair: PromptPair) -> list[int]:
         return self.tokenizer.encode(pair.problem.solution)
 
-    def evaluator(self, student: list[FlowGPTModel], config: Config, grader: Grades) -> Evaluator:
+    def evaluator(self, student: list[FlowGPTModel], config: Config, grader: Grader) -> Evaluator:
         """Held-out Average@k of ``student``, kept in the run's directory."""
         stop, room = self.stop_ids, self.arch.max_position_embeddings - self.tests.longest_prompt
         return Evaluator(
@@ -118,7 +118,7 @@ class _Demo:
         )
 
     def train_and_evaluate(
-        self, config: Config, base: Evaluation, grader: Grades, show_example: bool
+        self, config: Config, base: Evaluation, grader: Grader, show_example: bool
     ) -> tuple[Evaluation, float, list[Any]]:
         """One run from the base model: its evaluation, seconds of training, and its steps."""
         student = load_student(self.arch, config, self.base)
@@ -199,7 +199,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run_arms(
-    demo: _Demo, config: Config, base: Evaluation, grader: Grades
+    demo: _Demo, config: Config, base: Evaluation, grader: Grader
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[list[Any]]]]:
     """Both methods over the seeds: what the summary says of each run, and its steps."""
     arms = {"opsd": config.replaced(phf_alpha=0.0), "phf": config}

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
-from megatron_phf.data.problems import FieldNames, Problem, read_test_problems
+from megatron_phf.data.problems import Problem, field_names, read_test_problems
 from megatron_phf.data.prompts import PromptTemplates, fill, prompt_templates
 from megatron_phf.data.tokenizer import Tokenizer
-from megatron_phf.grading import bootstrap_interval, canonical_answer
+from megatron_phf.grading import Grader, average_at_k, bootstrap_interval, canonical_answer
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
-
-
-class Grades(Protocol):
-    """What evaluation asks of a grader (:mod:`megatron_phf.grading`)."""
-
-    def correct(self, generation: str, problem: Problem) -> bool:
-        """Whether the generation's final answer is the problem's."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,7 @@ class Evaluation:
     @property
     def average(self) -> float:
         """Average@k: the mean over problems of the mean over samples."""
-        return sum(self.per_problem) / len(self.per_problem)
+        return average_at_k(self.correct)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -166,7 +157,7 @@ def make_test_set(
 def read_test_set(path: str, flag: str, config: Config, tokenizer: Tokenizer) -> TestSet:
     """The test set in a file named by ``flag``; ValueError names what is wrong with it."""
     data = config.data
-    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
+    fields = field_names(data)
     return make_test_set(
         read_test_problems(path, fields, flag),
         tokenizer,
@@ -199,7 +190,7 @@ def evaluate(
     tests: TestSet,
     sampling: SamplingParams,
     k: int,
-    grader: Grades,
+    grader: Grader,
     first: int = 0,
 ) -> Evaluation:
     """Sample and grade ``k`` answers to each problem; every rank gets the whole result.
@@ -239,8 +230,3 @@ def joined(parts: Sequence[Evaluation]) -> Evaluation:
             whole.seconds + part.seconds,
         )
     return whole
-
-
-def answer_to_json(answer: Answer) -> dict[str, Any]:
-    """Every field."""
-    return dataclasses.asdict(answer)

@@ -6,13 +6,14 @@ problem a line, with all its graded answers) and, at the end, ``summary.json``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_phf.data.problems import Problem, keep_lines, read_jsonl
-from megatron_phf.evaluate import Answer, Evaluation, answer_to_json
+from megatron_phf.evaluate import Answer, Evaluation
 from megatron_phf.output import write_json
 
 
@@ -87,7 +88,7 @@ class GenerationStore:
                 line = {
                     "problem": problem.problem,
                     "answer": problem.answer,
-                    "answers": [answer_to_json(a) for a in row],
+                    "answers": [dataclasses.asdict(a) for a in row],
                 }
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()

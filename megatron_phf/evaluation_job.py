@@ -10,11 +10,10 @@ from typing import Any
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
-from megatron_phf.data.problems import FieldNames, read_test_problems
+from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
 from megatron_phf.evaluate import (
     Evaluation,
-    Grades,
     TestSet,
     evaluate,
     evaluation_sampling,
@@ -22,7 +21,7 @@ from megatron_phf.evaluate import (
     read_test_set,
 )
 from megatron_phf.evaluation_files import GenerationStore, read_generations
-from megatron_phf.grading import canonical_answer, make_grader
+from megatron_phf.grading import Grader, canonical_answer, make_grader
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.sharded_weights import load_weights
 from megatron_phf.rollout import RolloutEngine
@@ -59,7 +58,7 @@ def regrade(config: Config, files: dict[str, str]) -> None:
     if path is None or len(files) != 1:
         raise ValueError("--rollout-engine replay needs --replay-file, and one test set")
     (name, file), data = next(iter(files.items())), config.data
-    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
+    fields = field_names(data)
     problems = read_test_problems(file, fields, "--eval-data")
     recorded = read_generations(path, "--replay-file")
     if [p.problem for p in problems] != [text for text, _ in recorded]:
@@ -106,7 +105,7 @@ class _Student:
             served.sync(1)  # they get these weights, and keep them
             self._engine = served
 
-    def evaluate(self, name: str, file: str, grader: Grades) -> Evaluation:
+    def evaluate(self, name: str, file: str, grader: Grader) -> Evaluation:
         """One test set, part by part, from where an earlier start ended."""
         config = self._config
         tests = read_test_set(file, "--eval-data", config, self._tokenizer)

@@ -15,7 +15,7 @@ import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
 from megatron_phf.data.arithmetic import MODEL_CONFIG
-from megatron_phf.data.problems import FieldNames, read_problems, read_test_problems
+from megatron_phf.data.problems import field_names, read_problems, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
 from megatron_phf.gpu_flags import check_fp8_model, check_gpu
@@ -158,11 +158,6 @@ def _check_checkpoints(config: Config) -> None:
         raise ValueError("--save and --load need --hf-model: the embedded task is many short runs")
 
 
-def _fields(config: Config) -> FieldNames:
-    data = config.data
-    return FieldNames(data.problem_field, data.solution_field, data.answer_field)
-
-
 def _check_evaluation(config: Config) -> None:
     e = config.evaluation
     check_grader(e.grader)
@@ -182,7 +177,7 @@ def _check_evaluation(config: Config) -> None:
             raise ValueError(
                 "--eval-data needs --hf-model: the embedded task has problems of its own"
             )
-        read_test_problems(e.eval_data, _fields(config), "--eval-data")
+        read_test_problems(e.eval_data, field_names(config.data), "--eval-data")
 
 
 def _check_tokenizer(config: Config) -> None:
@@ -305,7 +300,7 @@ def check(config: Config) -> None:
     _check_evaluation(config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
-        read_problems(data.data, _fields(config))
+        read_problems(data.data, field_names(config.data))
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf.config import Config
-from megatron_phf.data.problems import FieldNames, read_test_problems
+from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.flags import parse_args
 from megatron_phf.main import run_rank
 
@@ -59,7 +59,7 @@ def test_files(args: argparse.Namespace, config: Config) -> dict[str, str]:
 
 def _check_counts(files: dict[str, str], preset: str | None, config: Config) -> None:
     data = config.data
-    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
+    fields = field_names(data)
     for name, file in files.items():
         count = len(read_test_problems(file, fields, "--eval-data"))
         if preset is not None and count != _PROBLEMS:

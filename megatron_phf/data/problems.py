@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from megatron_phf.config import DataConfig
 from megatron_phf.data.hf_files import parse_json, shown
 
 
@@ -29,6 +30,11 @@ class FieldNames:
     problem: str = "problem"
     solution: str = "solution"
     answer: str = "answer"
+
+
+def field_names(data: DataConfig) -> FieldNames:
+    """As the flags have them."""
+    return FieldNames(data.problem_field, data.solution_field, data.answer_field)
 
 
 def read_jsonl(path: str, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -64,6 +64,18 @@ class VocabShard:
         return mask
 
 
+def vocab_shard(
+    group: dist.ProcessGroup | None, start: int, rows: int, vocab_size: int | None
+) -> VocabShard:
+    """The shard of an output weight with ``rows`` rows here, of which padding is left out.
+
+    ``vocab_size``: real entries of all ranks together; None: every row is one.
+    """
+    world = 1 if group is None else dist.get_world_size(group)
+    total = vocab_size if vocab_size is not None else rows * world
+    return VocabShard(group, start, min(max(total - start, 0), rows), total)
+
+
 def _slope(log_s: Tensor, log_t: Tensor, beta: float, terms: Tensor) -> Tensor:
     """d term / d log p_S of each entry."""
     if beta == 0:

@@ -15,7 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_phf.losses._vocab_parallel import VocabShard, divergence_chunk, policy_chunk
+from megatron_phf.losses._vocab_parallel import (
+    VocabShard,
+    divergence_chunk,
+    policy_chunk,
+    vocab_shard,
+)
 from megatron_phf.losses.divergence import DivergenceSpec
 
 OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
@@ -177,10 +182,7 @@ def chunked_divergence(
         raise ValueError(f"objective {objective!r} needs target_ids")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens {chunk_tokens}: need at least 1")
-    world = 1 if group is None else dist.get_world_size(group)
-    total = vocab_size if vocab_size is not None else student_weight.shape[0] * world
-    size = min(max(total - vocab_start, 0), student_weight.shape[0])
-    shard = VocabShard(group, vocab_start, size, total)
+    shard = vocab_shard(group, vocab_start, student_weight.shape[0], vocab_size)
     problem = _Problem(
         teacher_rows.detach(),
         teacher_weight.detach(),

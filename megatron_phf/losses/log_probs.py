@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_phf.losses._vocab_parallel import VocabShard
+from megatron_phf.losses._vocab_parallel import vocab_shard
 
 
 @torch.no_grad()
@@ -24,10 +24,8 @@ def chunked_log_probs(
 
     At temperature 1, without gradient.  The other arguments are ``chunked_divergence``'s.
     """
-    world = 1 if group is None else dist.get_world_size(group)
-    total = vocab_size if vocab_size is not None else weight.shape[0] * world
-    size = min(max(total - vocab_start, 0), weight.shape[0])
-    shard = VocabShard(group, vocab_start, size, total)
+    shard = vocab_shard(group, vocab_start, weight.shape[0], vocab_size)
+    size = shard.size
     wide = torch.promote_types(rows.dtype, torch.float32)
     parts = [rows.new_zeros(0, dtype=wide)]
     for chunk, ids in zip(rows.split(chunk_tokens), target_ids.split(chunk_tokens), strict=True):

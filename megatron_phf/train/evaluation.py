@@ -12,7 +12,8 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.tokenizer import Tokenizer
-from megatron_phf.evaluate import Evaluation, Grades, TestSet, evaluate
+from megatron_phf.evaluate import Evaluation, TestSet, evaluate
+from megatron_phf.grading import Grader
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.logging import say
@@ -60,7 +61,7 @@ class Evaluator:
     tokenizer: Tokenizer
     tests: TestSet
     sampling: SamplingParams
-    grader: Grades
+    grader: Grader
     log: EvaluationLog
     report: Callable[[int, dict[str, Any]], None] = lambda step, values: None
 

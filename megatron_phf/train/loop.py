@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
-from megatron_phf.data.problems import FieldNames, read_problems
+from megatron_phf.data.problems import field_names, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
 from megatron_phf.data.tokenizer import (
     Tokenizer,
@@ -121,7 +121,7 @@ def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
     assert data.data is not None
-    fields = FieldNames(data.problem_field, data.solution_field, data.answer_field)
+    fields = field_names(data)
     problems = read_problems(data.data, fields)
     pairs, dropped = build_prompt_pairs(
         tokenizer,
