@@ -12,23 +12,37 @@ from typing import Any
 
 from benchmarks.harness import REPO, child, children
 
+# glibc returns what is freed at once: the peak is what lives, without the heap's holes.
+_LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 RESULTS = REPO / "benchmarks" / "results"
 
 
 def _divergence() -> dict[str, Any]:
-    memory = {
-        f"{variant}_{tokens}": child(
-            "benchmarks.divergence", what="memory", variant=variant, tokens=tokens, chunk=64
+    name = "benchmarks.divergence"
+    peaks = {
+        f"{variant}_{tokens}_chunk_{chunk}": child(
+            name, what="memory", variant=variant, tokens=tokens, chunk=chunk
         )["peak_bytes"]
-        for variant, tokens in (("ours", 512), ("ours", 2048), ("whole", 2048))
+        for variant, tokens, chunk in (
+            ("ours", 512, 256),
+            ("ours", 2048, 256),
+            ("ours", 2048, 64),
+            ("whole", 2048, 0),
+        )
     }
-    found = child("benchmarks.divergence", what="time", tokens=256, rounds=3)
-    sharded = children(2, "benchmarks.divergence", what="sharded", tokens=128, rounds=1)
+    sharded = {
+        variant: children(2, name, what="memory", variant=variant, tokens=512)["peak_bytes"]
+        for variant in ("ours", "whole")
+    }
     return {
-        **found,
-        "peak_mib": {name: size / 2**20 for name, size in memory.items()},
-        "memory_ratio": memory["whole_2048"] / memory["ours_2048"],
-        "tensor_parallel_2": sharded,
+        **child(name, what="time", tokens=2048, rounds=3),
+        "peak_mb": {key: size / 1e6 for key, size in peaks.items()},
+        "memory_ratio": peaks["whole_2048_chunk_0"] / peaks["ours_2048_chunk_256"],
+        "tensor_parallel_2_512_tokens": {
+            **children(2, name, what="time", tokens=512, rounds=3),
+            "peak_mb": {key: size / 1e6 for key, size in sharded.items()},
+            "memory_ratio": sharded["whole"] / sharded["ours"],
+        },
     }
 
 
@@ -41,11 +55,20 @@ def _rollouts() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, Any]:
-    shapes = {"deep": (8, 448, 4, 512), "wide": (4, 192, 2, 768)}
-    names = ("layers", "response", "batch", "hidden")
+    deep = {"layers": 8, "response": 448, "batch": 4, "hidden": 512}
+    wide = {"layers": 4, "response": 192, "batch": 2, "hidden": 768}
+    recompute = ["--recompute-granularity", "full", "--recompute-method", "uniform"]
+    cases: dict[str, tuple[int, dict[str, int], list[str]]] = {
+        "deep": (1, deep, []),
+        "wide": (1, wide, []),
+        "recompute": (1, deep, [*recompute, "--recompute-num-layers", "1"]),
+        "lora": (1, deep, ["--lora-rank", "16"]),
+        "opsd_alone": (1, deep, ["--phf-alpha", "0"]),
+        "tensor_parallel_2": (2, deep, ["--tensor-model-parallel-size", "2"]),
+    }
     return {
-        name: child("benchmarks.step", what="memory", **dict(zip(names, shape, strict=True)))
-        for name, shape in shapes.items()
+        name: children(processes, "benchmarks.step", _LIVE, what="memory", **shape, flags=flags)
+        for name, (processes, shape, flags) in cases.items()
     }
 
 

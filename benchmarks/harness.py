@@ -55,9 +55,14 @@ def seconds_of(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one call of each that does not count."""
-    for function in variants.values():
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one call of each that does not count.
+
+    ``warm``: there was one already.
+    """
+    for function in () if warm else variants.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds):
@@ -100,29 +105,43 @@ def peak_over_start(function: Callable[[], Any]) -> int:
     return max(peak_bytes() - before, 0)
 
 
-def child(module: str, **arguments: Any) -> Any:
-    """What ``python -m module JSON`` prints as its last line, as JSON: a process of its own."""
-    command = [sys.executable, "-m", module, json.dumps(arguments)]
-    return _last_line(command)
+def child(module: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> Any:
+    """What ``python -m module JSON`` reports: a process of its own."""
+    return _last_line([sys.executable, "-m", module, json.dumps(arguments)], environment)
 
 
-def children(processes: int, module: str, **arguments: Any) -> Any:
-    """As :func:`child`, of rank 0 of so many processes under torchrun."""
+def children(
+    processes: int, module: str, environment: Mapping[str, str] | None = None, **arguments: Any
+) -> Any:
+    """As :func:`child`, of so many processes under torchrun, one thread each."""
     head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     head += ["--nproc-per-node", str(processes), "-m", module]
-    return _last_line([*head, json.dumps(arguments)])
+    return _last_line(
+        [*head, json.dumps(arguments)], {"OMP_NUM_THREADS": "1", **(environment or {})}
+    )
 
 
-def _last_line(command: list[str]) -> Any:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+def _last_line(command: list[str], environment: Mapping[str, str] | None) -> Any:
+    fixed = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        command, cwd=REPO, env=environment, capture_output=True, text=True, check=False
+        command,
+        cwd=REPO,
+        env={**os.environ, **fixed, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(
             f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def report(found: Any) -> None:
+    """Print what :func:`child` reads, on one rank."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(found))
 
 
 @contextlib.contextmanager
@@ -138,10 +157,8 @@ def one_process() -> Iterator[None]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     device.setup()
     device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
-    try:
-        yield
-    finally:
-        parallel.destroy()
+    yield
+    parallel.destroy()  # waits for every rank: not after an error on one of them
 
 
 @contextlib.contextmanager
@@ -149,3 +166,12 @@ def scratch() -> Iterator[Path]:
     """A directory that is gone afterwards."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
+
+
+def from_rank_0(make: Callable[[], str]) -> str:
+    """What ``make`` returns on rank 0, on all ranks: one model and one file for all of them."""
+    import torch.distributed as dist
+
+    found = [make() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(found)
+    return found[0]

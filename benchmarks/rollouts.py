@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Spread, interleaved, one_process, ratio, scratch
+from benchmarks.harness import Spread, interleaved, one_process, ratio, report, scratch
 from benchmarks.models import job_config, load_peer, make_qwen3
 from megatron_phf import parallel
 from megatron_phf.model.architecture import read_architecture
@@ -60,4 +60,4 @@ def measure(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    report(measure(**json.loads(sys.argv[1])))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.harness import REPO, Spread, seconds_of
+from benchmarks.harness import REPO, Spread, report, seconds_of
 
 
 def measure(rounds: int) -> dict[str, Any]:
@@ -33,4 +33,4 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(**json.loads(sys.argv[1]))))
+    report(measure(**json.loads(sys.argv[1])))

@@ -1,7 +1,8 @@
 """A training step: what PHF adds to OPSD's, and the memory formula against a measured peak.
 
     python -m benchmarks.step '{"what": "phf_price", "rounds": 5}'
-    python -m benchmarks.step '{"what": "memory", "layers": 4, "tokens": 512, "batch": 4}'
+    python -m benchmarks.step '{"what": "memory", "layers": 8, "response": 448, "batch": 4,
+        "hidden": 512, "flags": ["--recompute-granularity", "full"]}'
 
 Replayed rollouts, fp32, one process; student and frozen teacher with weights of their own.
 """
@@ -16,10 +17,12 @@ from typing import Any
 
 from benchmarks.harness import (
     Spread,
+    from_rank_0,
     interleaved,
     one_process,
     peak_bytes,
     ratio,
+    report,
     reset_peak,
     resident_bytes,
     scratch,
@@ -78,13 +81,13 @@ def phf_price(rounds: int, response: int = 192, batch: int = 4) -> dict[str, Any
     }
 
 
-def memory(layers: int, response: int, batch: int, hidden: int = 512) -> dict[str, Any]:
-    """Measured peak of a step over the formula's, in this fresh process."""
+def memory(layers: int, response: int, batch: int, hidden: int, flags: list[str]) -> dict[str, Any]:
+    """Measured peak of a step over the formula's, in this fresh process (rank 0 of several)."""
+    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 3 * hidden}
     with scratch() as directory, one_process():
-        model = make_qwen3(directory / "model", num_hidden_layers=layers, hidden_size=hidden,
-                           intermediate_size=3 * hidden)  # fmt: skip
-        replay = write_replay(directory / "replay", batch, response, 32000)
-        flags = ["--micro-batch-size", str(batch), "--logits-chunk-tokens", "64"]
+        model = from_rank_0(lambda: make_qwen3(directory / "model", **shape))
+        replay = from_rank_0(lambda: write_replay(directory / "r", batch, response, 32000))
+        flags = [*flags, "--micro-batch-size", str(batch), "--logits-chunk-tokens", "64"]
         flags += ["--max-new-tokens", str(response)]
         config = job_config(model, *flags, "--global-batch-size", str(batch))
         parallel.initialize(config.parallel)
@@ -94,27 +97,17 @@ def memory(layers: int, response: int, batch: int, hidden: int = 512) -> dict[st
         for i in (1, 2):  # the second step has the optimizer's state
             distiller.step(i, rollouts, PhaseTimer())
         measured = peak_bytes() - before
-    parts = peak_estimate(
-        read_arch(layers, hidden), config, Machine(4, 1), batch * (PROMPT + response)
-    )
-    predicted = sum(parts.values()) * 2**30
+        machine = Machine(4, parallel.data_parallel_size(), cuda=False)
+        arch = read_architecture(model)
+        parts = peak_estimate(arch, config, machine, batch * (PROMPT + response))
     return {
-        "predicted_over_measured": predicted / measured,
+        "predicted_over_measured": sum(parts.values()) * 2**30 / measured,
         "measured_mib": measured / 2**20,
         "parts_mib": {name: gib * 1024 for name, gib in parts.items()},
     }
 
 
-def read_arch(layers: int, hidden: int) -> Any:
-    """The benchmarks' shape without its directory."""
-    with scratch() as directory:
-        return read_architecture(
-            make_qwen3(directory / "m", num_hidden_layers=layers, hidden_size=hidden,
-                       intermediate_size=3 * hidden)
-        )  # fmt: skip
-
-
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
     function = {"phf_price": phf_price, "memory": memory}[arguments.pop("what")]
-    print(json.dumps(function(**arguments)))
+    report(function(**arguments))

@@ -24,8 +24,9 @@ from megatron_phf.losses._vocab_parallel import (
 from megatron_phf.losses.divergence import DivergenceSpec
 
 OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
-# Vocabulary entries of one block: 16 MiB in fp32, large for a GPU's launches, small for memory.
-_BLOCK_ENTRIES = 2**22
+# Vocabulary entries of one block: in fp32 16 MiB, enough to keep a GPU busy, and 4 MiB on a CPU,
+# where caches are small.  About 11 tensors of a block exist at a time.
+_BLOCK_ENTRIES = {"cuda": 2**22, "cpu": 2**20}
 
 
 class ChunkedDivergence(NamedTuple):
@@ -127,7 +128,7 @@ def _run_chunk(
     scale = (problem.token_weights[part] / temperature)[:, None]
     outputs = []
     # Of the largest shard, as all ranks exchange numbers block by block.
-    size = max(1, _BLOCK_ENTRIES // max(1, weight.shape[0]))
+    size = max(1, _BLOCK_ENTRIES[weight.device.type] // max(1, weight.shape[0]))
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
         s, t = (x[block].to(wide).div_(temperature) for x in (student, teacher))

@@ -13,16 +13,22 @@ from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.teacher_architecture import read_teacher
 
 _GIB = 2**30
-# What the output loss works on at a time beside a chunk's logits: see losses/chunked.py.
-_BLOCK_BYTES = 6 * 16 * 2**20
+# What the output loss works on at a time beside a chunk's logits, fp32: see losses/chunked.py.
+_BLOCK_ENTRIES = {True: 11 * 2**22, False: 11 * 2**20}
+# Tensors of [transitions, hidden] in fp32 that the flow loss keeps of a layer for its backward.
+_FLOW_TENSORS = 4
 
 
 @dataclass(frozen=True)
 class Machine:
-    """``width``: bytes of a weight; ``replicas``: data-parallel ranks."""
+    """``width``: bytes of a weight; ``replicas``: data-parallel ranks.
+
+    Without ``cuda`` norms and SwiGLU are not fused and keep more.
+    """
 
     width: int
     replicas: int
+    cuda: bool = True
 
 
 def _model_split(config: Config) -> int:
@@ -101,7 +107,7 @@ def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> dic
     return {name: size / _GIB for name, size in sizes.items()}
 
 
-def _layer_numbers(arch: Architecture, config: Config) -> tuple[float, float]:
+def _layer_numbers(arch: Architecture, config: Config, cuda: bool) -> tuple[float, float]:
     """Numbers a token that one layer keeps for backward: (all, its input alone)."""
     p = config.parallel
     tp = p.tensor_model_parallel_size
@@ -109,14 +115,31 @@ def _layer_numbers(arch: Architecture, config: Config) -> tuple[float, float]:
     groups = arch.padded_groups(tp)
     queries = groups * (arch.num_attention_heads // arch.num_query_groups) * arch.kv_channels / tp
     keys = groups * arch.kv_channels / tp
-    # q/k/v; rotated q and k; the attention's output, and once more in the projection's layout.
-    attention = (queries + 2 * keys) + (queries + keys) + 2 * queries
+    # A norm's input and output; where it is not one kernel, the scaled input in between too.
+    norm = 2 * stream if cuda else 3 * stream
+    # q, k, v as one tensor; rotated q and k; the attention's output.
+    attention = (queries + 2 * keys) + (queries + keys) + queries
+    if arch.qk_layernorm:  # reads q from a tensor of its own
+        attention += queries if cuda else 2 * queries + keys
+    # gate and up as one tensor, their product; without a fused kernel silu(gate) and a copy of up.
+    ffn = 3 if cuda else 5
     if arch.experts is None:
-        mlp = 4 * arch.ffn_hidden_size / tp  # gate and up, silu(gate), product
+        mlp = ffn * arch.ffn_hidden_size / tp
     else:
-        expert = 4 * arch.experts.ffn_hidden_size / tp + 2 * arch.hidden_size / tp
+        expert = (ffn + 1) * arch.experts.ffn_hidden_size / tp + 2 * arch.hidden_size / tp
         mlp = arch.experts.per_token * expert
-    return 4 * stream + attention + mlp, stream  # both norms' inputs and outputs
+    return 2 * norm + attention + mlp, stream
+
+
+def _flow_bytes(arch: Architecture, config: Config) -> float:
+    """What the flow loss of one microbatch keeps of the local layers."""
+    method = config.method
+    if method.phf_alpha == 0:
+        return 0.0
+    transitions = min(method.phf_window_size, config.rollout.max_new_tokens) - 1
+    layers = arch.num_layers / config.parallel.pipeline_model_parallel_size + 1
+    rows = config.train.micro_batch_size * transitions
+    return _FLOW_TENSORS * layers * rows * arch.hidden_size * 4
 
 
 def activation_bytes(arch: Architecture, config: Config, machine: Machine, tokens: int) -> float:
@@ -126,14 +149,15 @@ def activation_bytes(arch: Architecture, config: Config, machine: Machine, token
     keeps its input, and one layer is computed again at a time; attention keeps no scores (fused).
     """
     p = config.parallel
-    everything, kept = _layer_numbers(arch, config)
+    everything, kept = _layer_numbers(arch, config, machine.cuda)
     layers = arch.num_layers / p.pipeline_model_parallel_size
     local = config.train.global_batch_size / machine.replicas / config.train.micro_batch_size
     under_way = min(p.pipeline_model_parallel_size, max(1, local))
     part = tokens / p.context_parallel_size * machine.width
+    flow = under_way * _flow_bytes(arch, config)
     if p.recompute_granularity == "full":
-        return (under_way * layers * kept + everything) * part
-    return under_way * layers * everything * part
+        return (under_way * layers * kept + everything) * part + flow
+    return under_way * layers * everything * part + flow
 
 
 def output_loss_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
@@ -145,7 +169,7 @@ def output_loss_bytes(arch: Architecture, config: Config, machine: Machine) -> f
     entries = arch.padded_vocab_size(config.model.make_vocab_size_divisible_by, tp) / tp
     chunk = config.method.logits_chunk_tokens
     logits = 2 * chunk * entries * machine.width
-    blocks = min(_BLOCK_BYTES, 6 * chunk * entries * 4)
+    blocks = min(_BLOCK_ENTRIES[machine.cuda], 11 * chunk * entries) * 4
     head = 0.0 if config.lora.lora_rank else entries * arch.hidden_size * 4
     return logits + blocks + head
 
