@@ -35,11 +35,11 @@ def _divergence() -> dict[str, Any]:
         for variant in ("ours", "whole")
     }
     return {
-        **child(name, what="time", tokens=2048, rounds=3),
+        **child(name, what="time", tokens=2048, rounds=2),
         "peak_mb": {key: size / 1e6 for key, size in peaks.items()},
         "memory_ratio": peaks["whole_2048_chunk_0"] / peaks["ours_2048_chunk_256"],
         "tensor_parallel_2_512_tokens": {
-            **children(2, name, what="time", tokens=512, rounds=3),
+            **children(2, name, what="time", tokens=512, rounds=2),
             "peak_mb": {key: size / 1e6 for key, size in sharded.items()},
             "memory_ratio": sharded["whole"] / sharded["ours"],
         },

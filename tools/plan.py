@@ -29,23 +29,33 @@ _FRAMEWORK_GIB = 2.0  # CUDA context, NCCL's buffers, the allocator's fragments
 
 @dataclass(frozen=True)
 class Hardware:
-    """FLOP/s that a GPU reaches; bytes a second between GPUs of a node and of two nodes."""
+    """FLOP/s that a GPU reaches; bytes a second between GPUs of a node and of two nodes, and from
+
+    its memory; ``launch``: seconds that a layer takes at least for one decoded token.
+    """
 
     flops: float
     inside: float
     between: float
     gpus_a_node: int
+    memory: float
+    launch: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout: GiB of each part on the fullest rank, bytes a rank sends a step, seconds a step."""
+    """A layout: GiB of each part on the fullest rank; bytes sent by a rank and seconds of a step."""
 
     config: Config
     replicas: int
     memory: dict[str, float]
     traffic: dict[str, float]
-    seconds: float
+    times: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.times.values())
 
     @property
     def total(self) -> float:
@@ -112,6 +122,23 @@ def traffic(arch: Architecture, config: Config, replicas: int, tokens: int) -> d
     return {"tensor": tensor, "pipeline": pipeline, "data": data, "experts": routed}
 
 
+def rollout_seconds(arch: Architecture, config: Config, replicas: int, hardware: Hardware) -> float:
+    """Of decoding in process, stage after stage: a token reads every weight of its ranks once.
+
+    Of the experts those that some row of the batch is routed to.
+    """
+    p, r = config.parallel, config.rollout
+    local = config.train.global_batch_size // replicas
+    rows = min(r.rollout_batch_size, local)
+    experts, share = arch.num_expert_parameters(), 1.0
+    if arch.experts is not None:
+        share = 1 - (1 - arch.experts.per_token / arch.experts.count) ** rows
+    weights = arch.num_parameters() - experts + experts * share / p.expert_model_parallel_size
+    read = weights / p.tensor_model_parallel_size * _WIDTH / hardware.memory
+    token = max(read, arch.num_layers * hardware.launch)
+    return -(-local // rows) * r.max_new_tokens * token
+
+
 def evaluate(
     arch: Architecture, config: Config, replicas: int, hardware: Hardware, lengths: tuple[int, int]
 ) -> Plan:
@@ -127,10 +154,13 @@ def evaluate(
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     bubble = 1 + (pp - 1) / local
     wide = hardware.between if replicas * tp * pp > hardware.gpus_a_node else hardware.inside
-    seconds = flops / (tp * pp) / hardware.flops * bubble
-    seconds += sent["tensor"] / hardware.inside + sent["pipeline"] / wide
-    seconds += (sent["data"] + sent["experts"]) / wide
-    return Plan(config, replicas, memory, sent, seconds)
+    times = {
+        "rollouts": rollout_seconds(arch, config, replicas, hardware),
+        "training": flops / (tp * pp) / hardware.flops * bubble,
+        "communication": sent["tensor"] / hardware.inside
+        + (sent["pipeline"] + sent["data"] + sent["experts"]) / wide,
+    }
+    return Plan(config, replicas, memory, sent, times)
 
 
 def plans(
@@ -148,12 +178,14 @@ def plans(
 
 
 def table(found: list[Plan]) -> str:
-    """One line a layout: GiB by part, GB sent a step by kind, seconds."""
+    """Three lines a layout: seconds, GiB and GB sent, each by part."""
     lines = []
     for plan in found:
         parts = ", ".join(f"{k} {v:.1f}" for k, v in plan.memory.items() if v >= 0.05)
         sent = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.traffic.items() if v >= 5e7)
-        lines.append(f"{plan.describe()}: {plan.total:.1f} GiB ({parts}), {plan.seconds:.1f} s")
+        times = ", ".join(f"{k} {v:.1f}" for k, v in plan.times.items())
+        lines.append(f"{plan.describe()}: {plan.seconds:.1f} s a step ({times})")
+        lines.append(f"    {plan.total:.1f} GiB ({parts})")
         lines.append(f"    GB sent a rank: {sent or 'nothing'}")
     return "\n".join(lines)
 
@@ -167,6 +199,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu-tflops", type=float, default=400.0, help="reached, not the peak")
     parser.add_argument("--node-gbytes", type=float, default=300.0, help="GB/s within a node")
     parser.add_argument("--network-gbytes", type=float, default=40.0, help="GB/s a GPU, between")
+    parser.add_argument("--memory-gbytes", type=float, default=2500.0, help="GB/s of GPU memory")
+    parser.add_argument(
+        "--layer-microseconds", type=float, default=300.0,
+        help="that a layer takes at least for one decoded token: kernel launches",
+    )  # fmt: skip
     parser.add_argument("--global-batch-size", type=int, default=32)
     parser.add_argument("--max-prompt-length", type=int, default=512)
     parser.add_argument("--max-teacher-prompt-length", type=int, default=2048)
@@ -194,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         teacher=given.teacher,
     )
     speeds = given.gpu_tflops * 1e12, given.node_gbytes * 1e9, given.network_gbytes * 1e9
-    hardware = Hardware(*speeds, given.gpus_per_node)
+    slow = given.memory_gbytes * 1e9, given.layer_microseconds * 1e-6
+    hardware = Hardware(*speeds, given.gpus_per_node, *slow)
     fit, rest = plans(arch, base, given.gpus, given.gpu_memory * 1e9 / 2**30, hardware)
     print(f"{arch.model_type}, {arch.num_parameters() / 1e9:.1f} B parameters, {given.gpus} GPUs")
     print(table(fit[: given.best]) if fit else f"nothing fits in {given.gpu_memory:g} GB; nearest:")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -59,14 +60,16 @@ MODELS = {
 }
 
 
+HARDWARE = plan.Hardware(4e14, 3e11, 4e10, 8, 2.5e12, 3e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_layouts_fit_and_divide(name: str) -> None:
     content, billions, gpus = MODELS[name]
     arch = parse_architecture(content, name)
     assert arch.num_parameters() / 1e9 == pytest.approx(billions, rel=0.01)
     base = Config().replaced(global_batch_size=256)
-    hardware = plan.Hardware(4e14, 3e11, 4e10, 8)
-    fit, rest = plan.plans(arch, base, gpus, 74.5, hardware)
+    fit, rest = plan.plans(arch, base, gpus, 74.5, HARDWARE)
     assert fit
     assert [p.seconds for p in fit] == sorted(p.seconds for p in fit)
     for p in (*fit, *rest):
@@ -89,6 +92,17 @@ def test_parts_by_hand() -> None:
     n = arch.num_parameters() / 2**30
     for name, size in {"weights": 2, "gradients": 4, "optimizer": 12, "teacher": 2}.items():
         assert parts[name] == pytest.approx(size * n)
+
+
+def test_rollout_time_by_hand() -> None:
+    """8B on one GPU: 8.19 B weights of 2 bytes a token at 2.5 TB/s; a batch of half the rows."""
+    arch = parse_architecture(MODELS["8B"][0], "8B")
+    config = Config().replaced(global_batch_size=64, rollout_batch_size=32, max_new_tokens=100)
+    fast = dataclasses.replace(HARDWARE, launch=0.0)
+    token = arch.num_parameters() * 2 / 2.5e12
+    assert plan.rollout_seconds(arch, config, 1, fast) == pytest.approx(2 * 100 * token)
+    # Two replicas have one batch each; launches of 36 layers take longer than the weights.
+    assert plan.rollout_seconds(arch, config, 2, HARDWARE) == pytest.approx(100 * 36 * 3e-4)
 
 
 def test_command_line_without_torch(tmp_path) -> None:
