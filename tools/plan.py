@@ -44,7 +44,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout: GiB of each part on the fullest rank; bytes sent by a rank and seconds of a step."""
+    """A layout: GiB of each part on the fullest rank; bytes a rank sends and seconds of a step."""
 
     config: Config
     replicas: int
