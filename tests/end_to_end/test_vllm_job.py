@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_phf import parallel
 from megatron_phf.data.arithmetic import make_hf_directory, make_problems
@@ -22,24 +22,34 @@ BATCH, STEPS, SEED = 4, 3, 21
 TEMPERATURE, TOP_P, TOP_K = 1.3, 0.9, 12
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """A model with weights large enough that its tokens depend on them, and problems."""
-    directory = tmp_path_factory.mktemp("vllm")
-    make_hf_directory(str(directory / "hf"), seed=5)
-    model = AutoModelForCausalLM.from_pretrained(directory / "hf")
+def save_with_large_weights(model: PreTrainedModel, path: Path) -> None:
+    """Large enough that its tokens depend on them."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(0, 0.12)
-    model.save_pretrained(directory / "hf")
-    shutil.copytree(directory / "hf", directory / "served")
+    model.save_pretrained(path)
+
+
+def write_problems(directory: Path) -> None:
+    """12 of the embedded task, and both templates."""
     (directory / "student.txt").write_text("{problem}=")
     (directory / "teacher.txt").write_text("{problem}|{solution}=")
     with open(directory / "problems.jsonl", "w") as f:
         for p in make_problems("train", 12, seed=3):
             f.write(json.dumps({"problem": p.problem, "solution": p.solution}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A model whose tokens depend on its weights, and problems."""
+    directory = tmp_path_factory.mktemp("vllm")
+    make_hf_directory(str(directory / "hf"), seed=5)
+    model = AutoModelForCausalLM.from_pretrained(directory / "hf")
+    save_with_large_weights(model, directory / "hf")
+    shutil.copytree(directory / "hf", directory / "served")
+    write_problems(directory)
     return directory
 
 

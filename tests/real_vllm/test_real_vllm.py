@@ -14,11 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_phf.data.arithmetic import make_hf_directory, make_problems
-from tests.end_to_end.test_vllm_job import BATCH, STEPS, flags
+from megatron_phf.data.arithmetic import make_hf_directory
+from tests.end_to_end.test_vllm_job import (
+    BATCH,
+    STEPS,
+    flags,
+    save_with_large_weights,
+    write_problems,
+)
 from tests.launch import REPO, torchrun
 
 PYTHON = Path(os.environ.get("VLLM_VENV", REPO / ".venv-vllm")) / "bin" / "python"
@@ -30,18 +35,9 @@ def files(tmp_path_factory) -> Path:
     """The embedded task's model with heads of 64: vLLM's attention on the CPU has none of 24."""
     directory = tmp_path_factory.mktemp("vllm")
     make_hf_directory(str(directory / "hf"), seed=5)
-    torch.manual_seed(1)
     model = Qwen3ForCausalLM(Qwen3Config.from_pretrained(directory / "hf", head_dim=64))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() > 1:
-                p.normal_(0, 0.12)
-    model.save_pretrained(directory / "hf")
-    (directory / "student.txt").write_text("{problem}=")
-    (directory / "teacher.txt").write_text("{problem}|{solution}=")
-    with open(directory / "problems.jsonl", "w") as f:
-        for p in make_problems("train", 12, seed=3):
-            f.write(json.dumps({"problem": p.problem, "solution": p.solution}) + "\n")
+    save_with_large_weights(model, directory / "hf")
+    write_problems(directory)
     return directory
 
 
