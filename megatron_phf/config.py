@@ -272,6 +272,9 @@ class BatchingConfig:
         "sort rollouts by length into microbatches of at most this many padded tokens of either "
         "model; 0: --micro-batch-size rollouts each",
     )
+    pack_sequences: bool = _flag(
+        False, "with it: a microbatch's rollouts in one row (THD), without padding between them"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import FULL, PP2, SP, TOLERANCE, TP2
+from tests.parallel.test_parity import FULL, PACKED, PP2, SP, TOLERANCE, TP2
 
 BATCH, LAYERS = 4, 4
 TE = ["--transformer-impl", "transformer_engine", "--dtype", "auto"]  # fp32 on the CPU
@@ -27,6 +27,8 @@ LORA = ["--lora-rank", "8", "--lora-alpha", "12"]
 PARITY = {
     "bf16_tp2_sp": ("qwen3", [*TE, *TP2, *SP]),
     "tensorwise_tp2_sp": ("qwen3", [*TENSORWISE, *BF16_ENDS, *TP2, *SP]),
+    "bf16_packed_pp2": ("qwen3", [*TE, *PP2, *PACKED]),
+    "tensorwise_packed_tp2_sp": ("qwen3", [*TENSORWISE, *TP2, *SP, *PACKED]),
     "delayed_pp2_full": ("qwen2", [*FP8, "e4m3", *PP2, *FULL, "1"]),
     "delayed_live_dp2": ("qwen3", [*FP8, "hybrid", "--teacher", "live"]),
     "mxfp8_lora_tp2": ("qwen3", [*FP8, "e4m3", "--fp8-recipe", "mxfp8", *TP2, *LORA]),

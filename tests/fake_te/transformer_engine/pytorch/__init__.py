@@ -170,7 +170,7 @@ class GroupedLinear(_Base):
 
 
 class DotProductAttention(_Base):
-    """Causal attention of [s, b, heads, hn]."""
+    """Causal attention of [s, b, heads, hn], or of packed [t, heads, hn]."""
 
     def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0,
                  attn_mask_type="causal", sequence_parallel=False, tp_size=1,
@@ -181,13 +181,30 @@ class DotProductAttention(_Base):
         assert not attention_dropout
         self.softmax_scale = softmax_scale
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type="causal"):
-        assert attn_mask_type == "causal" and attention_mask is None
+    def forward(self, query, key, value, attention_mask, attn_mask_type="causal",
+                qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None,
+                cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None):  # fmt: skip
+        assert attention_mask is None
+        mask = None
+        if qkv_format == "thd":
+            assert attn_mask_type == "padding_causal" and query.dim() == 3
+            assert cu_seqlens_q.dtype is torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+            assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None
+            assert max_seqlen_q == max_seqlen_kv == cu_seqlens_q.diff().max()
+            assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(query) == len(key)
+            token = torch.arange(len(query))
+            sequence = torch.bucketize(token, cu_seqlens_q, right=True)
+            mask = (sequence[:, None] == sequence) & (token[:, None] >= token)
+            query, key, value = (x[:, None] for x in (query, key, value))
+        else:
+            assert attn_mask_type == "causal"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
+            q, k, v, mask, is_causal=mask is None, scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        out = out.permute(2, 0, 1, 3).flatten(2)
+        return out if mask is None else out[:, 0]
 
 
 class Fp8Padding(torch.nn.Module):
