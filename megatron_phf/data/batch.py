@@ -105,6 +105,7 @@ def _sequences(
     if not packed:
         return batch
     left = length - sum(sizes)
+    assert left >= 0, "checked before launch, or where the rollouts are read"
     return dataclasses.replace(batch, lengths=(*sizes, *([left] if left else [])))
 
 
@@ -133,6 +134,7 @@ def make_local_batch(
     pad_id: int = 0,
     groups: Sequence[Sequence[int]] | None = None,
     packed: bool = False,
+    row_length: int | None = None,
 ) -> LocalBatch:
     """Cut this rank's rollouts into microbatches: in order, all of one length a side.
 
@@ -141,6 +143,7 @@ def make_local_batch(
         window: response lengths [b] -> (positions [b, m], valid [b, m]), see ``flow_window``.
         length_multiple: rows are padded to a multiple of this (sequence parallelism: TP).
         packed: the sequences of each of ``groups`` lie in one row, without padding between them.
+        row_length: of each packed row; None: as long as it must be.
     """
     assert groups is not None or not packed, "packed rows have lengths of their own"
     order = [list(group) for group in groups or []]
@@ -157,7 +160,7 @@ def make_local_batch(
         members = [rollouts[i] for i in rows]
         sides = [[side[i] for i in rows] for side in (students, teachers)]
         if groups is not None:
-            lengths = [_row_length(side, length_multiple, packed) for side in sides]
+            lengths = [row_length or _row_length(side, length_multiple, packed) for side in sides]
         positions = window([len(r.response_ids) for r in members])
         student = _sequences(sides[0], lengths[0], positions, pad_id, packed)
         student = dataclasses.replace(student, log_probs=_log_probs(members))

@@ -35,6 +35,7 @@ from megatron_phf.model.gpt import (
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.model.rows import gather_rows, part_rows
 from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
+from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
@@ -153,6 +154,7 @@ class Distiller:
             length_multiple=self.shards.length_multiple,
             groups=self._groups(rollouts),
             packed=self.config.batching.pack_sequences,
+            row_length=fixed_row_length(self.config, self.shards.length_multiple),
         )
         moved = [type(m)(m.student.to(where), m.teacher.to(where)) for m in batch.microbatches]
         return dataclasses.replace(batch, microbatches=moved)

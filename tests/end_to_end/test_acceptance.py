@@ -26,7 +26,7 @@ def test_on_the_cpu() -> None:
     passed = {name for name, (_, word) in result.items() if word == "pass"}
     assert passed == {
         "parity with transformers, fp32", "parity with transformers, bf16",
-        "loss over 4 steps, bf16 against fp32",
+        "parity with transformers, packed", "loss over 4 steps, bf16 against fp32",
     }  # fmt: skip
     shown = {name for name, (_, word) in result.items() if word == "shown"}
     assert shown == {
@@ -41,7 +41,8 @@ def test_dry_run_says_what_would_run() -> None:
     done = run(["bash", SCRIPT, "--dry-run", "--gpus", "8"], timeout=60)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["parity_fp32", "parity_bf16", "train", "train_coarse", "train_opsd"]
+    assert names == ["parity_fp32", "parity_bf16", "parity_packed", "train", "train_coarse",
+                     "train_opsd"]  # fmt: skip
     assert "(8 process(es))" in done.stdout and "--overlap-grad-reduce" in done.stdout
 
 
