@@ -114,6 +114,7 @@ def _check_userbuffers(config: Config) -> None:
         ("--sequence-parallel", config.parallel.sequence_parallel),
         ("--pack-sequences", config.batching.pack_sequences),
         ("Transformer Engine's layers", engine and config.model.transformer_impl != "local"),
+        ("--dtype bf16", config.model.dtype != "fp32"),
         ("all weights trained, without --lora-rank", config.lora.lora_rank == 0),
         ("--fp8-recipe delayed or tensorwise", fp8.fp8_recipe in ("delayed", "tensorwise")),
         ("FP8 in all layers or none, no --first-last-layers-bf16", not fp8.first_last_layers_bf16),

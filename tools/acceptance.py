@@ -88,7 +88,7 @@ class Plan:
         fp32 = ["--dtype", "fp32", "--transformer-impl", "local"]
         cases = [self.case("parity_fp32", "gradients", *parity, *fp32)]
         cases.append(self.case("parity_bf16", "gradients", *parity, "--dtype", "bf16"))
-        packed = ["--dtype", "bf16", "--max-tokens-per-microbatch", "96", "--pack-sequences"]
+        packed = ["--dtype", "bf16", "--max-tokens-per-microbatch", "128", "--pack-sequences"]
         cases.append(self.case("parity_packed", "gradients", *parity, *packed))
         if self.userbuffers:
             more = ["--transformer-impl", "transformer_engine", "--tp-comm-overlap"]
