@@ -72,7 +72,8 @@ def test_verdicts(tmp_path: Path) -> None:
     (tmp_path / "train.log").write_text("memory   1.50 GiB a rank, activations aside\n")
     assert acceptance.memory_row(gpu).good is True
     rows = acceptance.evaluate(gpu, {name: "trouble" for name in (
-        "parity_fp32", "parity_bf16", "parity_packed", "parity_fp8", "train", "train_opsd")})  # fmt: skip
+        "parity_fp32", "parity_bf16", "parity_packed", "parity_fp8", "train",
+        "train_opsd")})  # fmt: skip
     assert [row.good for row in rows] == [False] * len(rows)
     assert "**FAIL**" in acceptance.table(rows)
 
