@@ -75,6 +75,7 @@ def _memory() -> dict[str, Any]:
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "startup": lambda: child("benchmarks.startup", rounds=5),
     "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=5),
+    "packing": lambda: child("benchmarks.packing", rounds=7),
     "memory": _memory,
     "rollouts": _rollouts,
     "divergence": _divergence,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.sharded_weights import weights_sharded_state_dict
 
 _PREFIX = "teacher."
@@ -53,6 +53,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, student: list[FlowGPTModel]) -> None:
         """One step towards the weights of ``student``, chunks of the same layout."""
+        wait_for_weights(student)
         averages = [average for _, average in self.pairs()]
         weights = [p.data for chunk in student for _, p in self._selected(chunk)]
         # An offloaded teacher's average is on the host, and is updated there.

@@ -82,6 +82,12 @@ class ParallelConfig:
     overlap_grad_reduce: bool = _flag(
         False, "reduce gradients over DP while the backward pass goes on"
     )
+    overlap_param_gather: bool = _flag(
+        False, "gather updated weights over DP until something reads them"
+    )
+    tp_comm_overlap: bool = _flag(
+        False, "overlap TP's communication with GEMMs in the student's training pass"
+    )
     gradient_accumulation_fusion: bool = _flag(
         True, "add weight gradients in the GEMM (on CUDA, with NVIDIA's apex)"
     )
@@ -271,6 +277,9 @@ class BatchingConfig:
         0,
         "sort rollouts by length into microbatches of at most this many padded tokens of either "
         "model; 0: --micro-batch-size rollouts each",
+    )
+    pack_sequences: bool = _flag(
+        False, "with it: a microbatch's rollouts in one row (THD), without padding between them"
     )
 
 

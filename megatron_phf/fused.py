@@ -92,7 +92,8 @@ def features(config: Config, implementation: str) -> list[Feature]:
     engine, cuda = implementation == "transformer_engine", device.has_cuda()
     norm = "with the linear behind it" if engine else "torch's RMSNorm"
     attention = "Transformer Engine (flash or cuDNN)" if engine else "torch's fused attention"
-    overlap = config.parallel.overlap_grad_reduce
+    layout = config.parallel
+    reduction, gather = layout.overlap_grad_reduce, layout.overlap_param_gather
     return [
         layers(implementation),
         fp8(config),
@@ -103,7 +104,9 @@ def features(config: Config, implementation: str) -> list[Feature]:
         Feature("output head and loss in chunks", True, "no logits are kept"),
         gradient_accumulation(config),
         adam(),
-        Feature("gradient reduction in backward", overlap, "--overlap-grad-reduce"),
+        Feature("TP communication in GEMMs", layout.tp_comm_overlap, "--tp-comm-overlap"),
+        Feature("gradient reduction in backward", reduction, "--overlap-grad-reduce"),
+        Feature("weight gather behind a step", gather, "--overlap-param-gather"),
     ]
 
 

@@ -94,7 +94,47 @@ def check_fp8_model(config: Config, arch: Architecture) -> None:
                 )
 
 
+def _check_overlap(config: Config) -> None:
+    layout = config.parallel
+    if layout.overlap_param_gather and not (
+        layout.use_distributed_optimizer and layout.overlap_grad_reduce
+    ):
+        raise ValueError(
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce"
+        )
+
+
+def _check_userbuffers(config: Config) -> None:
+    """Their buffers have the shape of one packed row (megatron_phf.model.userbuffers)."""
+    if not config.parallel.tp_comm_overlap:
+        return
+    engine = importlib.util.find_spec("transformer_engine") is not None
+    fp8, data = config.fp8, config.data
+    needs = (
+        ("--sequence-parallel", config.parallel.sequence_parallel),
+        ("--pack-sequences", config.batching.pack_sequences),
+        ("Transformer Engine's layers", engine and config.model.transformer_impl != "local"),
+        ("--dtype bf16", config.model.dtype != "fp32"),
+        ("all weights trained, without --lora-rank", config.lora.lora_rank == 0),
+        ("--fp8-recipe delayed or tensorwise", fp8.fp8_recipe in ("delayed", "tensorwise")),
+        ("FP8 in all layers or none, no --first-last-layers-bf16", not fp8.first_last_layers_bf16),
+    )
+    for need, there in needs:
+        if not there:
+            raise ValueError(f"--tp-comm-overlap needs {need}")
+    prompt = max(data.max_prompt_length, data.max_teacher_prompt_length)
+    longest = prompt + config.rollout.max_new_tokens
+    budget = config.batching.max_tokens_per_microbatch
+    if budget < longest:
+        raise ValueError(
+            f"--tp-comm-overlap: a rollout may have {longest} tokens (prompt and "
+            f"--max-new-tokens), which a row of --max-tokens-per-microbatch {budget} must hold"
+        )
+
+
 def check_gpu(config: Config) -> None:
     """Raise ValueError where the flags about kernels do not fit each other or this machine."""
+    _check_overlap(config)
+    _check_userbuffers(config)
     _check_fp8_options(config)
     _needs_engine(config)

@@ -36,6 +36,9 @@ def advice(config: Config, phase: str) -> list[str]:
             lines.append(f"--rollout-batch-size {size // 2}: half the KV cache")
         lines.append("--rollout-engine vllm: rollouts on other GPUs")
     elif phase in ("student", "teacher", "optimizer"):
+        budget = config.batching.max_tokens_per_microbatch
+        if budget > 1024:
+            lines.append(f"--max-tokens-per-microbatch {budget // 2}: half the activations")
         if t.micro_batch_size > 1:
             lines.append(f"--micro-batch-size {t.micro_batch_size // 2}: half the activations")
         if p.recompute_granularity != "full" and phase == "student":

@@ -112,6 +112,13 @@ def _check_batching(config: Config) -> None:
             "--max-tokens-per-microbatch takes the place of --micro-batch-size and needs "
             "--hf-model; leave one of the two out"
         )
+    if config.batching.pack_sequences and not budget:
+        raise ValueError("--pack-sequences needs --max-tokens-per-microbatch, the tokens of a row")
+    if config.batching.pack_sequences and config.parallel.context_parallel_size > 1:
+        raise ValueError(
+            "--pack-sequences: packed rows are not cut over --context-parallel-size; leave one of "
+            "the two out"
+        )
 
 
 def _check_combinations(config: Config) -> None:

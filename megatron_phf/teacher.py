@@ -11,7 +11,7 @@ import torch
 from megatron_phf.average import WeightAverage
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.fp8 import without_fp8_flags
+from megatron_phf.model.fp8 import never_trained
 from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
 from megatron_phf.model.hf_weights import load_hf_weights
 from megatron_phf.model.teacher_architecture import TEACHER_FLAG, read_teacher, teacher_config
@@ -102,7 +102,7 @@ class EmaTeacher:
 
 def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
     """The model of ``--teacher-hf-model``, in the student's layout and with its vocabulary rows."""
-    teacher, settings = read_teacher(arch, config), without_fp8_flags(teacher_config(config))
+    teacher, settings = read_teacher(arch, config), never_trained(teacher_config(config))
     assert teacher is not None and settings.model.hf_model is not None
     chunks = build_model(teacher, settings)
     load_hf_weights(chunks, teacher, settings, settings.model.hf_model, TEACHER_FLAG)

@@ -24,8 +24,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# (largest deviation of a value, of a gradient): rounding of the weights' dtype, and of FP8.
+# (largest deviation of a value, of a gradient): rounding of the weights' dtype, and of FP8; packed
+# rows, and those with userbuffers, are in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1), "fp8": (1e-1, 5e-1)}
+TOLERANCES |= {"packed": TOLERANCES["bf16"], "userbuffers": TOLERANCES["bf16"]}
 _CURVE, _OVERHEAD, _MFU = 0.05, 0.25, 0.2
 _PEAK_FLOPS = 989e12  # H100 SXM, bf16, dense
 _LAYOUTS = {
@@ -66,6 +68,11 @@ class Plan:
         """The precision that is compared with the trusted one."""
         return "fp8" if self.cuda else "bf16"
 
+    @property
+    def userbuffers(self) -> bool:
+        """Whether the layout has communication to overlap by Transformer Engine's userbuffers."""
+        return self.cuda and "--sequence-parallel" in self.layout
+
     def case(self, name: str, kind: str, *argv: str) -> dict[str, Any]:
         """A case for the driver, its output under the plan's directory."""
         output = ["--output-dir", os.path.join(self.directory, name), "--no-progress"]
@@ -81,6 +88,11 @@ class Plan:
         fp32 = ["--dtype", "fp32", "--transformer-impl", "local"]
         cases = [self.case("parity_fp32", "gradients", *parity, *fp32)]
         cases.append(self.case("parity_bf16", "gradients", *parity, "--dtype", "bf16"))
+        packed = ["--dtype", "bf16", "--max-tokens-per-microbatch", "128", "--pack-sequences"]
+        cases.append(self.case("parity_packed", "gradients", *parity, *packed))
+        if self.userbuffers:
+            more = ["--transformer-impl", "transformer_engine", "--tp-comm-overlap"]
+            cases.append(self.case("parity_userbuffers", "gradients", *parity, *packed, *more))
         if self.cuda:
             coarse = ["--dtype", "bf16", *self.coarse]
             cases.append(self.case("parity_fp8", "gradients", *parity, *coarse))
@@ -264,7 +276,8 @@ def table(rows: list[Row]) -> str:
 
 def evaluate(plan: Plan, failed: dict[str, str]) -> list[Row]:
     """All rows; those whose case has failed say so."""
-    precisions = ["fp32", "bf16", *(["fp8"] if plan.cuda else [])]
+    precisions = ["fp32", "bf16", "packed", *(["fp8"] if plan.cuda else [])]
+    precisions += ["userbuffers"] if plan.userbuffers else []
     makers: list[tuple[str, tuple[str, ...], Any]] = [
         (f"parity, {p}", (f"parity_{p}",), lambda p=p: [parity_row(plan, p)]) for p in precisions
     ]

@@ -7,6 +7,7 @@ NODES=${NODES:-4}
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 exec "${start[@]}" \
     --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --sequence-parallel \
-    --micro-batch-size 1 --recompute-granularity full --recompute-num-layers 1 \
+    --max-tokens-per-microbatch 3072 --pack-sequences \
+    --recompute-granularity full --recompute-num-layers 1 \
     --teacher-offload --opsd-clip 0.06 \
     --output-dir "runs/qwen3_32b" "$@"

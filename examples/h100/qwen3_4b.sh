@@ -5,5 +5,6 @@
 # With FP8: add --fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 exec "${start[@]}" \
-    --lora-rank 64 --lora-alpha 128 --opsd-clip 0.05 --micro-batch-size 2 \
+    --lora-rank 64 --lora-alpha 128 --opsd-clip 0.05 --max-tokens-per-microbatch 6144 \
+    --pack-sequences \
     --output-dir "runs/qwen3_4b" "$@"

@@ -6,5 +6,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 exec "${start[@]}" \
     --lora-rank 64 --lora-alpha 128 --opsd-clip 0.06 --tensor-model-parallel-size 2 \
-    --sequence-parallel --micro-batch-size 2 \
+    --sequence-parallel --max-tokens-per-microbatch 6144 --pack-sequences \
     --output-dir "runs/qwen3_8b" "$@"

@@ -1,4 +1,4 @@
-"""Rollouts as padded microbatches, for the student's and for the teacher's forward pass.
+"""Rollouts as microbatches, padded or packed, for the student's and the teacher's forward pass.
 
 The teacher reads the same response behind another prompt, so that a generated token sits at
 another absolute position in each sequence.  Everything here is indexed by the generated position.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,13 +20,14 @@ from megatron_phf.losses import window_batch
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """b sequences of prompt and response, padded on the right to s tokens.
+    """b sequences of prompt and response, padded on the right to s tokens, or packed to one row.
 
-    tokens [b, s]; ``predicting`` [b, r]: positions whose outputs predict the r response tokens;
-    ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
-    ``window_valid`` bool [b, m]: positions of the flow window's own tokens; ``padding`` bool
-    [b, s]: True behind the response; ``log_probs`` fp64 [b, r]: those of the response tokens that
-    another program sampled, or None.
+    tokens [b, s], or [1, s]; ``predicting`` [b, r]: positions whose outputs predict the r response
+    tokens; ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
+    ``window_valid`` bool [b, m]: positions of the flow window's own tokens; ``padding`` bool, as
+    tokens: True behind the response; ``log_probs`` fp64 [b, r]: those of the response tokens that
+    another program sampled, or None; ``lengths``: of the sequences of a packed row, its padding
+    the last of them, or None.  Positions count from the row's start.
     """
 
     tokens: Tensor
@@ -35,14 +37,17 @@ class SequenceBatch:
     window_valid: Tensor
     padding: Tensor
     log_probs: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
 
     def target_ids(self) -> Tensor:
         """The scored response tokens, flat [n], in the order of ``scored``."""
-        return self.tokens.gather(1, self.predicting + 1)[self.scored]
+        rows = self.tokens.expand(len(self.predicting), -1)
+        return rows.gather(1, self.predicting + 1)[self.scored]
 
     def to(self, device: torch.device) -> SequenceBatch:
         """A copy on ``device``."""
-        return SequenceBatch(*(t if t is None else t.to(device) for t in vars(self).values()))
+        fields = vars(self).values()
+        return SequenceBatch(*(t.to(device) if isinstance(t, Tensor) else t for t in fields))
 
 
 @dataclass(frozen=True)
@@ -78,20 +83,30 @@ def _sequences(
     length: int,
     window: tuple[Tensor, Tensor],
     pad_id: int,
+    packed: bool,
 ) -> SequenceBatch:
     longest = max(len(response) for _, response in pairs)
-    tokens = torch.full((len(pairs), length), pad_id, dtype=torch.long)
-    prompt_lengths = torch.tensor([len(prompt) for prompt, _ in pairs])[:, None]
-    lengths = torch.tensor([len(response) for _, response in pairs])[:, None]
-    for row, (prompt, response) in enumerate(pairs):
-        tokens[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    rows = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
+    sizes = [len(row) for row in rows]
+    starts = list(accumulate(sizes[:-1], initial=0)) if packed else [0] * len(rows)
+    rows = [torch.cat(rows)] if packed else rows
+    tokens = torch.full((len(rows), length), pad_id, dtype=torch.long)
+    for row, content in zip(tokens, rows, strict=True):
+        row[: len(content)] = content
+    padding = torch.arange(length)[None] >= torch.tensor([len(row) for row in rows])[:, None]
+    ends = zip(starts, pairs, strict=True)
+    responses = torch.tensor([start + len(prompt) for start, (prompt, _) in ends])[:, None]
     generated = torch.arange(longest)[None].expand(len(pairs), -1)
-    scored = generated < lengths
+    scored = generated < torch.tensor([len(response) for _, response in pairs])[:, None]
     # The output at position t-1 predicts token t: the last prompt token predicts the first one.
-    predicting = (prompt_lengths - 1 + generated).masked_fill(~scored, 0)
+    predicting = (responses - 1 + generated).masked_fill(~scored, 0)
     positions, valid = window
-    padding = torch.arange(length)[None] >= prompt_lengths + lengths
-    return SequenceBatch(tokens, predicting, scored, prompt_lengths + positions, valid, padding)
+    batch = SequenceBatch(tokens, predicting, scored, responses + positions, valid, padding)
+    if not packed:
+        return batch
+    left = length - sum(sizes)
+    assert left >= 0, "checked before launch, or where the rollouts are read"
+    return dataclasses.replace(batch, lengths=(*sizes, *([left] if left else [])))
 
 
 def _log_probs(rollouts: Sequence[Rollout]) -> Tensor | None:
@@ -103,9 +118,11 @@ def _log_probs(rollouts: Sequence[Rollout]) -> Tensor | None:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _padded_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int) -> int:
-    longest = max(len(prompt) + len(response) for prompt, response in pairs)
-    return -(-longest // multiple) * multiple
+def _row_length(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int, packed: bool
+) -> int:
+    sizes = [len(prompt) + len(response) for prompt, response in pairs]
+    return -(-(sum(sizes) if packed else max(sizes)) // multiple) * multiple
 
 
 def make_local_batch(
@@ -116,14 +133,19 @@ def make_local_batch(
     length_multiple: int = 1,
     pad_id: int = 0,
     groups: Sequence[Sequence[int]] | None = None,
+    packed: bool = False,
+    row_length: int | None = None,
 ) -> LocalBatch:
     """Cut this rank's rollouts into microbatches: in order, all of one length a side.
 
     Args:
         groups: or the numbers of the rollouts of each, which then have lengths of their own.
         window: response lengths [b] -> (positions [b, m], valid [b, m]), see ``flow_window``.
-        length_multiple: sequences are padded to a multiple of this (sequence parallelism: TP).
+        length_multiple: rows are padded to a multiple of this (sequence parallelism: TP).
+        packed: the sequences of each of ``groups`` lie in one row, without padding between them.
+        row_length: of each packed row; None: as long as it must be.
     """
+    assert groups is not None or not packed, "packed rows have lengths of their own"
     order = [list(group) for group in groups or []]
     if groups is None:
         assert len(rollouts) % micro_batch_size == 0, "checked before launch"
@@ -132,17 +154,17 @@ def make_local_batch(
     students = [(r.student_prompt_ids, r.response_ids) for r in rollouts]
     teachers = [(r.teacher_prompt_ids, r.response_ids) for r in rollouts]
     # One length a side, unless grouped: pipeline stages then need not tell each other shapes.
-    lengths = [_padded_length(side, length_multiple) for side in (students, teachers)]
+    lengths = [_row_length(side, length_multiple, packed) for side in (students, teachers)]
     microbatches = []
     for rows in order:
         members = [rollouts[i] for i in rows]
         sides = [[side[i] for i in rows] for side in (students, teachers)]
         if groups is not None:
-            lengths = [_padded_length(side, length_multiple) for side in sides]
+            lengths = [row_length or _row_length(side, length_multiple, packed) for side in sides]
         positions = window([len(r.response_ids) for r in members])
-        student = _sequences(sides[0], lengths[0], positions, pad_id)
+        student = _sequences(sides[0], lengths[0], positions, pad_id, packed)
         student = dataclasses.replace(student, log_probs=_log_probs(members))
-        teacher = _sequences(sides[1], lengths[1], positions, pad_id)
+        teacher = _sequences(sides[1], lengths[1], positions, pad_id, packed)
         assert torch.equal(student.target_ids(), teacher.target_ids()), (
             "student and teacher must score the same response tokens"
         )

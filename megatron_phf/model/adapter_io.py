@@ -22,7 +22,7 @@ from megatron_phf.model.adapter_config import (
 )
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
-from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.lora import LowRankAdapter, adapted_linears
 
 _PEFT = "base_model.model."
@@ -42,6 +42,7 @@ def export_adapter(chunks: list[FlowGPTModel]) -> Iterator[tuple[str, Tensor]]:
 
     Nothing at all for a model without adapters.
     """
+    wait_for_weights(chunks)
     mine = list(_named_adapters(chunks))
     everywhere = parallel.gather_over_pipeline([(layer, target) for layer, target, _ in mine])
     shapes = parallel.gather_over_pipeline(

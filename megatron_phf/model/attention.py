@@ -39,8 +39,9 @@ class CausalAttention(MegatronModule):
     """torch's fused attention as megatron's core attention, for the ``local`` layer spec.
 
     megatron-core's own ``DotProductAttention`` materialises [b, heads, s, s] scores.  Sequences
-    are padded on the right, so that causality alone hides the padding.  Under context parallelism
-    every rank gathers the keys and values of the whole sequence for its own queries.
+    are padded on the right, so that causality alone hides the padding.  The sequences of a packed
+    row attend one after the other.  Under context parallelism every rank gathers the keys and
+    values of the whole sequence for its own queries.
     """
 
     def __init__(
@@ -68,9 +69,18 @@ class CausalAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np * hn]."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        """query [s, b, np, hn], key and value [s, b, ng, hn] -> [s, b, np * hn].
+
+        Packed: without b, and [s, 1, np * hn].
+        """
+        assert attention_mask is None and attention_bias is None
         size, mask = self.context.size(), None
+        if packed_seq_params is not None:
+            assert size == 1, "refused before launch"
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            sides = (x.unsqueeze(1).split(lengths) for x in (query, key, value))
+            rows = [self.forward(q, k, v, None) for q, k, v in zip(*sides, strict=True)]
+            return torch.cat(rows)
         if size > 1:
             key, value = (
                 gather_from_sequence_parallel_region(x, group=self.context) for x in (key, value)

@@ -42,9 +42,14 @@ def fp8_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def without_fp8_flags(config: Config) -> Config:
-    """``config`` for a model that is never in FP8: a teacher with weights of its own."""
-    return config.replaced(fp8_format=None, fp8_param_gather=False, first_last_layers_bf16=False)
+def never_trained(config: Config) -> Config:
+    """``config`` for a teacher with weights of its own, of which no pass is in FP8 or overlaps."""
+    return config.replaced(
+        fp8_format=None,
+        fp8_param_gather=False,
+        first_last_layers_bf16=False,
+        tp_comm_overlap=False,
+    )
 
 
 def without_fp8_state(state: dict[str, Any]) -> dict[str, Any]:

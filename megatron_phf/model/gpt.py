@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,12 +37,18 @@ from megatron_phf.model.fp8 import (
     fp8_off,
     fp8_settings,
     module_configs,
-    without_fp8_flags,
+    never_trained,
     without_fp8_state,
 )
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
 from megatron_phf.model.moe import moe_settings
 from megatron_phf.model.rows import SequenceShards
+from megatron_phf.model.userbuffers import (
+    fixed_row_length,
+    initialize_userbuffers,
+    switched_off,
+    userbuffers_off,
+)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -52,6 +58,9 @@ class FlowGPTModel(GPTModel):
 
     The output losses project chunks of the rows that they need (``losses.chunked_divergence``).
     """
+
+    # Waits for weights that other data-parallel ranks have updated (--overlap-param-gather).
+    arriving: Callable[[], None] | None = None
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[s, b, h] -> [s, b, h]."""
@@ -125,6 +134,7 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         sequence_parallel=layout.sequence_parallel and tp > 1,
+        tp_comm_overlap=layout.tp_comm_overlap,
         context_parallel_size=layout.context_parallel_size,
         num_layers_in_first_pipeline_stage=layout.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=layout.num_layers_in_last_pipeline_stage,
@@ -203,6 +213,9 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
             raise ValueError(f"--fp8-recipe {config.fp8.fp8_recipe}: {problem}")
     parallel.seed(config.train.seed)
     transformer = transformer_config(arch, config)
+    tokens = fixed_row_length(config, sequence_shards(transformer).length_multiple)
+    if tokens is not None:
+        initialize_userbuffers(transformer, tokens)
     vocab = arch.padded_vocab_size(
         config.model.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
     )
@@ -276,12 +289,20 @@ def set_padding(chunks: Sequence[torch.nn.Module], masks: Sequence[Tensor] | Non
             layer.padding = masks
 
 
+def wait_for_weights(chunks: Sequence[FlowGPTModel]) -> None:
+    """Before anything reads the weights of ``chunks``: they may still be on their way here."""
+    for chunk in chunks:
+        if chunk.arriving is not None:
+            chunk.arriving()
+            chunk.arriving = None
+
+
 def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) -> Any:
     """A second model with the same weights, in eval mode, without gradients, DDP or optimizer.
 
     Without FP8: its passes never are in FP8 (see ``evaluating``).
     """
-    copy = build_model(arch, without_fp8_flags(config))
+    copy = build_model(arch, never_trained(config))
     for source, target in zip(chunks, copy, strict=True):
         state = without_fp8_state(source.state_dict())
         left = target.load_state_dict(state, strict=False)
@@ -291,34 +312,27 @@ def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) 
 
 
 @contextlib.contextmanager
-def evaluating(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """No gradients, eval mode (no activation recompute) and no FP8 within; as before after.
+def evaluating(chunks: Sequence[FlowGPTModel]) -> Iterator[None]:
+    """No gradients, eval mode (no activation recompute), FP8 or userbuffers; as before after.
 
     FP8 would leave the statistics of a pass that is not trained on in the student's scales.
     """
+    wait_for_weights(chunks)
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     try:
-        with torch.no_grad(), fp8_off(chunks):
+        with torch.no_grad(), fp8_off(chunks), userbuffers_off(chunks):
             yield
     finally:
         for chunk, mode in zip(chunks, modes, strict=True):
             chunk.train(mode)
 
 
-@contextlib.contextmanager
-def without_sequence_parallel(chunks: list[FlowGPTModel]) -> Iterator[None]:
+def without_sequence_parallel(
+    chunks: list[FlowGPTModel],
+) -> contextlib.AbstractContextManager[None]:
     """Turn sequence parallelism off within: a rollout decodes one token, which has no parts."""
     names = ("sequence_parallel", "reduce_scatter_embeddings")
-    changed: list[tuple[Any, str]] = []
-    for chunk in chunks:
-        for owner in (*module_configs(chunk), *chunk.modules()):
-            changed += [(owner, name) for name in names if getattr(owner, name, False) is True]
-    for owner, name in changed:
-        setattr(owner, name, False)
-    try:
-        yield
-    finally:
-        for owner, name in changed:
-            setattr(owner, name, True)
+    owners = [x for chunk in chunks for x in (*module_configs(chunk), *chunk.modules())]
+    return switched_off(owners, names)

@@ -21,7 +21,6 @@ from megatron.core.transformer.moe.moe_utils import (
     reduce_aux_losses_tracker_across_ranks,
 )
 
-from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture, aux_loss_coeff
 
@@ -61,10 +60,11 @@ def reset_aux_loss() -> None:
     clear_aux_losses_tracker()
 
 
-def mean_aux_loss(arch: Architecture, config: Config) -> float | None:
+def mean_aux_loss(arch: Architecture, config: Config, microbatches: int) -> float | None:
     """The load-balancing loss since :func:`reset_aux_loss`, without its coefficient: mean over
 
-    layers, microbatches and data-parallel ranks.  Collective; None where it is not computed.
+    layers, a rank's ``microbatches`` and data-parallel ranks.  Collective; None where it is not
+    computed.
     """
     if aux_loss_coeff(arch, config) == 0:
         return None
@@ -72,6 +72,4 @@ def mean_aux_loss(arch: Architecture, config: Config) -> float | None:
     values = get_moe_layer_wise_logging_tracker()[_TRACKED]["values"]
     total = float(values.sum())
     clear_aux_losses_tracker()
-    replicas = parallel.data_parallel_size()
-    microbatches = config.train.global_batch_size // (replicas * config.train.micro_batch_size)
     return total / arch.num_layers / microbatches

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_phf.model import torch_dist
 from megatron_phf.model.fp8 import without_fp8_state
-from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 
 _WITH_HEADS = ("self_attention.linear_qkv.", "self_attention.linear_proj.")
 
@@ -28,6 +28,7 @@ def weights_sharded_state_dict(chunks: list[FlowGPTModel], prefix: str = "") -> 
 
     ``prefix`` goes before every key of the checkpoint.
     """
+    wait_for_weights(chunks)
     state = {}
     for number, chunk in enumerate(chunks):
         tensors = without_fp8_state(chunk.sharded_state_dict(prefix=prefix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_phf import device
 from megatron_phf.config import Config, TrainConfig
-from megatron_phf.model.gpt import FlowGPTModel, model_dtype
+from megatron_phf.model.gpt import FlowGPTModel, model_dtype, wait_for_weights
 
 
 class StudentOptimizer:
@@ -26,10 +27,12 @@ class StudentOptimizer:
         train, dtype = config.train, model_dtype(config)
         distributed = config.parallel.use_distributed_optimizer
         overlap = config.parallel.overlap_grad_reduce
+        self._chunks, self._overlap_gather = chunks, config.parallel.overlap_param_gather
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=distributed,
             overlap_grad_reduce=overlap,
+            overlap_param_gather=self._overlap_gather,
             fp8_param_gather=config.fp8.fp8_param_gather,
         )
         transformer = chunks[0].config
@@ -37,6 +40,11 @@ class StudentOptimizer:
         if overlap:  # in the last microbatch's backward pass alone
             no_sync = [chunk.no_sync for chunk in self.wrapped]
             transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        if self._overlap_gather:
+            # They wait in a module's forward, but decoding, averages and exports read weights
+            # directly, and a rank without a batch has no forward: see ``wait_for_weights``.
+            for chunk in self.wrapped:
+                chunk.disable_forward_pre_hook(param_sync=False)
         transformer.finalize_model_grads_func = finalize_model_grads
         options = OptimizerConfig(
             optimizer="adam",
@@ -51,6 +59,7 @@ class StudentOptimizer:
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=distributed,
+            overlap_param_gather=self._overlap_gather,
             fp8_recipe=config.fp8.fp8_recipe if config.fp8.fp8_format else None,
         )
         with device.cuda_type_names():
@@ -59,6 +68,7 @@ class StudentOptimizer:
 
     def zero_grad(self) -> None:
         """Before the first microbatch of a step."""
+        wait_for_weights(self._chunks)
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -73,6 +83,10 @@ class StudentOptimizer:
         learning_rate = self.learning_rate
         with device.cuda_type_names():
             _, grad_norm, _ = self.optimizer.step()
+        if self._overlap_gather:
+            for chunk, wrapped in zip(self._chunks, self.wrapped, strict=True):
+                wrapped.start_param_sync()
+                chunk.arriving = functools.partial(_finish_param_sync, wrapped)
         self._schedule.step(increment=1)
         return learning_rate, float(grad_norm)
 
@@ -118,6 +132,11 @@ class StudentOptimizer:
 
 def _buffers(chunk: DistributedDataParallel) -> list:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _finish_param_sync(chunk: DistributedDataParallel) -> None:
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def _allocate_state(adam: torch.optim.Optimizer) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -14,6 +16,16 @@ from megatron_phf.model.rows import SequenceShards
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
+
+
+def packed_seq_params(batch: SequenceBatch) -> PackedSeqParams | None:
+    """Where the sequences of a packed row end, for attention and rotary positions."""
+    if batch.lengths is None:
+        return None
+    ends = [0, *accumulate(batch.lengths)]
+    limits = torch.tensor(ends, dtype=torch.int32, device=batch.tokens.device)
+    longest = max(batch.lengths)
+    return PackedSeqParams("thd", limits, limits, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 def run_pipeline(
@@ -38,7 +50,13 @@ def run_pipeline(
         index, batch = next(iterator)
         # The microbatch's number rides along to the layers (see FlowTransformerLayer).
         extra = {"context_mask": torch.tensor(index)}
-        hidden = model(shards.part(batch.tokens), None, None, extra_block_kwargs=extra)
+        hidden = model(
+            shards.part(batch.tokens),
+            None,
+            None,
+            packed_seq_params=packed_seq_params(batch),
+            extra_block_kwargs=extra,
+        )
         return hidden, lambda output: loss(index, output)
 
     b, s = batches[0].tokens.shape

@@ -14,7 +14,12 @@ from torch import Tensor
 from megatron_phf import device, parallel
 from megatron_phf.config import Config, flow_spec
 from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
-from megatron_phf.data.microbatches import groups_under_budget, split_into
+from megatron_phf.data.microbatches import (
+    groups_under_budget,
+    packed_tokens,
+    padded_tokens,
+    split_into,
+)
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
 from megatron_phf.model.architecture import Architecture
@@ -30,6 +35,7 @@ from megatron_phf.model.gpt import (
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.model.rows import gather_rows, part_rows
 from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
+from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
@@ -83,7 +89,7 @@ class Distiller:
             top_k=method.opsd_top_k,
         )
         self.drift = DriftMeter(config) if config.rollout.rollout_engine == "vllm" else None
-        self._useful_fraction = 1.0
+        self._useful_fraction, self._microbatches = 1.0, 1
         self.shards = sequence_shards(student[0].config)
         self._vocab_size = common_vocab_size(arch, config)
         layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
@@ -132,7 +138,7 @@ class Distiller:
             grad_norm,
             self.tap,
         )
-        balance = mean_aux_loss(self.arch, self.config)
+        balance = mean_aux_loss(self.arch, self.config, self._microbatches)
         extra = {"useful_tokens_fraction": self._useful_fraction}
         extra |= {} if balance is None else {"moe_aux_loss": balance}
         if self.drift is not None:
@@ -147,6 +153,8 @@ class Distiller:
             flow_window(method.phf_window_size, method.phf_window_rule),
             length_multiple=self.shards.length_multiple,
             groups=self._groups(rollouts),
+            packed=self.config.batching.pack_sequences,
+            row_length=fixed_row_length(self.config, self.shards.length_multiple),
         )
         moved = [type(m)(m.student.to(where), m.teacher.to(where)) for m in batch.microbatches]
         return dataclasses.replace(batch, microbatches=moved)
@@ -159,7 +167,9 @@ class Distiller:
         budget = self.config.batching.max_tokens_per_microbatch
         if budget == 0:
             return None
-        multiple = self.shards.length_multiple
+        multiple, tokens = self.shards.length_multiple, padded_tokens
+        if self.config.batching.pack_sequences:  # the row is padded, not the sequence
+            multiple, tokens = 1, packed_tokens
 
         def padded(prompt: Sequence[int], response: Sequence[int]) -> int:
             return -(-(len(prompt) + len(response)) // multiple) * multiple
@@ -171,9 +181,9 @@ class Distiller:
             )
             for r in rollouts
         ]
-        groups = groups_under_budget(lengths, budget)
+        groups = groups_under_budget(lengths, budget, tokens)
         number = max(parallel.gather_over_data_parallel(len(groups)))
-        return split_into(groups, number, lengths)
+        return split_into(groups, number, lengths, tokens)
 
     def _windows(self, batches: Sequence[SequenceBatch], scale: float) -> list[FlowWindow]:
         return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
@@ -206,6 +216,7 @@ class Distiller:
         totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
         num_tokens, num_sequences, useful, computed = totals.tolist()
         self._useful_fraction = useful / computed
+        self._microbatches = len(batch.microbatches)
         if num_tokens == 0:
             raise ValueError("all responses of a global batch are empty: nothing to train on")
         batches = [m.student for m in batch.microbatches]

@@ -65,13 +65,21 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"distributed optimizer {'on' if p.use_distributed_optimizer else 'off'}",
             f"device   {device.describe()}",
             feature_table(config, transformer_impl(config)),
-            f"batch    {t.global_batch_size} rollouts a step, microbatches of {t.micro_batch_size}",
+            f"batch    {t.global_batch_size} rollouts a step, {_microbatches(config)}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
             f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, clip "
             f"{m.opsd_clip_mode} {m.opsd_clip}; teacher {m.teacher}",
             f"memory   {sum(memory.values()):.2f} GiB a rank, activations aside ({parts})",
         )
     )
+
+
+def _microbatches(config: Config) -> str:
+    budget = config.batching.max_tokens_per_microbatch
+    if budget == 0:
+        return f"microbatches of {config.train.micro_batch_size}"
+    kind = "packed" if config.batching.pack_sequences else "padded"
+    return f"microbatches of at most {budget} {kind} tokens"
 
 
 def _text(tokenizer: Tokenizer, ids: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ def test_on_the_cpu() -> None:
     passed = {name for name, (_, word) in result.items() if word == "pass"}
     assert passed == {
         "parity with transformers, fp32", "parity with transformers, bf16",
-        "loss over 4 steps, bf16 against fp32",
+        "parity with transformers, packed", "loss over 4 steps, bf16 against fp32",
     }  # fmt: skip
     shown = {name for name, (_, word) in result.items() if word == "shown"}
     assert shown == {
@@ -41,7 +41,8 @@ def test_dry_run_says_what_would_run() -> None:
     done = run(["bash", SCRIPT, "--dry-run", "--gpus", "8"], timeout=60)
     assert done.returncode == 0, done.stderr
     names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["parity_fp32", "parity_bf16", "train", "train_coarse", "train_opsd"]
+    assert names == ["parity_fp32", "parity_bf16", "parity_packed", "train", "train_coarse",
+                     "train_opsd"]  # fmt: skip
     assert "(8 process(es))" in done.stdout and "--overlap-grad-reduce" in done.stdout
 
 
@@ -71,7 +72,8 @@ def test_verdicts(tmp_path: Path) -> None:
     (tmp_path / "train.log").write_text("memory   1.50 GiB a rank, activations aside\n")
     assert acceptance.memory_row(gpu).good is True
     rows = acceptance.evaluate(gpu, {name: "trouble" for name in (
-        "parity_fp32", "parity_bf16", "parity_fp8", "train", "train_opsd")})  # fmt: skip
+        "parity_fp32", "parity_bf16", "parity_packed", "parity_fp8", "train",
+        "train_opsd")})  # fmt: skip
     assert [row.good for row in rows] == [False] * len(rows)
     assert "**FAIL**" in acceptance.table(rows)
 

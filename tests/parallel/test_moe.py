@@ -32,6 +32,8 @@ EP2, MB4 = ["--expert-model-parallel-size", "2"], ["--micro-batch-size", "4"]
 OFF = ["--moe-aux-loss-coeff", "0"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
 FULL = ["--recompute-granularity", "full"]
+# All rollouts of the batch in one microbatch.
+PACKED = ["--max-tokens-per-microbatch", "1000", "--pack-sequences"]
 TP2 = TP2 + SP
 BATCH, STEPS, TOLERANCE = 8, 3, 1e-5
 LENGTHS = [1, 2, 20, 7, 31, 3, 12, 9, 5, 14, 2, 8, 11, 1, 6, 17, 4, 9, 23, 2, 7, 10, 3, 5]
@@ -45,6 +47,7 @@ GRADIENTS = {
     "tp2_live": (2, "moe", [*TP2, *MB2, "--teacher", "live"]),
     "pp2_vpp2": (2, "moe", [*PP2, *VPP2, *MB2]),
     "pp2_full": (2, "raw", [*PP2, *MB2, *FULL]),
+    "packed_tp2": (2, "moe", TP2 + PACKED),
     "pp2_ep2": (4, "moe", [*PP2, *EP2, *MB2]),
 }
 TRAINED = {"tp2_ep2": (4, "moe", [*TP2, *EP2, *MB2, *DISTRIBUTED])}
@@ -68,6 +71,7 @@ LIMITS, ROWS = [20, 1, 7, 2, 13, 3, 20], 3
 def options(layout: list[str]) -> reference.Options:
     """The reference's view of a layout: all that its aux loss depends on is the microbatch."""
     size = int(layout[layout.index("--micro-batch-size") + 1]) if MB2[0] in layout else 1
+    size = BATCH if PACKED[0] in layout else size
     coefficient = 0.0 if OFF[0] in layout else EXPERTS["router_aux_loss_coef"]
     return reference.Options(
         alpha=0.7, window_size=8, clip=0.02, aux_coeff=coefficient, micro_batch_size=size

@@ -25,6 +25,7 @@ OVERLAP = ["--overlap-grad-reduce"]
 MB2 = ["--micro-batch-size", "2"]
 FULL = ["--recompute-granularity", "full", "--recompute-num-layers"]
 BUDGET = ["--max-tokens-per-microbatch", "60"]
+PACKED = [*BUDGET, "--pack-sequences"]
 BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block"]
 
 # name -> (processes, model, layout flags, options of the method)
@@ -79,6 +80,12 @@ CASES = {
     "budget_dp2_pp2": (4, "qwen3", [*PP2, *BUDGET], {}),
     "budget_tp2_sp_pp2": (4, "qwen3", [*TP2, *SP, *PP2, *BUDGET], {}),
     "budget_empty_dp2": (2, "qwen3", BUDGET, {"replay": "empty"}),
+    # The same in one row each.
+    "packed_one": (1, "qwen3", PACKED, {}),
+    "packed_tp2_sp": (2, "qwen3", [*TP2, *SP, "--recompute-granularity", "selective", *PACKED], {}),
+    "packed_dp2_pp2_full": (4, "qwen3", [*PP2, *FULL, "1", *PACKED], {}),
+    "packed_tp2_sp_pp2": (4, "untied", [*TP2, *SP, *PP2, *PACKED], {"beta": 0.5, "clip": 0.02}),
+    "packed_empty_dp2": (2, "qwen3", PACKED, {"replay": "empty"}),
     "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
 }
 MODELS = {
@@ -176,6 +183,15 @@ def test_equals_reference(name: str, results: Path, references: dict) -> None:
     expected = references[key_of(model, given)]
     found = result(name, results, expected, TOLERANCE)
     compare_tensors(found, expected.gradients, 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("budget_one", 0, 0.95), ("packed_one", 1, 1), ("packed_tp2_sp", 0.95, 1)],
+)
+def test_packed_rows_have_no_padding(name: str, least: float, most: float, results: Path) -> None:
+    useful = json.loads((results / f"{name}.json").read_text())["useful_tokens_fraction"]
+    assert least <= useful <= most
 
 
 def test_bf16_is_as_near_to_fp32_as_transformers_bf16(

@@ -19,10 +19,11 @@ from tests.parallel.test_parity import PP2, TP2
 STEPS, HALF, BATCH = 6, 3, 4
 UNEVEN = ["--num-layers-in-first-pipeline-stage", "2", "--num-layers-in-last-pipeline-stage", "1"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
+GATHER = ["--overlap-grad-reduce", "--overlap-param-gather"]
 # name -> flags; rollouts are sampled by the student in each
 EXACT = {
     "frozen_tp2": [*TP2, "--teacher", "frozen"],
-    "ema_dp2_distributed": [*DISTRIBUTED, "--teacher", "ema", "--dtype", "bf16"],
+    "ema_dp2_gather": [*DISTRIBUTED, *GATHER, "--teacher", "ema", "--dtype", "bf16"],
     "live_pp2": [*PP2, *UNEVEN, "--teacher", "live", "--phf-alpha", "0"],
     "lora_frozen_tp2": [*TP2, "--lora-rank", "4", "--lora-dropout", "0.1"],
     "lora_ema_dp2": ["--lora-rank", "4", "--teacher", "ema"],
@@ -65,7 +66,7 @@ def files(tmp_path_factory) -> Path:
     cases = []
     for name, flags in EXACT.items():
         argv, save = [*sampled, *flags], str(d / f"{name}.ckpt")
-        plain = [word for word in argv if word != "--async-save"]
+        plain = [word for word in argv if word not in ("--async-save", GATHER[1])]
         straight = job(f"{name}-straight", d, plain, **{"save-hf": str(d / f"{name}-straight")})
         record = {"record-rollouts": str(d / f"{name}.rollouts")}
         first = job(name, d, [*argv, *half], save=save, **record)

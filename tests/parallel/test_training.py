@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import PP2, SP, TP2
+from tests.parallel.test_parity import OVERLAP, PACKED, PP2, SP, TP2
 
 STEPS, BATCH = 3, 4
 LENGTHS = [5, 1, 9, 14, 3, 8, 2, 11, 6, 12, 4, 7]
 OFFLOAD = ["--teacher-offload"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
+GATHER = [*DISTRIBUTED, *OVERLAP, "--overlap-param-gather"]
 
 # name -> (processes, layout flags, teacher, gradient clip)
 CASES = {
@@ -25,10 +26,13 @@ CASES = {
     "live": (1, [], "live", 0.1),
     "frozen_unclipped": (1, [], "frozen", 0.0),
     "ema_dp2_distributed": (2, DISTRIBUTED, "ema", 0.1),
+    "ema_packed_dp2_distributed": (2, PACKED + DISTRIBUTED, "ema", 0.1),
+    "ema_dp2_gather": (2, GATHER, "ema", 0.1),
     "ema_pp2": (2, PP2, "ema", 0.1),
     "live_tp2_sp": (2, TP2 + SP, "live", 0.1),
     "ema_tp2_pp2": (4, TP2 + PP2, "ema", 0.1),
     "frozen_tp2_dp2_distributed": (4, TP2 + DISTRIBUTED, "frozen", 0.1),
+    "frozen_tp2_dp2_gather": (4, TP2 + GATHER, "frozen", 0.1),
     "ema_offload": (1, OFFLOAD, "ema", 0.1),
     "frozen_offload_pp2": (2, PP2 + OFFLOAD, "frozen", 0.1),
     "ema_offload_tp2": (2, TP2 + OFFLOAD, "ema", 0.1),

@@ -15,18 +15,25 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import FULL, PP2, SP, TOLERANCE, TP2
+from tests.parallel.test_parity import FULL, PACKED, PP2, SP, TOLERANCE, TP2
 
 BATCH, LAYERS = 4, 4
 TE = ["--transformer-impl", "transformer_engine", "--dtype", "auto"]  # fp32 on the CPU
 FP8 = [*TE, "--fp8-format"]
 TENSORWISE = [*FP8, "hybrid", "--fp8-recipe", "tensorwise"]
 BF16_ENDS = ["--first-last-layers-bf16", "--num-layers-at-end-in-bf16", "2"]
+USERBUFFERS = ["--tp-comm-overlap", "--max-tokens-per-microbatch", "50", "--pack-sequences"]
+USERBUFFERS += ["--max-prompt-length", "9", "--max-teacher-prompt-length", "20"]
+USERBUFFERS += ["--max-new-tokens", "30", *TP2, *SP]
 LORA = ["--lora-rank", "8", "--lora-alpha", "12"]
 # name -> (model, flags); all on two processes
 PARITY = {
     "bf16_tp2_sp": ("qwen3", [*TE, *TP2, *SP]),
     "tensorwise_tp2_sp": ("qwen3", [*TENSORWISE, *BF16_ENDS, *TP2, *SP]),
+    "bf16_packed_pp2": ("qwen3", [*TE, *PP2, *PACKED]),
+    "tensorwise_packed_tp2_sp": ("qwen3", [*TENSORWISE, *TP2, *SP, *PACKED]),
+    "bf16_userbuffers": ("qwen3", [*TE, *USERBUFFERS, *FULL, "1", "--teacher", "live"]),
+    "tensorwise_userbuffers": ("qwen3", [*TENSORWISE, *USERBUFFERS]),
     "delayed_pp2_full": ("qwen2", [*FP8, "e4m3", *PP2, *FULL, "1"]),
     "delayed_live_dp2": ("qwen3", [*FP8, "hybrid", "--teacher", "live"]),
     "mxfp8_lora_tp2": ("qwen3", [*FP8, "e4m3", "--fp8-recipe", "mxfp8", *TP2, *LORA]),
@@ -97,7 +104,7 @@ def rollouts(files: Path) -> list[dict]:
         "sampling": {**sampling, "stop_ids": [], "seed": 0},
     }
     argv = [*flags(OPTIONS, str(files / "qwen3"), str(files / "r.jsonl"), BATCH), *TP2, *SP]
-    specs = {"greedy_local": [], "greedy_te": TENSORWISE}
+    specs = {"greedy_local": [], "greedy_te": [*TENSORWISE, *USERBUFFERS]}
     return [{**case, "name": n, "argv": [*argv, *more]} for n, more in specs.items()]
 
 
@@ -185,6 +192,18 @@ def test_sequences_have_lengths_that_fp8_takes(results: Path) -> None:
     assert any(r["sequence"] % 16 for r in plain)
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("bf16", 50), ("tensorwise", 64)])
+def test_userbuffers_are_where_the_student_trains(name: str, tokens: int, results: Path) -> None:
+    """Rows have the buffers' length there, whatever they hold; the stand-in refuses others."""
+    met = record(results, f"{name}_userbuffers")
+    assert [r["tokens"] for r in met if r["what"] == "initialize_ub"] == [tokens]
+    gemms = [r for r in met if r["what"] in LINEARS]
+    student, teacher = ([r for r in gemms if r["training"] is t] for t in (True, False))
+    assert student and all(r.get("userbuffers") and r["tokens"] == tokens for r in student)
+    assert teacher and not any(r.get("userbuffers") for r in teacher)
+    assert not any(r.get("userbuffers") for r in record(results, "greedy_te"))
+
+
 @pytest.mark.parametrize("model", ["qwen3", "moe"])
 @pytest.mark.parametrize("spec", ["local", "transformer_engine"])
 def test_a_checkpoint_of_the_other_spec_loads(
@@ -202,7 +221,7 @@ def test_rollouts_are_the_same_and_leave_fp8_alone(results: Path) -> None:
     )
     assert local == engine
     met = record(results, "greedy_te")
-    assert met and not any(r["fp8"] for r in met)
+    assert met and not any(r.get("fp8") for r in met)
 
 
 def test_a_run_goes_on_in_the_other_spec(results: Path) -> None:

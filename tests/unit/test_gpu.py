@@ -20,6 +20,9 @@ from tests.launch import REPO, environment
 FP8 = ["--transformer-impl", "transformer_engine", "--fp8-format", "e4m3"]
 WEIGHTS = [*FP8, "--fp8-recipe", "tensorwise", "--fp8-param-gather"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
+USERBUFFERS = ["--tp-comm-overlap", "--sequence-parallel", "--tensor-model-parallel-size", "2"]
+USERBUFFERS += ["--hf-model", "m", "--data", "d"]  # not the embedded task's defaults
+USERBUFFERS += ["--pack-sequences", "--max-tokens-per-microbatch", "3072"]
 MX_WEIGHTS = [*FP8, "--fp8-recipe", "mxfp8", "--fp8-param-gather", *DISTRIBUTED]
 
 
@@ -45,6 +48,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*WEIGHTS, *DISTRIBUTED, "--lora-rank", "8"], "leave out --lora-rank"),
         ([*WEIGHTS, *DISTRIBUTED, "--teacher", "live"], "use frozen or ema"),
         ([*FP8, "--dtype", "fp32"], "--fp8-format needs --dtype bf16"),
+        (["--tp-comm-overlap"], "--tp-comm-overlap needs --sequence-parallel"),
+        ([*USERBUFFERS, "--lora-rank", "8"], "without --lora-rank"),
+        ([*USERBUFFERS, "--transformer-impl", "local"], "Transformer Engine's layers"),
+        ([*USERBUFFERS, *FP8, "--fp8-recipe", "mxfp8"], "delayed or tensorwise"),
+        ([*USERBUFFERS, "--max-new-tokens", "2000"], "may have 4048 tokens"),
+        (["--overlap-param-gather", *DISTRIBUTED], "and --overlap-grad-reduce"),
         (["--fp8-format", "e4m3", "--transformer-impl", "local"], "Transformer Engine's layers"),
         ([*FP8, "--fp8-amax-history-len", "0"], "--fp8-amax-history-len 0: need at least 1"),
     ],
@@ -54,7 +63,7 @@ def test_combinations_that_do_not_fit(engine: None, flags: list[str], message: s
         gpu_flags.check_gpu(parse_args(flags))
 
 
-@pytest.mark.parametrize("flags", [FP8, [*WEIGHTS, *DISTRIBUTED], FP8[:2]])
+@pytest.mark.parametrize("flags", [FP8, [*WEIGHTS, *DISTRIBUTED], FP8[:2], USERBUFFERS])
 def test_combinations_that_fit(engine: None, flags: list[str]) -> None:
     gpu_flags.check_gpu(parse_args(flags))
 

@@ -11,23 +11,31 @@ from hypothesis import strategies as st
 from megatron_phf import preflight
 from megatron_phf.config import Config
 from megatron_phf.data.batch import flow_window, make_local_batch
-from megatron_phf.data.microbatches import groups_under_budget, padded_tokens, split_into
+from megatron_phf.data.microbatches import (
+    groups_under_budget,
+    packed_tokens,
+    padded_tokens,
+    split_into,
+)
 from megatron_phf.data.replay_file import Rollout
 
 sizes = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=30)
 
 
-@given(sizes, st.integers(1, 300), st.data())
-def test_a_partition_within_the_budget(lengths, budget, data) -> None:
-    groups = groups_under_budget(lengths, budget)
+@given(sizes, st.integers(1, 300), st.sampled_from([padded_tokens, packed_tokens]), st.data())
+def test_a_partition_within_the_budget(lengths, budget, tokens, data) -> None:
+    groups = groups_under_budget(lengths, budget, tokens)
     number = data.draw(st.integers(len(groups), len(lengths)))
-    for found in (groups, split_into(groups, number, lengths)):
+    for found in (groups, split_into(groups, number, lengths, tokens)):
         assert sorted(i for group in found for i in group) == list(range(len(lengths)))
-        assert all(len(g) == 1 or padded_tokens(g, lengths) <= budget for g in found)
-    assert len(split_into(groups, number, lengths)) == number
-    # No two neighbours would fit into one.
-    for first, second in itertools.pairwise(groups):
-        assert padded_tokens([*first, second[0]], lengths) > budget
+        assert all(len(g) == 1 or tokens(g, lengths) <= budget for g in found)
+    assert len(split_into(groups, number, lengths, tokens)) == number
+    # No two neighbours would fit into one; packed, no rollout into any group before its own.
+    pairs = itertools.pairwise(groups)
+    if tokens is packed_tokens:
+        pairs = itertools.combinations(groups, 2)
+    for first, second in pairs:
+        assert tokens([*first, second[0]], lengths) > budget
 
 
 def test_padding_counts() -> None:
@@ -41,12 +49,32 @@ def test_padding_counts() -> None:
     assert [m.student.tokens.shape[1] for m in grouped.microbatches] == [12, 5]
 
 
+def test_a_packed_row() -> None:
+    rollouts = [Rollout((1,) * 3, (4,) * 5, (2, 7, 9)), Rollout((3, 5), (6,), (8,))]
+    batch = make_local_batch(
+        rollouts, 1, flow_window(8, "even"), groups=[[0, 1]], packed=True, length_multiple=4
+    )
+    student, teacher = batch.microbatches[0].student, batch.microbatches[0].teacher
+    assert student.tokens.tolist() == [[1, 1, 1, 2, 7, 9, 3, 5, 8, 0, 0, 0]]
+    assert (student.lengths, teacher.lengths) == ((6, 3, 3), (8, 2, 2))
+    assert student.predicting.tolist() == [[2, 3, 4], [7, 0, 0]]
+    assert teacher.predicting.tolist() == [[4, 5, 6], [8, 0, 0]]
+    assert student.window[student.window_valid].tolist() == [3, 4, 5, 8]
+    assert student.target_ids().tolist() == [2, 7, 9, 8]
+    assert batch.token_counts() == (19, 24)
+
+
 def test_refused_flags() -> None:
     base = Config().replaced(hf_model="m", data="d")
     with pytest.raises(ValueError, match="takes the place of --micro-batch-size"):
         preflight._check_batching(base.replaced(max_tokens_per_microbatch=9, micro_batch_size=2))
     with pytest.raises(ValueError, match="--max-tokens-per-microbatch -1"):
         preflight._check_batching(base.replaced(max_tokens_per_microbatch=-1))
+    with pytest.raises(ValueError, match="--pack-sequences needs --max-tokens-per-microbatch"):
+        preflight._check_batching(base.replaced(pack_sequences=True))
+    packed = base.replaced(max_tokens_per_microbatch=9, pack_sequences=True)
+    with pytest.raises(ValueError, match="not cut over --context-parallel-size"):
+        preflight._check_batching(packed.replaced(context_parallel_size=2))
     virtual = base.replaced(max_tokens_per_microbatch=9, num_virtual_stages_per_pipeline_rank=2)
     with pytest.raises(ValueError, match="interleaved schedule does not run"):
         preflight._check_batching(virtual)

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 
-from transformer_engine.pytorch import distributed, fp8, ops, tensor
+from transformer_engine.pytorch import distributed, fp8, module, ops, tensor
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast
 from transformer_engine.recording import record
 
-__all__ = ["distributed", "fp8", "fp8_autocast", "ops", "tensor"]
+__all__ = ["distributed", "fp8", "fp8_autocast", "module", "ops", "tensor"]
 
 
 def fp8_model_init(*args, **kwargs):
@@ -57,9 +57,21 @@ class Linear(_Base):
                  get_rng_state_tracker=None, rng_tracker_name=None, init_method=None,
                  bias=True, return_bias=False,
                  params_dtype=None, parallel_mode=None, device="cpu", normalization=None, eps=1e-5,
-                 return_layernorm_output=False, zero_centered_gamma=False) -> None:  # fmt: skip
+                 return_layernorm_output=False, zero_centered_gamma=False, ub_name=None,
+                 ub_overlap_ag=False, ub_overlap_rs=False, ub_overlap_rs_dgrad=False,
+                 ub_bulk_dgrad=False, ub_bulk_wgrad=False) -> None:  # fmt: skip
         super().__init__()
         self._start()
+        column, row = (parallel_mode == mode and sequence_parallel for mode in ("column", "row"))
+        self.ub_name = ub_name
+        self.ub_overlap_ag_fprop, self.ub_overlap_ag_dgrad = (
+            way and ub_overlap_ag for way in (column, row)
+        )
+        self.ub_overlap_rs_fprop = row and ub_overlap_rs
+        self.ub_overlap_rs_dgrad = column and ub_overlap_rs_dgrad
+        self.ub_bulk_dgrad, self.ub_bulk_wgrad = (
+            column and bulk for bulk in (ub_bulk_dgrad, ub_bulk_wgrad)
+        )
         self.parallel_mode, self.tp_size = parallel_mode, tp_size
         self.sequence_parallel = sequence_parallel and tp_size > 1
         if parallel_mode == "column":
@@ -92,6 +104,11 @@ class Linear(_Base):
             x = tp.copy_to_tensor_model_parallel_region(x)
         self._note(x)
         out = F.linear(x, self.weight)
+        if self.ub_overlap_ag_fprop or self.ub_overlap_rs_fprop:
+            assert self.ub_name in ("qkv", "proj", "fc1", "fc2")
+            buffered = x if self.ub_overlap_ag_fprop else out
+            module.base.check(buffered, FP8GlobalStateManager.enabled)
+            record[-1]["userbuffers"] = True
         if self.parallel_mode == "row" and self.sequence_parallel:
             out = tp.reduce_scatter_to_sequence_parallel_region(out)
         elif self.parallel_mode == "row" and self.tp_size > 1:
@@ -170,7 +187,7 @@ class GroupedLinear(_Base):
 
 
 class DotProductAttention(_Base):
-    """Causal attention of [s, b, heads, hn]."""
+    """Causal attention of [s, b, heads, hn], or of packed [t, heads, hn]."""
 
     def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0,
                  attn_mask_type="causal", sequence_parallel=False, tp_size=1,
@@ -181,13 +198,30 @@ class DotProductAttention(_Base):
         assert not attention_dropout
         self.softmax_scale = softmax_scale
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type="causal"):
-        assert attn_mask_type == "causal" and attention_mask is None
+    def forward(self, query, key, value, attention_mask, attn_mask_type="causal",
+                qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None,
+                cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None):  # fmt: skip
+        assert attention_mask is None
+        mask = None
+        if qkv_format == "thd":
+            assert attn_mask_type == "padding_causal" and query.dim() == 3
+            assert cu_seqlens_q.dtype is torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+            assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None
+            assert max_seqlen_q == max_seqlen_kv == cu_seqlens_q.diff().max()
+            assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(query) == len(key)
+            token = torch.arange(len(query))
+            sequence = torch.bucketize(token, cu_seqlens_q, right=True)
+            mask = (sequence[:, None] == sequence) & (token[:, None] >= token)
+            query, key, value = (x[:, None] for x in (query, key, value))
+        else:
+            assert attn_mask_type == "causal"
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
+            q, k, v, mask, is_causal=mask is None, scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        out = out.permute(2, 0, 1, 3).flatten(2)
+        return out if mask is None else out[:, 0]
 
 
 class Fp8Padding(torch.nn.Module):
