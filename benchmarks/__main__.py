@@ -49,12 +49,30 @@ def _memory() -> dict[str, Any]:
     }
 
 
+def _peer(lora_rank: int) -> dict[str, Any]:
+    variants = ("ours", "ours_phf", "official", "official_plain")
+    found = child("benchmarks.peer", what="time", lora_rank=lora_rank, rounds=3)
+    memory = {
+        name: child("benchmarks.peer", what="memory", variant=name, lora_rank=lora_rank)
+        for name in variants
+    }
+    ratios = {
+        f"{name}_over_ours": {
+            kind: memory[name][kind] / memory["ours"][kind] for kind in memory["ours"]
+        }
+        for name in variants[1:]
+    }
+    return {**found, "memory": memory, "memory_ratio": ratios}
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "startup": lambda: child("benchmarks.startup", rounds=5),
     "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=5),
     "memory": _memory,
     "rollouts": _rollouts,
     "divergence": _divergence,
+    "peer_lora": lambda: _peer(64),
+    "peer_all_weights": lambda: _peer(0),
 }
 
 
