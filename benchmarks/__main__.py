@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import REPO, child, children
+from benchmarks.fits import polynomial
+from benchmarks.harness import REPO, Spread, child, children, ratio
 
 RESULTS = REPO / "benchmarks" / "results"
 
@@ -49,30 +50,74 @@ def _memory() -> dict[str, Any]:
     }
 
 
-def _peer(lora_rank: int) -> dict[str, Any]:
-    variants = ("ours", "ours_phf", "official", "official_plain")
-    found = child("benchmarks.peer", what="time", lora_rank=lora_rank, rounds=3)
-    memory = {
-        name: child("benchmarks.peer", what="memory", variant=name, lora_rank=lora_rank)
-        for name in variants
-    }
-    ratios = {
-        f"{name}_over_ours": {
-            kind: memory[name][kind] / memory["ours"][kind] for kind in memory["ours"]
+PEERS = ("ours", "ours_phf", "official_plain", "official")
+
+
+def _peer(lora_rank: int, *variants: str) -> dict[str, Any]:
+    return child(
+        "benchmarks.peer", what="time", lora_rank=lora_rank, rounds=3, variants=variants or PEERS
+    )
+
+
+def _peer_memory() -> dict[str, Any]:
+    return {
+        kind: {
+            name: child("benchmarks.peer", what="memory", variant=name, lora_rank=rank)
+            for name in PEERS
         }
-        for name in variants[1:]
+        for kind, rank in (("lora", 64), ("all_weights", 0))
     }
-    return {**found, "memory": memory, "memory_ratio": ratios}
+
+
+def _processes(launches: int = 3) -> dict[str, Any]:
+    """Seconds of one process over those of two, launches in turns."""
+    layouts = {"one": (1, 1), "data_parallel_2": (2, 1), "tensor_parallel_2": (2, 2)}
+    times: dict[str, list[float]] = {name: [] for name in layouts}
+    for _ in range(launches):
+        for name, (number, split) in layouts.items():
+            found = children(
+                number, "benchmarks.scaling", axis="processes", rounds=3, tensor_parallel=split
+            )
+            times[name].append(found["seconds"])
+    return {
+        "weak_efficiency": ratio(times["one"], times["data_parallel_2"]).as_json(),
+        "tensor_parallel_speedup": ratio(times["one"], times["tensor_parallel_2"]).as_json(),
+        "seconds": {name: Spread.of(values).as_json() for name, values in times.items()},
+    }
+
+
+def _scaling() -> dict[str, Any]:
+    peaks = {
+        n: child("benchmarks.scaling", axis="memory", response=n)["peak_bytes"]
+        for n in (256, 512, 1024)
+    }
+    return {
+        **{
+            axis: child("benchmarks.scaling", axis=axis, rounds=3)
+            for axis in ("response", "layers", "window")
+        },
+        "memory": {
+            "peak_mib": {str(n): peak / 2**20 for n, peak in peaks.items()},
+            "polynomial": polynomial(list(peaks), list(peaks.values()), 1),
+        },
+        "processes": _processes(),
+    }
 
 
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "startup": lambda: child("benchmarks.startup", rounds=5),
+    "startup": lambda: {
+        **child("benchmarks.startup", what="answer", rounds=5),
+        **child("benchmarks.startup", what="first_step", rounds=3),
+    },
     "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=5),
     "memory": _memory,
     "rollouts": _rollouts,
     "divergence": _divergence,
+    "scaling": _scaling,
     "peer_lora": lambda: _peer(64),
     "peer_all_weights": lambda: _peer(0),
+    "peer_one_microbatch": lambda: _peer(64, "ours", "official_whole"),
+    "peer_memory": _peer_memory,
 }
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for one optimizer step of the official OPSD trainer, in plain PyTorch and transformers.
+"""A stand-in for an optimizer step of the official OPSD trainer, in PyTorch and transformers.
 
 From reading github.com/siyan-zhao/OPSD (opsd_trainer.py, scripts/run_opsd*.sh), without its code.
 

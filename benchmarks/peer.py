@@ -1,6 +1,6 @@
 """A whole training step against the official OPSD trainer's (``benchmarks.official``).
 
-    python -m benchmarks.peer '{"what": "time", "lora_rank": 64, "rounds": 3}'
+    python -m benchmarks.peer '{"what": "time", "variants": ["ours", "official"], ...}'
     python -m benchmarks.peer '{"what": "memory", "variant": "ours", "lora_rank": 64}'
     python -m benchmarks.peer '{"what": "profile", "variant": "ours", "lora_rank": 64}'
 
@@ -13,6 +13,8 @@ and must report the same losses, which a step that computed something else would
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import statistics
 import sys
@@ -113,18 +115,22 @@ def make_model(directory: Path, **settings: Any) -> str:
 def make_trainers(directory: Path, model: str, lora_rank: int, names: list[str]) -> dict[str, Any]:
     """Those of ``names``, from the same weights and the same adapters.
 
-    ``official`` is as its scripts have it, ``official_plain`` without gradient checkpointing.
+    ``official`` is as its scripts have it, ``official_plain`` without gradient checkpointing,
+    ``official_whole`` without that and with all rollouts in one microbatch.
     """
     adapter = None
     if lora_rank:
         adapter = str(directory / "adapter")
         OfficialTrainer(model, Settings(lora_rank), torch.float32).model.save_pretrained(adapter)
-    makers = {
-        "ours": lambda: OurTrainer(model, Settings(lora_rank), 0.0, adapter),
-        "ours_phf": lambda: OurTrainer(model, Settings(lora_rank), 0.05, adapter),
-        "official": lambda: _official(model, Settings(lora_rank), adapter),
-        "official_plain": lambda: _official(
-            model, Settings(lora_rank, checkpointing=False), adapter
+    settings = Settings(lora_rank)
+    plain = dataclasses.replace(settings, checkpointing=False)
+    makers: dict[str, Callable[[], Any]] = {
+        "ours": lambda: OurTrainer(model, settings, 0.0, adapter),
+        "ours_phf": lambda: OurTrainer(model, settings, 0.05, adapter),
+        "official": lambda: _official(model, settings, adapter),
+        "official_plain": lambda: _official(model, plain, adapter),
+        "official_whole": lambda: _official(
+            model, dataclasses.replace(plain, micro_batch=BATCH), adapter
         ),
     }
     return {name: makers[name]() for name in names}
@@ -161,29 +167,32 @@ def _medians(timers: list[PhaseTimer]) -> dict[str, float]:
     return {name: statistics.median(t.seconds[name] for t in timers) for name in names}
 
 
-def time(lora_rank: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a step of each, and of its phases."""
-    names = ["ours", "ours_phf", "official", "official_plain"]
+def time(lora_rank: int, rounds: int, variants: list[str]) -> dict[str, Any]:
+    """Seconds of a step of each of ``variants``, the last one official, and of its phases."""
     with scratch() as directory, one_process():
         model = make_model(directory)
         parallel.initialize(job_config(model).parallel)
-        trainers = make_trainers(directory, model, lora_rank, names)
+        trainers = make_trainers(directory, model, lora_rank, variants)
         batch = make_batch(1)
         responses = make_batch(2).student[:, :32]
-        difference = loss_difference(trainers["ours"], trainers["official"], batch, responses)
-        timers: dict[str, list[PhaseTimer]] = {name: [] for name in names}
+        difference = loss_difference(
+            trainers[variants[0]], trainers[variants[-1]], batch, responses
+        )
+        timers: dict[str, list[PhaseTimer]] = {name: [] for name in variants}
 
         def step(name: str) -> None:
             timers[name].append(PhaseTimer())
             trainers[name].step(batch, NEW, timers[name][-1])
 
-        times = interleaved({name: lambda n=name: step(n) for name in names}, rounds)
-    pairs = [("official", "ours"), ("official_plain", "ours"), ("official", "ours_phf")]
+        times = interleaved({name: lambda n=name: step(n) for name in variants}, rounds)
+    pairs = itertools.product(
+        *([n for n in variants if n.startswith(side)] for side in ("official", "ours"))
+    )
     return {
         "loss_difference": difference,
         "time_ratio": {f"{a}_over_{b}": ratio(times[a], times[b]).as_json() for a, b in pairs},
         "seconds": {name: Spread.of(values).as_json() for name, values in times.items()},
-        "phase_seconds": {name: _medians(timers[name][1:]) for name in names},
+        "phase_seconds": {name: _medians(timers[name][1:]) for name in variants},
     }
 
 
