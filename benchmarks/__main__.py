@@ -100,7 +100,6 @@ def _scaling() -> dict[str, Any]:
             "peak_mib": {str(n): peak / 2**20 for n, peak in peaks.items()},
             "polynomial": polynomial(list(peaks), list(peaks.values()), 1),
         },
-        "processes": _processes(),
     }
 
 
@@ -114,6 +113,7 @@ BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
     "rollouts": _rollouts,
     "divergence": _divergence,
     "scaling": _scaling,
+    "scaling_processes": _processes,
     "peer_lora": lambda: _peer(64),
     "peer_all_weights": lambda: _peer(0),
     "peer_one_microbatch": lambda: _peer(64, "ours", "official_whole"),

@@ -111,7 +111,7 @@ def _flow(window: int) -> Callable[[], Any]:
 
 def window(rounds: int) -> dict[str, Any]:
     """Seconds of the flow loss, forward and backward, by positions of its window."""
-    return _timed({n: _flow(n) for n in WINDOWS}, 10 * rounds, degree=2)
+    return _timed({n: _flow(n) for n in WINDOWS}, 5 * rounds, degree=2)
 
 
 def processes(rounds: int, tensor_parallel: int = 1) -> dict[str, float]:

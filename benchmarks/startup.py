@@ -56,7 +56,8 @@ def _write_job(directory: Path) -> list[str]:
         path.write_text(getattr(ARITHMETIC_TEMPLATES, side), encoding="utf-8")
         flags += [f"--{side}-template", str(path)]
     flags += ["--train-iters", "1", "--global-batch-size", str(_BATCH), "--micro-batch-size", "16"]
-    flags += ["--max-new-tokens", "40", "--max-prompt-length", "64", "--no-progress"]
+    flags += ["--max-new-tokens", "40", "--max-prompt-length", "64"]
+    flags += ["--max-teacher-prompt-length", "96", "--no-progress"]
     return [*flags, "--output-dir", str(directory / "out")]
 
 
