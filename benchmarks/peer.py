@@ -14,6 +14,7 @@ and must report the same losses, which a step that computed something else would
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import statistics
@@ -112,16 +113,25 @@ def make_model(directory: Path, **settings: Any) -> str:
     return make_qwen3(directory / "model", **values)
 
 
-def make_trainers(directory: Path, model: str, lora_rank: int, names: list[str]) -> dict[str, Any]:
+def make_adapter(directory: Path, model: str, lora_rank: int) -> str | None:
+    """New adapters for all of them, as a PEFT directory; None without any."""
+    if not lora_rank:
+        return None
+    OfficialTrainer(model, Settings(lora_rank), torch.float32).model.save_pretrained(
+        directory / "adapter"
+    )
+    gc.collect()  # transformers' modules refer to each other
+    return str(directory / "adapter")
+
+
+def make_trainers(
+    model: str, adapter: str | None, lora_rank: int, names: list[str]
+) -> dict[str, Any]:
     """Those of ``names``, from the same weights and the same adapters.
 
     ``official`` is as its scripts have it, ``official_plain`` without gradient checkpointing,
     ``official_whole`` without that and with all rollouts in one microbatch.
     """
-    adapter = None
-    if lora_rank:
-        adapter = str(directory / "adapter")
-        OfficialTrainer(model, Settings(lora_rank), torch.float32).model.save_pretrained(adapter)
     settings = Settings(lora_rank)
     plain = dataclasses.replace(settings, checkpointing=False)
     makers: dict[str, Callable[[], Any]] = {
@@ -172,7 +182,8 @@ def time(lora_rank: int, rounds: int, variants: list[str]) -> dict[str, Any]:
     with scratch() as directory, one_process():
         model = make_model(directory)
         parallel.initialize(job_config(model).parallel)
-        trainers = make_trainers(directory, model, lora_rank, variants)
+        adapter = make_adapter(directory, model, lora_rank)
+        trainers = make_trainers(model, adapter, lora_rank, variants)
         batch = make_batch(1)
         responses = make_batch(2).student[:, :32]
         difference = loss_difference(
@@ -196,19 +207,36 @@ def time(lora_rank: int, rounds: int, variants: list[str]) -> dict[str, Any]:
     }
 
 
+class _Peaks:
+    """Peak resident memory of each phase, beyond what was resident at first."""
+
+    def __init__(self) -> None:
+        self.mib: dict[str, float] = {}
+        self._before, self._phase = resident_bytes(), "load"
+        reset_peak()
+
+    def enter(self, phase: str) -> None:
+        """The last phase is over."""
+        peak = (peak_bytes() - self._before) / 2**20
+        self.mib[self._phase] = max(self.mib.get(self._phase, 0.0), peak)
+        self._phase = phase
+        reset_peak()
+
+
 def memory(variant: str, lora_rank: int) -> dict[str, Any]:
     """Peak of two steps (the second has the optimizer's state) in this fresh process."""
     with scratch() as directory, one_process():
         model = make_model(directory)
-        weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors"))
+        weights = sum(f.stat().st_size for f in Path(model).glob("*.safetensors")) / 2**20
         parallel.initialize(job_config(model).parallel)
-        reset_peak()
-        before = resident_bytes()
-        trainer = make_trainers(directory, model, lora_rank, [variant])[variant]
+        adapter = make_adapter(directory, model, lora_rank)
+        peaks = _Peaks()
+        trainer = make_trainers(model, adapter, lora_rank, [variant])[variant]
         for _ in range(2):
-            trainer.step(make_batch(1), NEW, PhaseTimer())
-        peak = peak_bytes() - before
-    return {"peak_mib": peak / 2**20, "beyond_weights_mib": (peak - weights) / 2**20}
+            trainer.step(make_batch(1), NEW, PhaseTimer(peaks.enter))
+        peaks.enter("")
+    peak = max(peaks.mib.values())
+    return {"peak_mib": peak, "beyond_weights_mib": peak - weights, "phases_mib": peaks.mib}
 
 
 def profile(variant: str, lora_rank: int, rows: int = 12) -> dict[str, float]:
@@ -216,7 +244,8 @@ def profile(variant: str, lora_rank: int, rows: int = 12) -> dict[str, float]:
     with scratch() as directory, one_process():
         model = make_model(directory)
         parallel.initialize(job_config(model).parallel)
-        trainer = make_trainers(directory, model, lora_rank, [variant])[variant]
+        adapter = make_adapter(directory, model, lora_rank)
+        trainer = make_trainers(model, adapter, lora_rank, [variant])[variant]
         trainer.step(make_batch(1), NEW, PhaseTimer())
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
             trainer.step(make_batch(1), NEW, PhaseTimer())
