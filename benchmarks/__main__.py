@@ -60,12 +60,14 @@ def _peer(lora_rank: int, *variants: str) -> dict[str, Any]:
 
 
 def _peer_memory() -> dict[str, Any]:
+    both = ("ours", "official")
+    kinds = {"lora_64": (64, 64, PEERS), "lora_256": (64, 256, both), "all_64": (0, 64, both)}
     return {
         kind: {
-            name: child("benchmarks.peer", what="memory", variant=name, lora_rank=rank)
-            for name in PEERS
+            name: child("benchmarks.peer", what="memory", variant=name, lora_rank=rank, new=new)
+            for name in names
         }
-        for kind, rank in (("lora", 64), ("all_weights", 0))
+        for kind, (rank, new, names) in kinds.items()
     }
 
 

@@ -223,7 +223,7 @@ class _Peaks:
         reset_peak()
 
 
-def memory(variant: str, lora_rank: int) -> dict[str, Any]:
+def memory(variant: str, lora_rank: int, new: int = NEW) -> dict[str, Any]:
     """Peak of two steps (the second has the optimizer's state) in this fresh process."""
     with scratch() as directory, one_process():
         model = make_model(directory)
@@ -233,10 +233,15 @@ def memory(variant: str, lora_rank: int) -> dict[str, Any]:
         peaks = _Peaks()
         trainer = make_trainers(model, adapter, lora_rank, [variant])[variant]
         for _ in range(2):
-            trainer.step(make_batch(1), NEW, PhaseTimer(peaks.enter))
+            trainer.step(make_batch(1), new, PhaseTimer(peaks.enter))
         peaks.enter("")
-    peak = max(peaks.mib.values())
-    return {"peak_mib": peak, "beyond_weights_mib": peak - weights, "phases_mib": peaks.mib}
+    steps = max(peak for phase, peak in peaks.mib.items() if phase != "load")
+    return {
+        "peak_mib": max(peaks.mib.values()),
+        "steps_peak_mib": steps,
+        "steps_beyond_weights_mib": steps - weights,
+        "phases_mib": peaks.mib,
+    }
 
 
 def profile(variant: str, lora_rank: int, rows: int = 12) -> dict[str, float]:
