@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import REPO, child, children
+from benchmarks.fits import polynomial
+from benchmarks.harness import REPO, Spread, child, children, ratio
 
 # glibc returns what is freed at once: the peak is what lives, without the heap's holes.
 _LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -72,13 +73,77 @@ def _memory() -> dict[str, Any]:
     }
 
 
+PEERS = ("ours", "ours_phf", "official_plain", "official")
+
+
+def _peer(lora_rank: int, *variants: str) -> dict[str, Any]:
+    return child(
+        "benchmarks.peer", what="time", lora_rank=lora_rank, rounds=3, variants=variants or PEERS
+    )
+
+
+def _peer_memory() -> dict[str, Any]:
+    both = ("ours", "official")
+    kinds = {"lora_64": (64, 64, PEERS), "lora_256": (64, 256, both), "all_64": (0, 64, both)}
+    return {
+        kind: {
+            name: child("benchmarks.peer", what="memory", variant=name, lora_rank=rank, new=new)
+            for name in names
+        }
+        for kind, (rank, new, names) in kinds.items()
+    }
+
+
+def _processes(launches: int = 3) -> dict[str, Any]:
+    """Seconds of one process over those of two, launches in turns."""
+    layouts = {"one": (1, 1), "data_parallel_2": (2, 1), "tensor_parallel_2": (2, 2)}
+    times: dict[str, list[float]] = {name: [] for name in layouts}
+    for _ in range(launches):
+        for name, (number, split) in layouts.items():
+            found = children(
+                number, "benchmarks.scaling", axis="processes", rounds=3, tensor_parallel=split
+            )
+            times[name].append(found["seconds"])
+    return {
+        "weak_efficiency": ratio(times["one"], times["data_parallel_2"]).as_json(),
+        "tensor_parallel_speedup": ratio(times["one"], times["tensor_parallel_2"]).as_json(),
+        "seconds": {name: Spread.of(values).as_json() for name, values in times.items()},
+    }
+
+
+def _scaling() -> dict[str, Any]:
+    peaks = {
+        n: child("benchmarks.scaling", axis="memory", response=n)["peak_bytes"]
+        for n in (256, 512, 1024)
+    }
+    return {
+        **{
+            axis: child("benchmarks.scaling", axis=axis, rounds=3)
+            for axis in ("response", "layers", "window")
+        },
+        "memory": {
+            "peak_mib": {str(n): peak / 2**20 for n, peak in peaks.items()},
+            "polynomial": polynomial(list(peaks), list(peaks.values()), 1),
+        },
+    }
+
+
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "startup": lambda: child("benchmarks.startup", rounds=5),
+    "startup": lambda: {
+        **child("benchmarks.startup", what="answer", rounds=5),
+        **child("benchmarks.startup", what="first_step", rounds=3),
+    },
     "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=5),
     "packing": lambda: child("benchmarks.packing", rounds=7),
     "memory": _memory,
     "rollouts": _rollouts,
     "divergence": _divergence,
+    "scaling": _scaling,
+    "scaling_processes": _processes,
+    "peer_lora": lambda: _peer(64),
+    "peer_all_weights": lambda: _peer(0),
+    "peer_one_microbatch": lambda: _peer(64, "ours", "official_whole"),
+    "peer_memory": _peer_memory,
 }
 
 

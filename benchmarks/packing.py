@@ -13,7 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Spread, interleaved, one_process, ratio, scratch
+from benchmarks.harness import (
+    Spread,
+    interleaved,
+    one_process,
+    ratio,
+    report,
+    scratch,
+)
 from benchmarks.models import job_config, make_qwen3
 from benchmarks.step import distiller_of
 from megatron_phf import parallel
@@ -69,4 +76,4 @@ def packing(rounds: int, batch: int = 24) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(packing(**json.loads(sys.argv[1]))))
+    report(packing(**json.loads(sys.argv[1])))

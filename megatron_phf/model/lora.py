@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -88,6 +89,16 @@ class LowRankAdapter(torch.nn.Module):
             low = tensor_parallel.reduce_from_tensor_model_parallel_region(low)
         return F.linear(low, self.lora_B) * self.scale
 
+    def add_(self, x: Tensor, output: Tensor) -> None:
+        """The same, added to ``output`` [s, b, groups, channels]: without autograd and dropout, on
+
+        whole sequences.
+        """
+        low = F.linear(x, self.lora_A)
+        if not self.column and parallel.tensor_parallel_size() > 1:
+            dist.all_reduce(low, group=parallel.tensor_parallel_group())
+        output += F.linear(low, self.lora_B).mul_(self.scale).view_as(output)
+
     def _dropped(self, x: Tensor, sequence_parallel: bool) -> Tensor:
         """Equal inputs get equal masks on all tensor-parallel ranks, parts get different ones.
 
@@ -148,6 +159,7 @@ class LowRankAdapter(torch.nn.Module):
 class AdaptedLinear:
     """Mixed into the class of a linear layer that carries adapters (see :func:`_attach`)."""
 
+    linear_class: type  # of the linear itself
     adapters: torch.nn.ModuleDict
     adapters_on: bool
     widths: dict[str, int]  # output channels a query group, of all targets it fuses, in order
@@ -160,6 +172,16 @@ class AdaptedLinear:
         if self.adapters_on:
             output = output + self._delta(x, output)
         return output, bias
+
+    def add_adapters_(self, x: Tensor, output: Tensor) -> None:
+        """What the adapters add, into ``output`` (see ``LowRankAdapter.add_``)."""
+        if not self.adapters_on:
+            return
+        widths = list(self.widths.values())
+        parts = output.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
+        for target, part in zip(self.widths, parts, strict=True):
+            if target in self.adapters:
+                self.adapters[target].add_(x, part)
 
     def _delta(self, x: Tensor, output: Tensor) -> Tensor:
         """Query groups alternate q, k and v in the fused output; gate and up are one group."""
@@ -188,7 +210,7 @@ class AdaptedLinear:
 
 @functools.cache
 def _adapted_class(base: type) -> type:
-    return type(f"Adapted{base.__name__}", (AdaptedLinear, base), {})
+    return type(f"Adapted{base.__name__}", (AdaptedLinear, base), {"linear_class": base})
 
 
 def _attach(linear: Any, adapters: dict[str, LowRankAdapter], widths: dict[str, int]) -> None:

@@ -2,8 +2,8 @@
 
 megatron-core's own forward of a layer costs more Python than arithmetic where a batch has one token
 a row: autograd functions for tensor-parallel regions, dispatch for features that are off.  This is
-the same arithmetic on the same weights.  Linears and experts of another kind than the plain ones
-(adapters, Transformer Engine, mixtures) run their own forward.
+the same arithmetic on the same weights, adapters included.  Linears and experts of another kind
+(Transformer Engine, mixtures) run their own forward.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_phf import parallel
 from megatron_phf.model.attention import attend
 from megatron_phf.model.layer import FlowTransformerLayer
+from megatron_phf.model.lora import AdaptedLinear
 
 
 class KVCache:
@@ -111,18 +112,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _project(linear: Any, x: Tensor) -> Tensor:
-    """x [s, b, in] through a tensor-parallel linear of megatron."""
-    kind = type(linear)
-    if kind is ColumnParallelLinear and not linear.skip_bias_add:
-        return F.linear(x, linear.weight, linear.bias)
-    if kind is ColumnParallelLinear and linear.bias is None:
-        return F.linear(x, linear.weight)
-    if kind is RowParallelLinear and linear.bias is None:
-        out = F.linear(x, linear.weight)
-        if parallel.tensor_parallel_size() > 1:
-            dist.all_reduce(out, group=parallel.tensor_parallel_group())
-        return out
-    return linear(x)[0]
+    """x [s, b, in] through a tensor-parallel linear of megatron, with its adapters if any."""
+    adapted = isinstance(linear, AdaptedLinear)
+    kind = linear.linear_class if adapted else type(linear)
+    if kind not in (ColumnParallelLinear, RowParallelLinear):
+        return linear(x)[0]
+    row = kind is RowParallelLinear
+    bias = None if row or linear.skip_bias_add else linear.bias
+    if bias is not linear.bias:
+        return linear(x)[0]
+    out = F.linear(x, linear.weight, bias)
+    if row and parallel.tensor_parallel_size() > 1:
+        dist.all_reduce(out, group=parallel.tensor_parallel_group())
+    if adapted:
+        linear.add_adapters_(x, out)
+    return out
 
 
 def _attention(attention: Any, x: Tensor, layer: int, cache: KVCache) -> Tensor:

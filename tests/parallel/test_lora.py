@@ -66,6 +66,7 @@ ROLLOUTS = {
     "rollouts_tp2_pp2": (4, "qwen3", [*TP2, *PP2, "--lora-dropout", "0.5"]),
     "rollouts_padded": (2, "odd", TP2 + PAD),
     "rollouts_sp": (2, "qwen3", TP2 + SP),
+    "rollouts_some": (2, "some", TP2),
 }
 GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 3, "stop_ids": []}
 NEW_TOKENS = 12
