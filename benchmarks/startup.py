@@ -92,19 +92,19 @@ def _parts(flags: list[str], metrics: Path) -> dict[str, float]:
         "imports": ["-c", "import megatron_phf.main, megatron_phf.train.loop"],
     }
     parts = {k: seconds_of(lambda c=c: _call(sys.executable, *c)) for k, c in alone.items()}
-    before = sum(parts.values())
     seen = _job(flags)
     line = json.loads(metrics.read_text().splitlines()[-1])
     step = sum(line["seconds"].values())
-    parts |= {"groups": seen["summary"] - before, "load": seen["step"] - seen["summary"] - step}
+    parts["load"] = seen["step"] - seen["summary"] - step
     return {"total": seen["step"], **parts, "step": step}
 
 
 def first_step(rounds: int) -> dict[str, Any]:
     """From launch to the line of step 1, and where it goes.
 
-    Preflight, torchrun and imports are timed alone; ``groups`` is what is left until the start-up
-    summary, ``load`` what comes between that and the step: prompts, weights, teacher, optimizer.
+    Preflight, torchrun and imports are timed alone and add up to more than they take in a row;
+    ``load`` is what comes between the start-up summary and the step: prompts, weights, teacher,
+    optimizer.
     """
     with scratch() as directory:
         flags, metrics = _write_job(directory), directory / "out" / "metrics.jsonl"
