@@ -50,7 +50,7 @@ parity: $(READY)
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
-# Figures of docs/performance.md on this machine: about 15 minutes on 2 CPU cores.
+# Figures of docs/performance.md on this machine: about 35 minutes on 2 CPU cores.
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
