@@ -18,9 +18,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> CountedDevice:
     return counted
 
 
-def make_chunk(seed: int) -> torch.nn.Module:
+class Chunk(torch.nn.Sequential):
+    """Whose weights are all here (see ``wait_for_weights``)."""
+
+    arriving = None
+
+
+def make_chunk(seed: int) -> Chunk:
     torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    return Chunk(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
 
 
 def test_weights_come_and_go(counted: CountedDevice) -> None:
