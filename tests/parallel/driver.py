@@ -177,20 +177,24 @@ def check_replicas(distiller: Distiller) -> None:
                 assert all(torch.equal(part, parts[0]) for part in parts)
 
 
-def tensor_bytes() -> int:
-    """Bytes of all tensors of this process."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """All tensors' memory in this process, by address."""
     gc.collect()
-    storages = (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    return {s.data_ptr(): s for s in (t.untyped_storage() for t in tensors)}
 
 
 def teacher_memory(student: list, config: Config) -> dict:
-    """What ``make_teacher`` allocates."""
-    before = tensor_bytes()
+    """What ``make_teacher`` allocates.
+
+    Only new storages count, not a difference of sums: something old may be let go meanwhile.  The
+    old ones are held, so that no new one takes an old one's address.
+    """
+    before = storages()
     teacher = make_teacher(student, read_architecture(config.model.hf_model), config)
     named = [pair for chunk in student for pair in chunk.named_parameters()]
     adapters = sum(p.nbytes for name, p in named if is_adapter(name))
-    added = tensor_bytes() - before
+    added = sum(s.nbytes() for address, s in storages().items() if address not in before)
     del teacher
     return {"added": added, "adapters": adapters, "model": sum(p.nbytes for _, p in named)}
 
