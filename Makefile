@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | test-slurm | test-vllm | test-browser | soak | breakages | parity | bench |
+# make demo | test | test-matrix | test-slurm | test-vllm | test-browser | soak | breakages | parity | bench | bench-all |
 # lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix test-slurm test-vllm test-browser soak breakages parity bench lint format setup clean
+.PHONY: demo test test-matrix test-slurm test-vllm test-browser soak breakages parity bench bench-all lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
@@ -50,9 +50,13 @@ parity: $(READY)
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
-# Figures of docs/performance.md on this machine: about 35 minutes on 2 CPU cores.
+# One figure of each kind of docs/performance.md on this machine: about 8 minutes on 2 CPU cores.
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# All of them, with more rounds: about 40 minutes.
+bench-all: $(READY)
+	$(BIN)/python -m benchmarks --all
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

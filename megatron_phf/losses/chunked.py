@@ -88,6 +88,7 @@ class _Chunked(torch.autograd.Function):
             outputs.append(values)
             if d_logits is not None:
                 gradients.add(part, rows[part], d_logits)
+            del d_logits  # else it lives on beside the next chunk's two logits
         if gradients.rows is not None and problem.shard.group is not None:
             # Each rank has the part that its vocabulary rows contribute.
             dist.all_reduce(gradients.rows, group=problem.shard.group)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_phf.losses import (
     DivergenceSpec,
@@ -195,6 +197,34 @@ def test_blocks_within_a_chunk_change_nothing(objective: str, monkeypatch) -> No
     whole = result()
     monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", 20)  # two rows a block
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(result(), whole, strict=True))
+
+
+class _Alive(TorchDispatchMode):
+    """``most``: how many tensors of at least ``entries`` were there at once."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self._entries, self._made, self.most = entries, [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and made.numel() >= self._entries:
+            self._made.append(weakref.ref(made))
+            living = [x for x in (found() for found in self._made) if x is not None]
+            self.most = max(self.most, len({x.untyped_storage().data_ptr() for x in living}))
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_more_than_two_logits_of_a_chunk(dtype: torch.dtype, monkeypatch) -> None:
+    """The student's and the teacher's; not those of the chunk before, nor their gradient."""
+    monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", 40)
+    rows, teacher = (torch.randn(32, 4, dtype=dtype) for _ in range(2))
+    weight = torch.randn(40, 4, dtype=dtype).requires_grad_()
+    with _Alive(8 * 40) as alive:
+        loss = chunked(rows.requires_grad_(), teacher, weight, weight, plain(), chunk_tokens=8).loss
+        loss.backward()
+    assert alive.most == 2
 
 
 def test_backward_through_a_graph_that_is_kept_leaves_it_whole() -> None:
