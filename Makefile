@@ -50,7 +50,7 @@ parity: $(READY)
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
-# One figure of each kind of docs/performance.md on this machine: about 8 minutes on 2 CPU cores.
+# One figure of each kind of docs/performance.md on this machine: about 10 minutes on 2 CPU cores.
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 

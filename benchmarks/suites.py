@@ -16,7 +16,12 @@ def _divergence_peaks(*cases: tuple[str, int, int]) -> dict[str, Any]:
     """Of (variant, tokens, chunk); the last two are compared."""
     peaks = {
         f"{variant}_{tokens}_chunk_{chunk}": child(
-            "benchmarks.divergence", what="memory", variant=variant, tokens=tokens, chunk=chunk
+            "benchmarks.divergence",
+            _LIVE,
+            what="memory",
+            variant=variant,
+            tokens=tokens,
+            chunk=chunk,
         )["peak_bytes"]
         for variant, tokens, chunk in cases
     }
@@ -30,7 +35,7 @@ def _divergence_peaks(*cases: tuple[str, int, int]) -> dict[str, Any]:
 def _divergence() -> dict[str, Any]:
     name = "benchmarks.divergence"
     sharded = {
-        variant: children(2, name, what="memory", variant=variant, tokens=512)["peak_bytes"]
+        variant: children(2, name, _LIVE, what="memory", variant=variant, tokens=512)["peak_bytes"]
         for variant in ("ours", "whole")
     }
     return {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from megatron_phf.average import WeightAverage
+from megatron_phf.model.gpt import evaluating
 from megatron_phf.offload import HostWeights
 from megatron_phf.teacher import EmaTeacher, StatelessTeacher
 from tests.counted_device import CountedDevice
@@ -21,7 +24,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> CountedDevice:
 class Chunk(torch.nn.Sequential):
     """Whose weights are all here (see ``wait_for_weights``)."""
 
-    arriving = None
+    arriving: Callable[[], None] | None = None
 
 
 def make_chunk(seed: int) -> Chunk:
@@ -81,3 +84,12 @@ def test_a_bf16_average_stays_fp32_on_the_host() -> None:
     for p, average in teacher.average.pairs():
         assert (p.dtype, average.dtype) == (torch.bfloat16, torch.float32)
         assert torch.equal(p.data, average.bfloat16())
+
+
+def test_a_pass_that_reads_weights_waits_for_them_once() -> None:
+    """--overlap-param-gather: rollouts, teachers and evaluations come right behind a step."""
+    chunk, arrived = make_chunk(0), []
+    chunk.arriving = lambda: arrived.append(chunk.training)
+    for _ in range(2):
+        with evaluating([chunk]):
+            assert arrived == [True]  # before anything else

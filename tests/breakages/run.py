@@ -1,0 +1,143 @@
+"""Of the run around it: resume, evaluation, grading, reports, vLLM, files from elsewhere."""
+
+from __future__ import annotations
+
+from tests.breakages.breakage import Breakage
+
+RESUME = "tests/parallel/test_resume.py"
+EVALUATE = "tests/end_to_end/test_evaluate.py"
+VLLM = "tests/unit/test_vllm_server.py"
+VLLM_JOB = "tests/end_to_end/test_vllm_job.py"
+GRADING = "tests/unit/test_grading.py"
+REPORT = "tests/unit/test_report.py"
+SECURITY = "tests/unit/test_security.py"
+FUZZ = "tests/unit/test_fuzz.py"
+
+RUN = (
+    Breakage(
+        "a resumed run keeps evaluations from after its checkpoint",
+        "megatron_phf/train/evaluation.py",
+        "bool(done) and 0 <= step_of(line) <= done",
+        "True",
+        ("tests/unit/test_evaluation.py", "-k", "resumed_run"),
+    ),
+    Breakage(
+        "an evaluation draws each problem's samples anew after a restart",
+        "megatron_phf/evaluate.py",
+        "(first + problem) * k + draw",
+        "problem * k + draw",
+        (EVALUATE, "-k", "every_draw"),
+    ),
+    Breakage(
+        "a grading function may take for ever",
+        "megatron_phf/grader_process.py",
+        "        timer.start()\n",
+        "        threading.Timer(20, _kill, [process]).start()\n",
+        (GRADING, "-k", "plug_in_that_fails"),
+    ),
+    Breakage(
+        "a grading function may take all memory",
+        "megatron_phf/grader_process.py",
+        "    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))\n",
+        "",
+        (GRADING, "-k", "plug_in_that_fails"),
+    ),
+    Breakage(
+        "differences between seeds that are not each other's",
+        "megatron_phf/report/statistics.py",
+        "others = {run.seed: scored(run) for run in baseline.runs}",
+        "others = {run.seed % 3 + 1: scored(run) for run in baseline.runs}",
+        (REPORT, "-k", "paired_by_seed"),
+    ),
+    Breakage(
+        "the report takes text from runs for HTML",
+        "megatron_phf/report/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        (REPORT, "-k", "is_text"),
+    ),
+    Breakage(
+        "vLLM samples with the weights of the first step for ever",
+        "megatron_phf/rollout/vllm.py",
+        "if not self._synced or (iteration - 1) % self._config.vllm.vllm_sync_interval == 0:",
+        "if not self._synced:",
+        (VLLM_JOB, "-k", "adapters or checkpoints"),
+    ),
+    Breakage(
+        "a restarted vLLM server stays without its adapter",
+        "megatron_phf/rollout/vllm.py",
+        "            if self._adapters:\n                server.load_adapter(",
+        "            if not self._adapters:\n                server.load_adapter(",
+        (VLLM_JOB, "-k", "adapters or checkpoints"),
+    ),
+    Breakage(
+        "vLLM's log-probabilities meet those of the next token",
+        "megatron_phf/train/step.py",
+        "batch.log_probs[here])",
+        "batch.log_probs[here].roll(1))",
+        (VLLM_JOB, "-k", "adapters or checkpoints"),
+    ),
+    Breakage(
+        "an answer that comes byte by byte has no end",
+        "megatron_phf/rollout/vllm_http.py",
+        "end = time.monotonic() + self._patience.timeout",
+        "end = time.monotonic() + 3600",
+        (VLLM, "-k", "survived and drip"),
+    ),
+    Breakage(
+        "a resumed run starts its schedule anew",
+        "megatron_phf/train/optimizer.py",
+        "self._schedule.step(increment=schedule_steps)",
+        "self._schedule.step(increment=0)",
+        (RESUME, "-k", "frozen_tp2"),
+    ),
+    Breakage(
+        "one step count for all parameters of a resumed distributed Adam",
+        "megatron_phf/train/optimizer.py",
+        's.pop("step").clone() for',
+        's.pop("step") for',
+        (RESUME, "-k", "ema_dp2_distributed"),
+    ),
+    Breakage(
+        "a resumed run leaves the average out of the EMA teacher's bf16 weights",
+        "megatron_phf/train/checkpoint.py",
+        'self._distiller.teacher.load_state_dict(state.get("teacher", {}))',
+        "pass",
+        (RESUME, "-k", "ema_dp2_distributed"),
+    ),
+    Breakage(
+        "a resumed run keeps the lines after its checkpoint",
+        "megatron_phf/train/logging.py",
+        "0 < step_of(line) <= done",
+        "0 < step_of(line)",
+        ("tests/faults", "-k", "killed"),
+    ),
+    Breakage(
+        "a weight index may lead out of its directory",
+        "megatron_phf/data/hf_files.py",
+        '        check_file_name(name, f"{path}: weight_map[{shown(weight)}]")',
+        "        pass",
+        (SECURITY, "-k", "test_names_that_lead_out"),
+    ),
+    Breakage(
+        "a tokenizer's code runs untold",
+        "megatron_phf/data/tokenizer.py",
+        "trust_remote_code=trust_remote_code\n",
+        "trust_remote_code=True\n",
+        (SECURITY, "-k", "test_code_of_a_tokenizer"),
+    ),
+    Breakage(
+        "half a surrogate pair passes as text",
+        "megatron_phf/data/problems.py",
+        "        text.encode()\n",
+        '        text.encode("utf-8", "surrogatepass")\n',
+        (FUZZ, "-k", "test_problems"),
+    ),
+    Breakage(
+        "JSON nested too deeply ends in a traceback",
+        "megatron_phf/data/hf_files.py",
+        "    except RecursionError as error:",
+        "    except MemoryError as error:",
+        (FUZZ, "-k", "test_model_configurations"),
+    ),
+)
