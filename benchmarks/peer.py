@@ -43,7 +43,7 @@ from megatron_phf import parallel
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.train.loop import load_student, make_distiller, make_engine
+from megatron_phf.train.build import load_student, make_distiller, make_engine
 from megatron_phf.train.metrics import PhaseTimer
 
 VOCABULARY, PROMPT, TEACHER_PROMPT, NEW, BATCH = 151936, 32, 96, 64, 4

@@ -20,7 +20,7 @@ from megatron_phf import parallel
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.train.loop import load_student
+from megatron_phf.train.build import load_student
 
 PROMPT, NEW, VOCABULARY = 64, 128, 32000
 SAMPLING = {"temperature": 1.1, "top_p": 0.95, "top_k": 20}

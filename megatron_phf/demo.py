@@ -30,17 +30,16 @@ from megatron_phf.model.hf_weights import save_hf
 from megatron_phf.output import write_json
 from megatron_phf.report import plot_demo
 from megatron_phf.rollout.megatron import MegatronRollouts
-from megatron_phf.train.evaluation import EvaluationLog, Evaluator
-from megatron_phf.train.logging import RunLogger, say
-from megatron_phf.train.loop import (
-    StepHooks,
+from megatron_phf.train.build import (
     load_student,
     make_distiller,
     make_engine,
     response_room,
     sampling_params,
-    train_steps,
 )
+from megatron_phf.train.evaluation import EvaluationLog, Evaluator
+from megatron_phf.train.logging import RunLogger, say
+from megatron_phf.train.loop import StepHooks, train_steps
 from megatron_phf.train.run_files import write_run_file
 from megatron_phf.train.source import OnPolicySource, ProblemOrder
 from megatron_phf.train.summary import run_summary

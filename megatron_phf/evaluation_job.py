@@ -27,10 +27,10 @@ from megatron_phf.model.sharded_weights import load_weights
 from megatron_phf.rollout import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.vllm import connect
+from megatron_phf.train.build import load_student, make_engine, make_served_engine
 from megatron_phf.train.checkpoint_files import newest_weights
 from megatron_phf.train.checkpoint_inputs import inputs
 from megatron_phf.train.logging import say
-from megatron_phf.train.loop import load_student, make_engine, make_served_engine
 
 
 def evaluate_sets(config: Config, files: dict[str, str]) -> None:

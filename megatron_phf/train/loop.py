@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
-from megatron_phf.data.problems import field_names, read_problems
-from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
+from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.tokenizer import (
     Tokenizer,
     check_token_ids,
@@ -22,26 +21,28 @@ from megatron_phf.data.tokenizer import (
 )
 from megatron_phf.evaluate import evaluation_sampling, read_test_set
 from megatron_phf.grading import make_grader
-from megatron_phf.model.adapter_io import load_peft_adapter, save_peft_adapter
+from megatron_phf.model.adapter_io import save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
-from megatron_phf.model.gpt import FlowGPTModel, build_model
-from megatron_phf.model.hf_weights import load_hf_weights, save_hf
-from megatron_phf.model.lora import add_adapters
-from megatron_phf.model.sharded_weights import load_weights
-from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
-from megatron_phf.rollout import RolloutEngine
+from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.hf_weights import save_hf
+from megatron_phf.model.teacher_architecture import common_vocab_size
 from megatron_phf.rollout.megatron import MegatronRollouts
-from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm import VllmRollouts, WeightSync, connect
+from megatron_phf.rollout.vllm import connect
 from megatron_phf.rollout.vllm_server import VllmServer
 from megatron_phf.signals import StopSignals
-from megatron_phf.teacher import make_teacher
-from megatron_phf.train.checkpoint_files import converted_weights
+from megatron_phf.train.build import (
+    load_student,
+    make_distiller,
+    make_engine,
+    make_served_engine,
+    read_prompts,
+    response_room,
+    sampling_params,
+)
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, response_lengths, timing
-from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.run_files import write_run_file
 from megatron_phf.train.session import Session
 from megatron_phf.train.source import (
@@ -50,91 +51,12 @@ from megatron_phf.train.source import (
     RecordingSource,
     ReferenceSource,
     ReplaySource,
-    ResponseRoom,
     RolloutSource,
     ServedSource,
 )
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
 from megatron_phf.train.utilisation import Utilisation
-
-
-def load_student(arch: Architecture, config: Config, directory: str) -> list[FlowGPTModel]:
-    """This rank's part of the model in ``directory``, with adapters where the run trains some.
-
-    A --load that tools/convert_checkpoint.py wrote gives the weights instead.
-    """
-    chunks = build_model(arch, config)
-    converted = converted_weights(config.checkpoint.load)
-    if converted is None:
-        load_hf_weights(chunks, arch, config, directory)
-    else:
-        load_weights(chunks, converted)
-    if config.lora.lora_rank:
-        add_adapters(chunks, arch, config)
-    if config.lora.lora_adapter is not None:
-        load_peft_adapter(chunks, arch, config, config.lora.lora_adapter)
-    return chunks
-
-
-def make_distiller(arch: Architecture, config: Config, student: list[FlowGPTModel]) -> Distiller:
-    """Teacher and optimizer around ``student``."""
-    teacher = make_teacher(student, arch, config)
-    return Distiller(config, arch, student, teacher, StudentOptimizer(student, config))
-
-
-def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
-    """The rollouts' sampling."""
-    rollout = config.rollout
-    return SamplingParams(
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.rollout_top_p,
-        top_k=rollout.rollout_top_k,
-        max_new_tokens=rollout.max_new_tokens,
-        stop_ids=stop_ids,
-        seed=config.train.seed,
-    )
-
-
-def response_room(config: Config, arch: Architecture) -> ResponseRoom:
-    """Where student and teacher, which may be another model, end a response."""
-    teacher = read_teacher(arch, config) or arch
-    positions = arch.max_position_embeddings, teacher.max_position_embeddings
-    return ResponseRoom(*positions, config.rollout.max_new_tokens)
-
-
-def make_engine(config: Config, arch: Architecture, student: list[FlowGPTModel]) -> RolloutEngine:
-    """What samples from ``student``."""
-    size = config.rollout.rollout_batch_size
-    return MegatronRollouts(student, common_vocab_size(arch, config), size)
-
-
-def make_served_engine(
-    config: Config, arch: Architecture, student: list[FlowGPTModel], servers: list[VllmServer]
-) -> VllmRollouts:
-    """vLLM servers that get ``student``'s weights at each ``sync``."""
-    sync = WeightSync(servers, student, arch, config)
-    return VllmRollouts(servers, sync, common_vocab_size(arch, config), config)
-
-
-def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
-    """The prompts of ``--data``; says how many were dropped for their length."""
-    data = config.data
-    assert data.data is not None
-    fields = field_names(data)
-    problems = read_problems(data.data, fields)
-    pairs, dropped = build_prompt_pairs(
-        tokenizer,
-        problems,
-        prompt_templates(data),
-        data.max_prompt_length,
-        data.max_teacher_prompt_length,
-        data.overlong_prompts,
-    )
-    say(f"data     {len(pairs)} problems from {data.data}, {dropped} dropped as too long")
-    if not tokenizer.has_chat_template:
-        say("prompts  the tokenizer has no chat template: plain text and a newline")
-    return pairs
 
 
 @dataclasses.dataclass(frozen=True)

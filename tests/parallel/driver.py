@@ -39,8 +39,9 @@ from megatron_phf.rollout.megatron import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
+from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.heartbeat import Heartbeat
-from megatron_phf.train.loop import load_student, make_distiller, train
+from megatron_phf.train.loop import train
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
