@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,23 @@ def transition_counts(valid: Tensor) -> Tensor:
     return (valid.sum(-1) - 1).clamp(min=0)
 
 
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows @ rows.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return (grads[0] + grads[0].mT) @ rows
+
+
+def gram(rows: Tensor) -> Tensor:
+    """D [b, n, h] -> D D^T [b, n, n]; autograd's own gradient takes two products, this one."""
+    return _Gram.apply(rows)
+
+
 def _per_square(total: Tensor, counts: Tensor) -> Tensor:
     return total / counts.clamp(min=1).square()
 
@@ -70,7 +88,8 @@ def geometry_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
 
     The hidden sizes may differ.
     """
-    return adjacent_loss(student, student, teacher, teacher, counts)
+    teacher = _working(teacher)
+    return product_loss(gram(student), teacher @ teacher.mT, counts)
 
 
 def adjacent_loss(

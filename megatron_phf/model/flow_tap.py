@@ -22,6 +22,7 @@ from megatron_phf.losses import (
     direction_loss,
     directions,
     flow_weights,
+    gram,
     product_loss,
     transition_counts,
     unit_states,
@@ -78,6 +79,8 @@ class FlowTap:
         self._shards = shards
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
+        # A layer's output and its directions: the next layer's input, most often.
+        self._last: tuple[Tensor, Tensor] | None = None
         self.values: dict[tuple[int, int], Tensor] = {}
 
     def start_recording(self, windows: list[FlowWindow]) -> None:
@@ -98,7 +101,7 @@ class FlowTap:
 
     def stop(self) -> None:
         """Forget windows and targets; ``values`` stay until the next comparison."""
-        self._windows = {}
+        self._windows, self._last = {}, None
         self._targets.clear()
 
     def visit(self, layer: int, microbatch: int, inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -131,7 +134,8 @@ class FlowTap:
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
-        terms = self._terms(layer, microbatch, window, inputs, outputs)
+        student = self._directions(outputs, window)
+        terms = self._terms(layer, microbatch, window, inputs, student)
         self.values[microbatch, layer] = terms.detach()
         weights = (
             self.weights.direction[layer - 1],
@@ -141,23 +145,34 @@ class FlowTap:
         loss = (terms.sum(1) * terms.new_tensor(weights)).sum() * window.gradient_scale
         # Pipeline stages free their output's data once it is sent, which a view would not allow.
         attached = _AttachLoss.apply(outputs, loss)
-        return make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)
+        output = make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)
+        self._last = output, student
+        return output
+
+    def _input_directions(self, inputs: Tensor, window: FlowWindow) -> Tensor:
+        """Those of the layer before, where ``inputs`` is its output itself.
+
+        It is not on the first layer of a stage or of a recomputed piece, whose graph begins there.
+        """
+        if self._last is not None and self._last[0] is inputs:
+            return self._last[1]
+        return self._directions(inputs, window)
 
     def _terms(
-        self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
+        self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, student: Tensor
     ) -> Tensor:
         """Direction, geometry and adjacent (to the layer before) terms [3, b], absent ones 0."""
         counts = window.valid.sum(-1) if self.pointwise else transition_counts(window.valid)
-        student, targets = self._directions(outputs, window), self._targets
+        targets = self._targets
         absent = torch.zeros(len(counts), device=student.device)
         direction = geometry = adjacent = absent
         if self.has_direction:
             direction = direction_loss(student, targets.directions(microbatch, layer), counts)
         if not self.pointwise:
             own = targets.products(microbatch, layer, layer)
-            geometry = product_loss(student @ student.mT, own, counts)
+            geometry = product_loss(gram(student), own, counts)
             if layer > 1:
-                before = self._directions(inputs, window)
+                before = self._input_directions(inputs, window)
                 pair = targets.products(microbatch, layer - 1, layer)
                 adjacent = product_loss(before @ student.mT, pair, counts)
         return torch.stack((direction, geometry, adjacent))

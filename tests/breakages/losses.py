@@ -106,4 +106,11 @@ LOSSES = (
         "            #",
         ("tests/unit/test_divergence.py", "-k", "no_more_than_two"),
     ),
+    Breakage(
+        "a recomputed layer takes the directions of another piece's graph for its input's",
+        "megatron_phf/model/flow_tap.py",
+        "if self._last is not None and self._last[0] is inputs:",
+        "if self._last is not None:",
+        (PARITY, "-k", "test_equals_reference and full"),
+    ),
 )
