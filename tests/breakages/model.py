@@ -49,7 +49,7 @@ MODEL = (
     Breakage(
         "padding counts in the routers' load-balancing loss",
         "megatron_phf/train/step.py",
-        "set_padding(self.student, [self.shards.piece(b.padding) for b in batches])",
+        "set_padding(self.student, pieces)",
         "set_padding(self.student, None)",
         (MOE, "-k", "test_gradient and ep2_mb4"),
     ),
