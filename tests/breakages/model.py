@@ -68,6 +68,27 @@ MODEL = (
         (CONTEXT, "-k", "test_gradient and cp2_full"),
     ),
     Breakage(
+        "context parallelism cuts a packed row as if it were one sequence",
+        "megatron_phf/model/rows.py",
+        "if cu_seqlens is None else cu_seqlens.tolist()",
+        "",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "rotary positions run on through the sequences of a context rank's row",
+        "megatron_phf/train/pipeline.py",
+        "params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = limits",
+        "params.cu_seqlens_q_padded, params.max_seqlen_q = limits[[0, -1]], int(limits[-1])",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "the flow window of a packed row is looked up as in one sequence",
+        "megatron_phf/model/flow_tap.py",
+        "self._shards, window.cu_seqlens)",
+        "self._shards)",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
         "sequence-parallel ranks do not sum the gradient of a replicated LoRA matrix",
         "megatron_phf/model/lora.py",
         "whole.sequence_parallel = config.parallel.sequence_parallel and tp > 1",
