@@ -104,7 +104,7 @@ def test_widths_that_fp8_cannot_take(change: dict, flags: list[str], message: st
 def test_an_old_engine_cuts_no_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--transformer-impl", "transformer_engine", "--pack-sequences"]
     config = parse_args([*flags, "--context-parallel-size", "2"])
-    monkeypatch.setattr(gpt, "is_te_min_version", lambda version: version < "1.10.0")
+    monkeypatch.setattr(gpt, "is_te_min_version", lambda version: False)
     arch = parse_architecture(MODEL_CONFIG, "the embedded model")
     with pytest.raises(ValueError, match=r"needs Transformer Engine 1\.10 or newer"):
         gpt.build_model(arch, config)
