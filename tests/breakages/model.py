@@ -14,8 +14,8 @@ MODEL = (
     Breakage(
         "rollouts and a live teacher's pass are in FP8",
         "megatron_phf/model/gpt.py",
-        "with torch.no_grad(), fp8_off(chunks):",
-        "with torch.no_grad():",
+        "with torch.no_grad(), fp8_off(chunks), userbuffers_off(chunks):",
+        "with torch.no_grad(), userbuffers_off(chunks):",
         (ENGINE, "-k", "nowhere_else and delayed"),
     ),
     Breakage(
