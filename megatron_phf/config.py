@@ -279,7 +279,9 @@ class BatchingConfig:
         "model; 0: --micro-batch-size rollouts each",
     )
     pack_sequences: bool = _flag(
-        False, "with it: a microbatch's rollouts in one row (THD), without padding between them"
+        False,
+        "with it: a microbatch's rollouts in one row (THD), without padding between them (with "
+        "context parallelism, each padded to 2 x CP tokens)",
     )
 
 

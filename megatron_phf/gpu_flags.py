@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 
 from megatron_phf.config import Config, flag_of
+from megatron_phf.data.microbatches import round_up
 from megatron_phf.model.architecture import Architecture
 
 
@@ -104,12 +105,26 @@ def _check_overlap(config: Config) -> None:
         )
 
 
+def check_row(config: Config, flag: str) -> None:
+    """Raise ValueError, naming ``flag``, where a packed row cannot hold the longest rollout."""
+    data, cp = config.data, config.parallel.context_parallel_size
+    prompt = max(data.max_prompt_length, data.max_teacher_prompt_length)
+    longest = round_up(prompt + config.rollout.max_new_tokens, 2 * cp if cp > 1 else 1)
+    budget = config.batching.max_tokens_per_microbatch
+    padding = f", padded to a multiple of 2 x --context-parallel-size {cp}" if cp > 1 else ""
+    if budget < longest:
+        raise ValueError(
+            f"{flag}: a rollout may have {longest} tokens (prompt and --max-new-tokens{padding}), "
+            f"which a row of --max-tokens-per-microbatch {budget} must hold"
+        )
+
+
 def _check_userbuffers(config: Config) -> None:
     """Their buffers have the shape of one packed row (megatron_phf.model.userbuffers)."""
     if not config.parallel.tp_comm_overlap:
         return
     engine = importlib.util.find_spec("transformer_engine") is not None
-    fp8, data = config.fp8, config.data
+    fp8 = config.fp8
     needs = (
         ("--sequence-parallel", config.parallel.sequence_parallel),
         ("--pack-sequences", config.batching.pack_sequences),
@@ -122,14 +137,7 @@ def _check_userbuffers(config: Config) -> None:
     for need, there in needs:
         if not there:
             raise ValueError(f"--tp-comm-overlap needs {need}")
-    prompt = max(data.max_prompt_length, data.max_teacher_prompt_length)
-    longest = prompt + config.rollout.max_new_tokens
-    budget = config.batching.max_tokens_per_microbatch
-    if budget < longest:
-        raise ValueError(
-            f"--tp-comm-overlap: a rollout may have {longest} tokens (prompt and "
-            f"--max-new-tokens), which a row of --max-tokens-per-microbatch {budget} must hold"
-        )
+    check_row(config, "--tp-comm-overlap")
 
 
 def check_gpu(config: Config) -> None:

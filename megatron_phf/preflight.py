@@ -18,7 +18,7 @@ from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import field_names, read_problems, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
-from megatron_phf.gpu_flags import check_fp8_model, check_gpu
+from megatron_phf.gpu_flags import check_fp8_model, check_gpu, check_row
 from megatron_phf.grader_process import check_grader
 from megatron_phf.model.adapter_config import check_lora, target_modules
 from megatron_phf.model.architecture import (
@@ -115,10 +115,7 @@ def _check_batching(config: Config) -> None:
     if config.batching.pack_sequences and not budget:
         raise ValueError("--pack-sequences needs --max-tokens-per-microbatch, the tokens of a row")
     if config.batching.pack_sequences and config.parallel.context_parallel_size > 1:
-        raise ValueError(
-            "--pack-sequences: packed rows are not cut over --context-parallel-size; leave one of "
-            "the two out"
-        )
+        check_row(config, "--pack-sequences")
 
 
 def _check_combinations(config: Config) -> None:

@@ -25,9 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # (largest deviation of a value, of a gradient): rounding of the weights' dtype, and of FP8; packed
-# rows, and those with userbuffers, are in bf16.
+# rows, those with userbuffers and those cut over context ranks, are in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1), "fp8": (1e-1, 5e-1)}
-TOLERANCES |= {"packed": TOLERANCES["bf16"], "userbuffers": TOLERANCES["bf16"]}
+TOLERANCES |= {name: TOLERANCES["bf16"] for name in ("packed", "userbuffers", "context")}
 _CURVE, _OVERHEAD, _MFU = 0.05, 0.25, 0.2
 _PEAK_FLOPS = 989e12  # H100 SXM, bf16, dense
 _LAYOUTS = {
@@ -73,6 +73,11 @@ class Plan:
         """Whether the layout has communication to overlap by Transformer Engine's userbuffers."""
         return self.cuda and "--sequence-parallel" in self.layout
 
+    @property
+    def context(self) -> bool:
+        """Whether there are GPUs to cut packed rows over."""
+        return self.cuda and bool(self.layout)
+
     def case(self, name: str, kind: str, *argv: str) -> dict[str, Any]:
         """A case for the driver, its output under the plan's directory."""
         output = ["--output-dir", os.path.join(self.directory, name), "--no-progress"]
@@ -84,7 +89,8 @@ class Plan:
         from tests.reference import Options
 
         replay = os.path.join(self.tiny, "replay.jsonl")
-        parity = [*flags(Options(), os.path.join(self.tiny, "model"), replay, 4), *self.layout]
+        unsplit = flags(Options(), os.path.join(self.tiny, "model"), replay, 4)
+        parity = [*unsplit, *self.layout]
         fp32 = ["--dtype", "fp32", "--transformer-impl", "local"]
         cases = [self.case("parity_fp32", "gradients", *parity, *fp32)]
         cases.append(self.case("parity_bf16", "gradients", *parity, "--dtype", "bf16"))
@@ -93,6 +99,9 @@ class Plan:
         if self.userbuffers:
             more = ["--transformer-impl", "transformer_engine", "--tp-comm-overlap"]
             cases.append(self.case("parity_userbuffers", "gradients", *parity, *packed, *more))
+        if self.context:
+            more = ["--context-parallel-size", "2"]
+            cases.append(self.case("parity_context", "gradients", *unsplit, *packed, *more))
         if self.cuda:
             coarse = ["--dtype", "bf16", *self.coarse]
             cases.append(self.case("parity_fp8", "gradients", *parity, *coarse))
@@ -278,6 +287,7 @@ def evaluate(plan: Plan, failed: dict[str, str]) -> list[Row]:
     """All rows; those whose case has failed say so."""
     precisions = ["fp32", "bf16", "packed", *(["fp8"] if plan.cuda else [])]
     precisions += ["userbuffers"] if plan.userbuffers else []
+    precisions += ["context"] if plan.context else []
     makers: list[tuple[str, tuple[str, ...], Any]] = [
         (f"parity, {p}", (f"parity_{p}",), lambda p=p: [parity_row(plan, p)]) for p in precisions
     ]

@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_phf.data.microbatches import round_up
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.losses import window_batch
 
@@ -26,8 +27,9 @@ class SequenceBatch:
     tokens; ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
     ``window_valid`` bool [b, m]: positions of the flow window's own tokens; ``padding`` bool, as
     tokens: True behind the response; ``log_probs`` fp64 [b, r]: those of the response tokens that
-    another program sampled, or None; ``lengths``: of the sequences of a packed row, its padding
-    the last of them, or None.  Positions count from the row's start.
+    another program sampled, or None; ``cu_seqlens`` int32 [n + 1]: where the sequences of a packed
+    row start, each with its padding and the row's own the last of them, and the row's length;
+    ``max_seqlen``: of the longest; or None.  Positions count from the row's start.
     """
 
     tokens: Tensor
@@ -37,7 +39,8 @@ class SequenceBatch:
     window_valid: Tensor
     padding: Tensor
     log_probs: Tensor | None = None
-    lengths: tuple[int, ...] | None = None
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
 
     def target_ids(self) -> Tensor:
         """The scored response tokens, flat [n], in the order of ``scored``."""
@@ -83,17 +86,18 @@ def _sequences(
     length: int,
     window: tuple[Tensor, Tensor],
     pad_id: int,
-    packed: bool,
+    sizes: Sequence[int] | None,
 ) -> SequenceBatch:
+    """``sizes``: of each sequence in the one packed row; None: a row each."""
     longest = max(len(response) for _, response in pairs)
-    rows = [torch.tensor([*prompt, *response]) for prompt, response in pairs]
-    sizes = [len(row) for row in rows]
-    starts = list(accumulate(sizes[:-1], initial=0)) if packed else [0] * len(rows)
-    rows = [torch.cat(rows)] if packed else rows
-    tokens = torch.full((len(rows), length), pad_id, dtype=torch.long)
-    for row, content in zip(tokens, rows, strict=True):
-        row[: len(content)] = content
-    padding = torch.arange(length)[None] >= torch.tensor([len(row) for row in rows])[:, None]
+    starts = [0] * len(pairs) if sizes is None else list(accumulate(sizes, initial=0))[:-1]
+    shape = (len(pairs) if sizes is None else 1, length)
+    tokens = torch.full(shape, pad_id, dtype=torch.long)
+    padding = torch.ones(shape, dtype=torch.bool)
+    for i, (start, (prompt, response)) in enumerate(zip(starts, pairs, strict=True)):
+        row, end = i if sizes is None else 0, start + len(prompt) + len(response)
+        tokens[row, start:end] = torch.tensor([*prompt, *response])
+        padding[row, start:end] = False
     ends = zip(starts, pairs, strict=True)
     responses = torch.tensor([start + len(prompt) for start, (prompt, _) in ends])[:, None]
     generated = torch.arange(longest)[None].expand(len(pairs), -1)
@@ -102,11 +106,13 @@ def _sequences(
     predicting = (responses - 1 + generated).masked_fill(~scored, 0)
     positions, valid = window
     batch = SequenceBatch(tokens, predicting, scored, responses + positions, valid, padding)
-    if not packed:
+    if sizes is None:
         return batch
     left = length - sum(sizes)
     assert left >= 0, "checked before launch, or where the rollouts are read"
-    return dataclasses.replace(batch, lengths=(*sizes, *([left] if left else [])))
+    sizes = [*sizes, *([left] if left else [])]
+    limits = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+    return dataclasses.replace(batch, cu_seqlens=limits, max_seqlen=max(sizes))
 
 
 def _log_probs(rollouts: Sequence[Rollout]) -> Tensor | None:
@@ -118,11 +124,8 @@ def _log_probs(rollouts: Sequence[Rollout]) -> Tensor | None:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _row_length(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int, packed: bool
-) -> int:
-    sizes = [len(prompt) + len(response) for prompt, response in pairs]
-    return -(-(sum(sizes) if packed else max(sizes)) // multiple) * multiple
+def _sizes(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int) -> list[int]:
+    return [round_up(len(prompt) + len(response), multiple) for prompt, response in pairs]
 
 
 def make_local_batch(
@@ -131,6 +134,7 @@ def make_local_batch(
     window: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
     *,
     length_multiple: int = 1,
+    sequence_multiple: int = 1,
     pad_id: int = 0,
     groups: Sequence[Sequence[int]] | None = None,
     packed: bool = False,
@@ -142,7 +146,8 @@ def make_local_batch(
         groups: or the numbers of the rollouts of each, which then have lengths of their own.
         window: response lengths [b] -> (positions [b, m], valid [b, m]), see ``flow_window``.
         length_multiple: rows are padded to a multiple of this (sequence parallelism: TP).
-        packed: the sequences of each of ``groups`` lie in one row, without padding between them.
+        sequence_multiple: so is each sequence of a packed row (context parallelism: 2 CP).
+        packed: the sequences of each of ``groups`` lie in one row, one behind the other.
         row_length: of each packed row; None: as long as it must be.
     """
     assert groups is not None or not packed, "packed rows have lengths of their own"
@@ -154,17 +159,21 @@ def make_local_batch(
     students = [(r.student_prompt_ids, r.response_ids) for r in rollouts]
     teachers = [(r.teacher_prompt_ids, r.response_ids) for r in rollouts]
     # One length a side, unless grouped: pipeline stages then need not tell each other shapes.
-    lengths = [_row_length(side, length_multiple, packed) for side in (students, teachers)]
+    lengths = [round_up(max(_sizes(side, 1)), length_multiple) for side in (students, teachers)]
     microbatches = []
     for rows in order:
         members = [rollouts[i] for i in rows]
         sides = [[side[i] for i in rows] for side in (students, teachers)]
+        sizes = [_sizes(side, sequence_multiple) for side in sides]
         if groups is not None:
-            lengths = [row_length or _row_length(side, length_multiple, packed) for side in sides]
+            needed = [sum(each) if packed else max(each) for each in sizes]
+            lengths = [row_length or round_up(n, length_multiple) for n in needed]
         positions = window([len(r.response_ids) for r in members])
-        student = _sequences(sides[0], lengths[0], positions, pad_id, packed)
+        student, teacher = (
+            _sequences(side, length, positions, pad_id, each if packed else None)
+            for side, length, each in zip(sides, lengths, sizes, strict=True)
+        )
         student = dataclasses.replace(student, log_probs=_log_probs(members))
-        teacher = _sequences(sides[1], lengths[1], positions, pad_id, packed)
         assert torch.equal(student.target_ids(), teacher.target_ids()), (
             "student and teacher must score the same response tokens"
         )

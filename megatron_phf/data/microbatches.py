@@ -10,6 +10,11 @@ Lengths = Sequence[tuple[int, int]]
 Tokens = Callable[[Sequence[int], Lengths], int]
 
 
+def round_up(tokens: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that holds ``tokens``."""
+    return -(-tokens // multiple) * multiple
+
+
 def padded_tokens(group: Sequence[int], lengths: Lengths) -> int:
     """Tokens of the larger side of a microbatch, every row as long as its longest."""
     return len(group) * max(max(lengths[i]) for i in group)

@@ -41,7 +41,7 @@ class CausalAttention(MegatronModule):
     megatron-core's own ``DotProductAttention`` materialises [b, heads, s, s] scores.  Sequences
     are padded on the right, so that causality alone hides the padding.  The sequences of a packed
     row attend one after the other.  Under context parallelism every rank gathers the keys and
-    values of the whole sequence for its own queries.
+    values of the whole row for its own queries.
     """
 
     def __init__(
@@ -74,17 +74,26 @@ class CausalAttention(MegatronModule):
         Packed: without b, and [s, 1, np * hn].
         """
         assert attention_mask is None and attention_bias is None
-        size, mask = self.context.size(), None
-        if packed_seq_params is not None:
-            assert size == 1, "refused before launch"
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            sides = (x.unsqueeze(1).split(lengths) for x in (query, key, value))
-            rows = [self.forward(q, k, v, None) for q, k, v in zip(*sides, strict=True)]
-            return torch.cat(rows)
+        size = self.context.size()
         if size > 1:
             key, value = (
                 gather_from_sequence_parallel_region(x, group=self.context) for x in (key, value)
             )
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        # This rank's tokens of each sequence; every rank's of keys and values, by rank.
+        lengths = (packed_seq_params.cu_seqlens_q.diff() // size).tolist()
+        queries = query.unsqueeze(1).split(lengths)
+        keys, values = (
+            x.unsqueeze(1).unflatten(0, (size, -1)).split(lengths, dim=1) for x in (key, value)
+        )
+        sides = zip(queries, keys, values, strict=True)
+        return torch.cat([self._attend(q, k.flatten(0, 1), v.flatten(0, 1)) for q, k, v in sides])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One sequence: this context rank's queries, the keys and values of all, rank by rank."""
+        size, mask = self.context.size(), None
+        if size > 1:
             parts = [context_positions(len(key), size, r).to(query.device) for r in range(size)]
             mask = (parts[self.context.rank()][:, None] >= torch.cat(parts))[None, None]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))

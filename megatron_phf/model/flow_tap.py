@@ -52,12 +52,13 @@ class FlowWindow:
 
     ``positions`` [b, m]: absolute positions of the window's tokens; ``valid`` bool [b, m]: False
     where a shorter window is padded; ``gradient_scale``: what one sequence's L_flow is multiplied
-    with in the training objective.
+    with in the training objective; ``cu_seqlens``: of a packed row, see ``model.rows``.
     """
 
     positions: Tensor
     valid: Tensor
     gradient_scale: float
+    cu_seqlens: Tensor | None = None
 
 
 class FlowTap:
@@ -121,7 +122,7 @@ class FlowTap:
 
     def _directions(self, hidden: Tensor, window: FlowWindow) -> Tensor:
         """What is compared: unit transitions, or unit states."""
-        rows = gather_rows(hidden, window.positions, self._shards)
+        rows = gather_rows(hidden, window.positions, self._shards, window.cu_seqlens)
         return unit_states(rows, window.valid) if self.pointwise else directions(rows, window.valid)
 
     def _record(

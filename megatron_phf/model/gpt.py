@@ -205,12 +205,20 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
     All copies made from one configuration share nothing; the seed decides the weights.
 
     Raises:
-        ValueError: FP8 is asked for, and this device does not have it.
+        ValueError: this device does not have the FP8, or Transformer Engine the cut of packed
+            rows, that is asked for.
     """
     if config.fp8.fp8_format is not None:
         problem = device.fp8_support(config.fp8.fp8_recipe)
         if problem is not None:
             raise ValueError(f"--fp8-recipe {config.fp8.fp8_recipe}: {problem}")
+    cut = config.batching.pack_sequences and config.parallel.context_parallel_size > 1
+    engine = transformer_impl(config) == "transformer_engine"
+    if cut and engine and not is_te_min_version("1.10.0"):
+        raise ValueError(
+            "--pack-sequences with --context-parallel-size needs Transformer Engine 1.10 or newer; "
+            "update it, or leave one of the two out"
+        )
     parallel.seed(config.train.seed)
     transformer = transformer_config(arch, config)
     tokens = fixed_row_length(config, sequence_shards(transformer).length_multiple)

@@ -1,14 +1,20 @@
 """Rows of a hidden state at chosen positions, whole or sharded along the sequence.
 
 Context parallelism cuts a sequence into 2 x CP chunks; rank r holds chunks r and 2 CP - 1 - r, one
-behind the other (megatron's zig-zag order, which gives causal attention equal work).  Sequence
+behind the other (megatron's zig-zag order, which gives causal attention equal work).  Of a packed
+row it cuts each sequence alike, and rank r holds its two chunks of the first, then those of the
+second, and so on (the order of Transformer Engine's ``thd_get_partitioned_indices``).  Sequence
 parallelism cuts that part again, into TP contiguous pieces.
+
+``cu_seqlens`` below, int [n + 1]: where the n sequences of a packed row start, and its length;
+None: rows are sequences.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,36 +51,53 @@ class SequenceShards:
 
     @property
     def length_multiple(self) -> int:
-        """Sequences are padded to a multiple of this."""
-        chunks = 1 if self.context is None else 2 * self.context_size
-        return math.lcm(chunks, self.alignment * self.context_size) * self.sequence_size
+        """Rows are padded to a multiple of this."""
+        aligned = math.lcm(self.chunks, self.alignment * self.context_size)
+        return aligned * self.sequence_size
 
-    def part(self, whole: Tensor) -> Tensor:
+    @property
+    def chunks(self) -> int:
+        """Into how many chunks of equal length context parallelism cuts a sequence."""
+        return 1 if self.context is None else 2 * self.context_size
+
+    def part(self, whole: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[b, s] -> this context rank's tokens [b, s / CP], what the model gets."""
         if self.context is None:
             return whole
-        positions = context_positions(whole.shape[1], self.context_size, self.context.rank())
-        return whole[:, positions.to(whole.device)]
+        limits = [0, whole.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+        size, rank = self.context_size, self.context.rank()
+        positions = [a + context_positions(b - a, size, rank) for a, b in pairwise(limits)]
+        return whole[:, torch.cat(positions).to(whole.device)]
 
-    def piece(self, whole: Tensor) -> Tensor:
+    def piece(self, whole: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """[b, s] -> what a layer of this process holds, [b, s_local]."""
-        part = self.part(whole)
+        part = self.part(whole, cu_seqlens)
         if self.sequence is None:
             return part
         return part.chunk(self.sequence_size, dim=1)[self.sequence.rank()]
 
-    def in_part(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Absolute positions in sequences of ``length`` -> (index in this context rank's part,
+    def in_part(
+        self, positions: Tensor, length: int, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Absolute positions in rows of ``length`` -> (index in this context rank's part,
 
         whether they are there); the index means nothing where they are not.
         """
         if self.context is None:
             return positions, torch.ones_like(positions, dtype=torch.bool)
         size, rank = self.context_size, self.context.rank()
-        width = length // (2 * size)
-        chunk = positions // width
+        start: Tensor | int = 0
+        width: Tensor | int = length
+        if cu_seqlens is not None:
+            limits = cu_seqlens.to(positions.dtype)
+            # A window without tokens, behind the last prompt, may lie one behind the row's end.
+            sequence = torch.bucketize(positions, limits[1:-1], right=True)
+            start, width = limits[sequence], limits.diff()[sequence]
+        width = width // self.chunks
+        chunk = (positions - start) // width
         second = chunk == 2 * size - 1 - rank
-        return positions % width + width * second, second | (chunk == rank)
+        index = start // size + (positions - start) % width + width * second
+        return index, second | (chunk == rank)
 
     def in_piece(self, index: Tensor, here: Tensor, s_local: int) -> tuple[Tensor, Tensor]:
         """The result of :meth:`in_part` -> (index in this process's piece, whether it is there)."""
@@ -113,25 +136,29 @@ class _GatherRows(torch.autograd.Function):
         return grad, None, None, None, None
 
 
-def gather_rows(hidden: Tensor, positions: Tensor, shards: SequenceShards) -> Tensor:
-    """hidden [s_local, b, h], positions [b, m] in the whole padded sequence -> [b, m, h].
+def gather_rows(
+    hidden: Tensor, positions: Tensor, shards: SequenceShards, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """hidden [s_local, b, h], positions [b, m] in the whole padded row -> [b, m, h].
 
     Equal on all ranks of ``shards``.  Under context parallelism a loss of these rows gives each
     rank the gradient through its own tokens alone: summed over the ranks, each counts once.
     """
     s_local = hidden.shape[0]
     length = s_local * shards.sequence_size * shards.context_size
-    index, here = shards.in_piece(*shards.in_part(positions, length), s_local)
+    index, here = shards.in_piece(*shards.in_part(positions, length, cu_seqlens), s_local)
     return _GatherRows.apply(hidden, index, here, shards.sequence, shards.context)
 
 
-def part_rows(hidden: Tensor, positions: Tensor, shards: SequenceShards) -> tuple[Tensor, Tensor]:
+def part_rows(
+    hidden: Tensor, positions: Tensor, shards: SequenceShards, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As :func:`gather_rows`, for the positions of this context rank's part alone.
 
     Returns rows [b, m, h] and ``mine`` bool [b, m]: where False, another context rank has the row.
     """
     s_local = hidden.shape[0]
     length = s_local * shards.sequence_size * shards.context_size
-    index, mine = shards.in_part(positions, length)
+    index, mine = shards.in_part(positions, length, cu_seqlens)
     index, here = shards.in_piece(index, mine, s_local)
     return _GatherRows.apply(hidden, index, here, shards.sequence, None), mine

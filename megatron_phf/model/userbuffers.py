@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
 from megatron_phf.config import Config
+from megatron_phf.data.microbatches import round_up
 
 _SWITCHES = (
     "ub_overlap_ag_fprop",
@@ -32,11 +33,13 @@ def fixed_row_length(config: Config, multiple: int) -> int | None:
     """Tokens of every packed row, the budget rounded up to ``multiple``; None: they differ."""
     if not config.parallel.tp_comm_overlap:
         return None
-    return -(-config.batching.max_tokens_per_microbatch // multiple) * multiple
+    return round_up(config.batching.max_tokens_per_microbatch, multiple)
 
 
 def initialize_userbuffers(transformer: TransformerConfig, tokens: int) -> None:
-    """Allocate the buffers, before the layers are made; once a process, on every rank.
+    """Allocate the buffers for rows of ``tokens``, of which context parallelism leaves a part.
+
+    Before the layers are made; once a process, on every rank.
 
     Raises:
         ValueError: Transformer Engine is too old.
@@ -50,7 +53,7 @@ def initialize_userbuffers(transformer: TransformerConfig, tokens: int) -> None:
         modes = base.UserBufferQuantizationMode
         options = {"quantization_modes": [modes.FP8 if transformer.fp8 else modes.NONE]}
     base.initialize_ub(
-        shape=[tokens, transformer.hidden_size],
+        shape=[tokens // transformer.context_parallel_size, transformer.hidden_size],
         tp_size=transformer.tensor_model_parallel_size,
         bootstrap_backend="nccl",
         **options,

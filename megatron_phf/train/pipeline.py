@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,14 +17,21 @@ from megatron_phf.model.rows import SequenceShards
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
 
 
-def packed_seq_params(batch: SequenceBatch) -> PackedSeqParams | None:
-    """Where the sequences of a packed row end, for attention and rotary positions."""
-    if batch.lengths is None:
+def packed_seq_params(batch: SequenceBatch, shards: SequenceShards) -> PackedSeqParams | None:
+    """Where the sequences of a packed row end, for attention and rotary positions.
+
+    Each with its padding, which causality hides from its tokens.  Transformer Engine's context
+    parallelism would cut real lengths wrongly that 2 CP does not divide, and its flash attention
+    takes no padding between sequences: one tensor is both ends, which says that there is none
+    (NVIDIA/TransformerEngine#1930, #3331, #3487; Megatron-LM's pretrain_gpt.py does the same).
+    """
+    limits, longest = batch.cu_seqlens, batch.max_seqlen
+    if limits is None:
         return None
-    ends = [0, *accumulate(batch.lengths)]
-    limits = torch.tensor(ends, dtype=torch.int32, device=batch.tokens.device)
-    longest = max(batch.lengths)
-    return PackedSeqParams("thd", limits, limits, max_seqlen_q=longest, max_seqlen_kv=longest)
+    params = PackedSeqParams("thd", limits, limits, max_seqlen_q=longest, max_seqlen_kv=longest)
+    if shards.context is not None:
+        params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = limits
+    return params
 
 
 def run_pipeline(
@@ -51,10 +57,10 @@ def run_pipeline(
         # The microbatch's number rides along to the layers (see FlowTransformerLayer).
         extra = {"context_mask": torch.tensor(index)}
         hidden = model(
-            shards.part(batch.tokens),
+            shards.part(batch.tokens, batch.cu_seqlens),
             None,
             None,
-            packed_seq_params=packed_seq_params(batch),
+            packed_seq_params=packed_seq_params(batch, shards),
             extra_block_kwargs=extra,
         )
         return hidden, lambda output: loss(index, output)

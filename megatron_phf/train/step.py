@@ -18,6 +18,7 @@ from megatron_phf.data.microbatches import (
     groups_under_budget,
     packed_tokens,
     padded_tokens,
+    round_up,
     split_into,
 )
 from megatron_phf.data.replay_file import Rollout
@@ -152,6 +153,7 @@ class Distiller:
             self.config.train.micro_batch_size,
             flow_window(method.phf_window_size, method.phf_window_rule),
             length_multiple=self.shards.length_multiple,
+            sequence_multiple=self.shards.chunks,
             groups=self._groups(rollouts),
             packed=self.config.batching.pack_sequences,
             row_length=fixed_row_length(self.config, self.shards.length_multiple),
@@ -168,11 +170,11 @@ class Distiller:
         if budget == 0:
             return None
         multiple, tokens = self.shards.length_multiple, padded_tokens
-        if self.config.batching.pack_sequences:  # the row is padded, not the sequence
-            multiple, tokens = 1, packed_tokens
+        if self.config.batching.pack_sequences:  # all else that is padded is the row
+            multiple, tokens = self.shards.chunks, packed_tokens
 
         def padded(prompt: Sequence[int], response: Sequence[int]) -> int:
-            return -(-(len(prompt) + len(response)) // multiple) * multiple
+            return round_up(len(prompt) + len(response), multiple)
 
         lengths = [
             (
@@ -186,7 +188,7 @@ class Distiller:
         return split_into(groups, number, lengths, tokens)
 
     def _windows(self, batches: Sequence[SequenceBatch], scale: float) -> list[FlowWindow]:
-        return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
+        return [FlowWindow(b.window, b.window_valid, scale, b.cu_seqlens) for b in batches]
 
     def _teacher_targets(self, batch: LocalBatch) -> TeacherOutput:
         """The teacher's forward-only pass: flow targets into the tap on every stage, and, on the
@@ -199,7 +201,8 @@ class Distiller:
         def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
             batch = batches[index]
             # All of them on every context rank: the student's row may be elsewhere.
-            rows[index] = gather_rows(hidden, batch.predicting, self.shards)[batch.scored]
+            every = gather_rows(hidden, batch.predicting, self.shards, batch.cu_seqlens)
+            rows[index] = every[batch.scored]
             return hidden.new_zeros(()), None
 
         self.tap.start_recording(self._windows(batches, scale=0.0))
@@ -249,7 +252,8 @@ class Distiller:
         The schedule gives that loss its share of the mean over microbatches.
         """
         if self.arch.experts is not None:
-            set_padding(self.student, [self.shards.piece(b.padding) for b in batches])
+            pieces = [self.shards.piece(b.padding, b.cu_seqlens) for b in batches]
+            set_padding(self.student, pieces)
             reset_aux_loss()
 
     def _output_loss(
@@ -263,7 +267,7 @@ class Distiller:
 
         predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output weight.
         """
-        rows, mine = part_rows(hidden, batch.predicting, self.shards)
+        rows, mine = part_rows(hidden, batch.predicting, self.shards, batch.cu_seqlens)
         here, kept = batch.scored & mine, mine[batch.scored]
         rows, weight = rows[here], self.student[-1].output_weight()
         targets, head = batch.target_ids()[kept], self._head_split(weight)

@@ -53,15 +53,15 @@ LOSSES = (
     Breakage(
         "the window is off by one",
         "megatron_phf/data/batch.py",
-        "prompt_lengths + positions, valid",
-        "prompt_lengths + positions - 1, valid",
+        "responses + positions, valid",
+        "responses + positions - 1, valid",
         (PARITY, "-k", "test_equals_reference and one]"),
     ),
     Breakage(
         "logits are off by one token",
         "megatron_phf/data/batch.py",
-        "prompt_lengths - 1 + generated",
-        "prompt_lengths + generated",
+        "responses - 1 + generated",
+        "responses + generated",
         (PARITY, "-k", "test_equals_reference and one]"),
     ),
     Breakage(

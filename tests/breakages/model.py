@@ -14,8 +14,8 @@ MODEL = (
     Breakage(
         "rollouts and a live teacher's pass are in FP8",
         "megatron_phf/model/gpt.py",
-        "with torch.no_grad(), fp8_off(chunks):",
-        "with torch.no_grad():",
+        "with torch.no_grad(), fp8_off(chunks), userbuffers_off(chunks):",
+        "with torch.no_grad(), userbuffers_off(chunks):",
         (ENGINE, "-k", "nowhere_else and delayed"),
     ),
     Breakage(
@@ -49,7 +49,7 @@ MODEL = (
     Breakage(
         "padding counts in the routers' load-balancing loss",
         "megatron_phf/train/step.py",
-        "set_padding(self.student, [self.shards.piece(b.padding) for b in batches])",
+        "set_padding(self.student, pieces)",
         "set_padding(self.student, None)",
         (MOE, "-k", "test_gradient and ep2_mb4"),
     ),
@@ -65,6 +65,27 @@ MODEL = (
         "megatron_phf/model/rows.py",
         "    return torch.cat((chunks[rank], chunks[-1 - rank]))",
         "    return torch.cat((chunks[2 * rank], chunks[2 * rank + 1]))",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "context parallelism cuts a packed row as if it were one sequence",
+        "megatron_phf/model/rows.py",
+        "if cu_seqlens is None else cu_seqlens.tolist()",
+        "",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "rotary positions run on through the sequences of a context rank's row",
+        "megatron_phf/train/pipeline.py",
+        "params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = limits",
+        "params.cu_seqlens_q_padded, params.max_seqlen_q = limits[[0, -1]], int(limits[-1])",
+        (CONTEXT, "-k", "test_gradient and cp2_full"),
+    ),
+    Breakage(
+        "the flow window of a packed row is looked up as in one sequence",
+        "megatron_phf/model/flow_tap.py",
+        "self._shards, window.cu_seqlens)",
+        "self._shards)",
         (CONTEXT, "-k", "test_gradient and cp2_full"),
     ),
     Breakage(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_phf import preflight
+from megatron_phf.flags import parse_args
 from tests.launch import run
 from tools import acceptance
 
@@ -59,6 +62,18 @@ def plan(directory: Path, cuda: bool) -> acceptance.Plan:
     (directory / "train_coarse.json").write_text(json.dumps(steps(1.06, 2.0)))
     (directory / "train.log").write_text("memory   2.50 GiB a rank, activations aside\n")
     return acceptance.Plan(str(directory), "", "", cuda, 1, 4, [], [], [])
+
+
+def test_packed_rows_are_cut_over_gpus(tmp_path: Path) -> None:
+    """On two GPUs or more, with flags that the checks before launch take."""
+    more = dataclasses.replace(plan(tmp_path, cuda=True), layout=acceptance._LAYOUTS[8])
+    argv = {case["name"]: case["argv"] for case in more.cases()}["parity_context"]
+    config = parse_args(argv)
+    assert config.batching.pack_sequences and config.parallel.context_parallel_size == 2
+    preflight.check_world_size(config, 8)
+    preflight._check_batching(config)
+    rows = acceptance.evaluate(more, {c["name"]: "trouble" for c in more.cases()})
+    assert [r.good for r in rows if r.name == "parity, context"] == [False]
 
 
 def test_verdicts(tmp_path: Path) -> None:

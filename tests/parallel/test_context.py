@@ -12,10 +12,9 @@ from tests import reference
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch, selected
 from tests.parallel.test_moe import EXPERTS
-from tests.parallel.test_parity import MB2, PP2, SP, TP2
+from tests.parallel.test_parity import CP2, FULL, MB2, ONE_ROW_CP2, PACKED_CP2, PP2, SP, TP2
 from tests.parallel.test_rollouts import GREEDY, NEW_TOKENS, SHORT, prompts
 
-CP2 = ["--context-parallel-size", "2"]
 BATCH, STEPS, TOLERANCE = 8, 3, 1e-5
 LENGTHS = [1, 2, 20, 7, 31, 3, 12, 9, 5, 14, 2, 8, 11, 1, 6, 17, 4, 9, 23, 2, 7, 10, 3, 5]
 MODELS = {"dense": {}, "moe": EXPERTS}
@@ -28,15 +27,22 @@ CASES = {
     "cp4": (4, "dense", ["--context-parallel-size", "4", *MB2]),
     "cp2_pp2": (4, "dense", [*CP2, *PP2, *MB2]),
     "cp2_tp2_sp_moe": (4, "moe", [*CP2, *TP2, *SP, *MB2]),
+    "packed_cp2_full": (2, "dense", [*PACKED_CP2, *FULL, "1"]),
+    "packed_cp4": (4, "dense", [*PACKED_CP2, "--context-parallel-size", "4"]),
+    "packed_cp2_pp2": (4, "dense", [*PACKED_CP2, *PP2]),
+    "packed_cp2_tp2_sp": (4, "dense", [*PACKED_CP2, *TP2, *SP]),
+    "packed_cp2_dp2": (4, "dense", PACKED_CP2),
+    "packed_cp2_tp2_sp_moe": (4, "moe", [*ONE_ROW_CP2, *TP2, *SP]),
 }
 TRAINED = {"cp2_dp2": (4, "dense", [*CP2, *MB2, *DISTRIBUTED])}
 ROLLOUTS = {"cp2_rollouts": (2, "dense", CP2)}
 
 
-def options(model: str) -> reference.Options:
+def options(model: str, rollouts: int = 2) -> reference.Options:
+    """``rollouts``: of a microbatch, over which the experts' loss is computed."""
     coefficient = EXPERTS["router_aux_loss_coef"] if model == "moe" else 0.0
     return reference.Options(
-        alpha=0.7, window_size=8, clip=0.02, aux_coeff=coefficient, micro_batch_size=2
+        alpha=0.7, window_size=8, clip=0.02, aux_coeff=coefficient, micro_batch_size=rollouts
     )
 
 
@@ -88,13 +94,15 @@ def results(files: Path, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="module")
 def references(files: Path) -> dict:
     samples = reference.read_replay(str(files / "replay.jsonl"))[:BATCH]
-    return {m: reference.compute(str(files / m), samples, options(m)) for m in MODELS}
+    kinds = [("dense", 2), ("moe", 2), ("moe", BATCH)]
+    return {(m, n): reference.compute(str(files / m), samples, options(m, n)) for m, n in kinds}
 
 
 @pytest.mark.parametrize("name", [*CASES, *TRAINED])
 def test_gradient_equals_reference(name: str, results: Path, references: dict) -> None:
-    _, model, _ = {**CASES, **TRAINED}[name]
-    expected, found = references[model], json.loads((results / f"{name}.json").read_text())
+    _, model, layout = {**CASES, **TRAINED}[name]
+    expected = references[model, BATCH if ONE_ROW_CP2[-1] in layout else 2]
+    found = json.loads((results / f"{name}.json").read_text())
     found = found[0] if name in TRAINED else found
     compare_metrics(found, expected.metrics, TOLERANCE)
     gradients = load_file(results / f"{name}.gradient.safetensors")

@@ -16,7 +16,7 @@ from tests import reference
 from tests.models import ALL_LINEARS, make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 from tests.parallel.test_moe import EXPERTS
-from tests.parallel.test_parity import FULL, MODELS, PACKED, PP2, SP, TP2, VPP2
+from tests.parallel.test_parity import CP2, FULL, MODELS, PACKED, PACKED_CP2, PP2, SP, TP2, VPP2
 
 STEPS, BATCH, RANK, ALPHA = 3, 4, 8, 12
 LENGTHS = [5, 1, 9, 14, 3, 8, 2, 11, 6, 12, 4, 7]
@@ -51,7 +51,8 @@ GRADIENTS = {
     "some_tp2": (2, "some", TP2, "frozen"),
     "moe_tp2_sp": (2, "moe", TP2 + SP, "frozen"),
     "packed_tp2_sp": (2, "qwen3", TP2 + SP + PACKED, "frozen"),
-    "cp2": (2, "qwen3", ["--context-parallel-size", "2"], "frozen"),
+    "cp2": (2, "qwen3", CP2, "frozen"),
+    "packed_cp2": (2, "qwen3", PACKED_CP2, "frozen"),
 }
 BF16 = {"bf16": (4, "qwen3", [*TP2, *PP2, *SP, "--dtype", "bf16"], "frozen")}
 GRADIENT_CASES = [*GRADIENTS, *(n for n, case in TRAINED.items() if case[3] == "frozen")]

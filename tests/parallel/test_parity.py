@@ -26,6 +26,10 @@ MB2 = ["--micro-batch-size", "2"]
 FULL = ["--recompute-granularity", "full", "--recompute-num-layers"]
 BUDGET = ["--max-tokens-per-microbatch", "60"]
 PACKED = [*BUDGET, "--pack-sequences"]
+CP2 = ["--context-parallel-size", "2"]
+# Rows with room for the longest rollout that the flags allow; or for all that there are.
+PACKED_CP2 = [*CP2, "--pack-sequences", "--max-tokens-per-microbatch", "96"]
+ONE_ROW_CP2 = [*PACKED_CP2, "--max-tokens-per-microbatch", "1000"]
 BLOCK = ["--recompute-granularity", "full", "--recompute-method", "block"]
 
 # name -> (processes, model, layout flags, options of the method)
@@ -86,6 +90,7 @@ CASES = {
     "packed_dp2_pp2_full": (4, "qwen3", [*PP2, *FULL, "1", *PACKED], {}),
     "packed_tp2_sp_pp2": (4, "untied", [*TP2, *SP, *PP2, *PACKED], {"beta": 0.5, "clip": 0.02}),
     "packed_empty_dp2": (2, "qwen3", PACKED, {"replay": "empty"}),
+    "packed_empty_cp2": (2, "qwen3", PACKED_CP2, {"replay": "empty"}),
     "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
 }
 MODELS = {

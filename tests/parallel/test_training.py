@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import OVERLAP, PACKED, PP2, SP, TP2
+from tests.parallel.test_parity import OVERLAP, PACKED, PACKED_CP2, PP2, SP, TP2
 
 STEPS, BATCH = 3, 4
 LENGTHS = [5, 1, 9, 14, 3, 8, 2, 11, 6, 12, 4, 7]
@@ -27,6 +27,7 @@ CASES = {
     "frozen_unclipped": (1, [], "frozen", 0.0),
     "ema_dp2_distributed": (2, DISTRIBUTED, "ema", 0.1),
     "ema_packed_dp2_distributed": (2, PACKED + DISTRIBUTED, "ema", 0.1),
+    "ema_packed_cp2": (2, PACKED_CP2, "ema", 0.1),
     "ema_dp2_gather": (2, GATHER, "ema", 0.1),
     "ema_pp2": (2, PP2, "ema", 0.1),
     "live_tp2_sp": (2, TP2 + SP, "live", 0.1),

@@ -7,6 +7,7 @@ and where FP8 contexts are entered.  It shows nothing about FP8's or CUDA's numb
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tests import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import FULL, PACKED, PP2, SP, TOLERANCE, TP2
+from tests.parallel.test_parity import CP2, FULL, ONE_ROW_CP2, PACKED, PP2, SP, TOLERANCE, TP2
 
 BATCH, LAYERS = 4, 4
 TE = ["--transformer-impl", "transformer_engine", "--dtype", "auto"]  # fp32 on the CPU
@@ -31,6 +32,9 @@ PARITY = {
     "bf16_tp2_sp": ("qwen3", [*TE, *TP2, *SP]),
     "tensorwise_tp2_sp": ("qwen3", [*TENSORWISE, *BF16_ENDS, *TP2, *SP]),
     "bf16_packed_pp2": ("qwen3", [*TE, *PP2, *PACKED]),
+    "bf16_cp2": ("qwen3", [*TE, *CP2]),
+    "bf16_packed_cp2": ("qwen3", [*TE, *ONE_ROW_CP2]),
+    "tensorwise_packed_cp2": ("qwen3", [*TENSORWISE, *ONE_ROW_CP2, *FULL, "1"]),
     "tensorwise_packed_tp2_sp": ("qwen3", [*TENSORWISE, *TP2, *SP, *PACKED]),
     "bf16_userbuffers": ("qwen3", [*TE, *USERBUFFERS, *FULL, "1", "--teacher", "live"]),
     "tensorwise_userbuffers": ("qwen3", [*TENSORWISE, *USERBUFFERS]),
@@ -202,6 +206,30 @@ def test_userbuffers_are_where_the_student_trains(name: str, tokens: int, result
     assert student and all(r.get("userbuffers") and r["tokens"] == tokens for r in student)
     assert teacher and not any(r.get("userbuffers") for r in teacher)
     assert not any(r.get("userbuffers") for r in record(results, "greedy_te"))
+
+
+def sizes_of_row(samples: list[dict], prompt: str, multiple: int) -> tuple[int, ...]:
+    """Tokens of each sequence, in multiples of 2 CP, and of what fills the row up; in order."""
+    sizes = [-(-len(s[prompt] + s["response_ids"]) // 4) * 4 for s in samples]
+    return tuple(sorted([*sizes, *([-sum(sizes) % multiple] if sum(sizes) % multiple else [])]))
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("bf16", 4), ("tensorwise", 32)])
+def test_packed_rows_over_context_ranks(
+    name: str, multiple: int, files: Path, results: Path
+) -> None:
+    """Limits that 2 CP divides, the same with padding and without; a rank has half the tokens."""
+    samples = reference.read_replay(str(files / "r.jsonl"))
+    met = record(results, f"{name}_packed_cp2")
+    calls = [r for r in met if r["what"] == "packed attention"]
+    found = {tuple(sorted(b - a for a, b in pairwise(c["cu_seqlens"]))) for c in calls}
+    prompts = ("student_prompt_ids", "teacher_prompt_ids")
+    assert found == {sizes_of_row(samples, prompt, multiple) for prompt in prompts}
+    for call in calls:
+        limits = call["cu_seqlens"]
+        assert call["context"] == 2 and call["tokens"] == limits[-1] // 2
+        assert call["padded"] == [limits, limits]
+        assert call["max_seqlen"] == max(b - a for a, b in pairwise(limits))
 
 
 @pytest.mark.parametrize("model", ["qwen3", "moe"])

@@ -13,6 +13,7 @@ import pytest
 from megatron_phf import device, fused, gpu_flags, out_of_memory, preflight
 from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.flags import parse_args
+from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.model.rows import SequenceShards
 from tests.launch import REPO, environment
@@ -98,6 +99,15 @@ def test_widths_that_fp8_cannot_take(change: dict, flags: list[str], message: st
     with pytest.raises(ValueError, match=message):
         gpu_flags.check_fp8_model(config, arch)
     gpu_flags.check_fp8_model(parse_args(flags), arch)  # without FP8 any width will do
+
+
+def test_an_old_engine_cuts_no_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--transformer-impl", "transformer_engine", "--pack-sequences"]
+    config = parse_args([*flags, "--context-parallel-size", "2"])
+    monkeypatch.setattr(gpt, "is_te_min_version", lambda version: False)
+    arch = parse_architecture(MODEL_CONFIG, "the embedded model")
+    with pytest.raises(ValueError, match=r"needs Transformer Engine 1\.10 or newer"):
+        gpt.build_model(arch, config)
 
 
 class _Group:

@@ -56,12 +56,36 @@ def test_a_packed_row() -> None:
     )
     student, teacher = batch.microbatches[0].student, batch.microbatches[0].teacher
     assert student.tokens.tolist() == [[1, 1, 1, 2, 7, 9, 3, 5, 8, 0, 0, 0]]
-    assert (student.lengths, teacher.lengths) == ((6, 3, 3), (8, 2, 2))
+    limits = [side.cu_seqlens.tolist() for side in (student, teacher)]
+    assert limits == [[0, 6, 9, 12], [0, 8, 10, 12]]
+    assert (student.max_seqlen, teacher.max_seqlen) == (6, 8)
     assert student.predicting.tolist() == [[2, 3, 4], [7, 0, 0]]
     assert teacher.predicting.tolist() == [[4, 5, 6], [8, 0, 0]]
     assert student.window[student.window_valid].tolist() == [3, 4, 5, 8]
     assert student.target_ids().tolist() == [2, 7, 9, 8]
     assert batch.token_counts() == (19, 24)
+
+
+def test_a_packed_row_for_context_parallelism() -> None:
+    """Each sequence has its own padding, and the row more behind them."""
+    rollouts = [Rollout((1,) * 3, (4,) * 5, (2, 7, 9)), Rollout((3, 5), (6,), (8,))]
+    batch = make_local_batch(
+        rollouts,
+        1,
+        flow_window(8, "even"),
+        groups=[[0, 1]],
+        packed=True,
+        sequence_multiple=4,
+        length_multiple=16,
+    )
+    student = batch.microbatches[0].student
+    assert student.tokens.tolist() == [[1, 1, 1, 2, 7, 9, 0, 0, 3, 5, 8, 0, 0, 0, 0, 0]]
+    assert student.padding.nonzero()[:, 1].tolist() == [6, 7, 11, 12, 13, 14, 15]
+    assert (student.cu_seqlens.tolist(), student.max_seqlen) == ([0, 8, 12, 16], 8)
+    assert student.predicting.tolist() == [[2, 3, 4], [9, 0, 0]]
+    assert student.window[student.window_valid].tolist() == [3, 4, 5, 10]
+    assert student.target_ids().tolist() == [2, 7, 9, 8]
+    assert batch.token_counts() == (19, 32)
 
 
 def test_refused_flags() -> None:
@@ -73,8 +97,11 @@ def test_refused_flags() -> None:
     with pytest.raises(ValueError, match="--pack-sequences needs --max-tokens-per-microbatch"):
         preflight._check_batching(base.replaced(pack_sequences=True))
     packed = base.replaced(max_tokens_per_microbatch=9, pack_sequences=True)
-    with pytest.raises(ValueError, match="not cut over --context-parallel-size"):
-        preflight._check_batching(packed.replaced(context_parallel_size=2))
+    lengths = {"max_prompt_length": 3, "max_teacher_prompt_length": 5, "max_new_tokens": 4}
+    cut = packed.replaced(context_parallel_size=2, **lengths)
+    with pytest.raises(ValueError, match=r"have 12 tokens .* 2 x --context-parallel-size 2"):
+        preflight._check_batching(cut)
+    preflight._check_batching(cut.replaced(max_tokens_per_microbatch=12))
     virtual = base.replaced(max_tokens_per_microbatch=9, num_virtual_stages_per_pipeline_rank=2)
     with pytest.raises(ValueError, match="interleaved schedule does not run"):
         preflight._check_batching(virtual)

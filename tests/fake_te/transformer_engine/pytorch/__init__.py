@@ -186,42 +186,81 @@ class GroupedLinear(_Base):
         return torch.cat([F.linear(p, w) for p, w in zip(parts, weights, strict=True)])
 
 
+def partitioned_indices(cu_seqlens, size: int, rank: int) -> torch.Tensor:
+    """As ``thd_get_partitioned_indices``: the row's positions of a context rank's tokens."""
+    if size == 1:
+        return torch.arange(int(cu_seqlens[-1]))
+    assert not (cu_seqlens % (2 * size)).any(), f"{cu_seqlens.tolist()}: not multiples of 2 CP"
+    token = torch.arange(int(cu_seqlens[-1]) // size)
+    start = (cu_seqlens // size)[torch.bucketize(token, cu_seqlens // size, right=True) - 1]
+    ends = (cu_seqlens // size)[torch.bucketize(token, cu_seqlens // size, right=True)]
+    chunk, offset = (ends - start) // 2, token - start
+    moved = torch.where(offset < chunk, rank, 2 * (size - 1) - rank)
+    return start * size + offset + moved * chunk
+
+
 class DotProductAttention(_Base):
     """Causal attention of [s, b, heads, hn], or of packed [t, heads, hn]."""
 
     def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0,
                  attn_mask_type="causal", sequence_parallel=False, tp_size=1,
                  get_rng_state_tracker=None, tp_group=None, layer_number=None, num_gqa_groups=None,
-                 attention_type="self", softmax_scale=None) -> None:  # fmt: skip
+                 attention_type="self", softmax_scale=None, cp_group=None, cp_global_ranks=None,
+                 cp_stream=None, cp_comm_type="p2p") -> None:  # fmt: skip
         super().__init__()
         self._start()
         assert not attention_dropout
-        self.softmax_scale = softmax_scale
+        self.softmax_scale, self.cp_group = softmax_scale, cp_group
+        if cp_group is not None:
+            assert cp_global_ranks == torch.distributed.get_process_group_ranks(cp_group)
+            assert cp_stream is not None and cp_comm_type == "p2p"
 
     def forward(self, query, key, value, attention_mask, attn_mask_type="causal",
                 qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None,
                 cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None):  # fmt: skip
+        from megatron.core import tensor_parallel as tp
+
         assert attention_mask is None
-        mask = None
-        if qkv_format == "thd":
+        packed, size = qkv_format == "thd", 1 if self.cp_group is None else self.cp_group.size()
+        rank = 0 if self.cp_group is None else self.cp_group.rank()
+        whole, limits = len(query) * size, cu_seqlens_q
+        if packed:
+            padded = [cu_seqlens_q_padded, cu_seqlens_kv_padded]
             assert attn_mask_type == "padding_causal" and query.dim() == 3
             assert cu_seqlens_q.dtype is torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
-            assert cu_seqlens_q_padded is None and cu_seqlens_kv_padded is None
+            # The same object says that there is no padding between sequences.
+            assert all(x is (None if size == 1 else cu_seqlens_q) for x in padded)
             assert max_seqlen_q == max_seqlen_kv == cu_seqlens_q.diff().max()
-            assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(query) == len(key)
-            token = torch.arange(len(query))
-            sequence = torch.bucketize(token, cu_seqlens_q, right=True)
-            mask = (sequence[:, None] == sequence) & (token[:, None] >= token)
+            assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == whole
             query, key, value = (x[:, None] for x in (query, key, value))
+            record.append(
+                {
+                    "what": "packed attention", "cu_seqlens": cu_seqlens_q.tolist(),
+                    "padded": [None if x is None else x.tolist() for x in padded],
+                    "max_seqlen": max_seqlen_q, "tokens": len(query), "context": size,
+                }
+            )  # fmt: skip
         else:
             assert attn_mask_type == "causal"
+            limits = torch.tensor([0, whole], dtype=torch.int32)
+        mask = None
+        if packed or size > 1:
+            tokens = [partitioned_indices(limits, size, r) for r in range(size)]
+            mine, every = tokens[rank], torch.cat(tokens)
+            sequences = [torch.bucketize(t, limits, right=True) for t in (mine, every)]
+            mask = (sequences[0][:, None] == sequences[1]) & (mine[:, None] >= every)
+        if size > 1:
+            key, value = (
+                tp.gather_from_sequence_parallel_region(x, group=self.cp_group)
+                for x in (key, value)
+            )
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=self.softmax_scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         out = out.permute(2, 0, 1, 3).flatten(2)
-        return out if mask is None else out[:, 0]
+        return out[:, 0] if packed else out
 
 
 class Fp8Padding(torch.nn.Module):
