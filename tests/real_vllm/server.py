@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -64,10 +65,23 @@ class RealVllm:
         raise AssertionError(self.log()[-4000:])
 
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """It and the processes it started."""
+        """It and the processes it started, and the shared memory that it then cannot remove."""
+        shared = self._shared_memory()
         if self._process.poll() is None:
             os.killpg(self._process.pid, how)
         self._process.wait(timeout=60)
+        for path in shared:
+            path.unlink(missing_ok=True)
+
+    def _shared_memory(self) -> set[Path]:
+        """The files of /dev/shm that its processes have mapped."""
+        found = set()
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            with contextlib.suppress(OSError):  # a process that has just ended, or not ours
+                if os.getpgid(int(maps.parent.name)) == self._process.pid:
+                    words = maps.read_text().split()
+                    found |= {Path(word) for word in words if word.startswith("/dev/shm/")}
+        return found
 
     def __enter__(self) -> RealVllm:
         try:
