@@ -74,14 +74,14 @@ class RealVllm:
             path.unlink(missing_ok=True)
 
     def _shared_memory(self) -> set[Path]:
-        """The files of /dev/shm that its processes have mapped."""
-        found = set()
+        """The files of /dev/shm that its processes have mapped, by inode: some were renamed."""
+        mapped = set()
         for maps in Path("/proc").glob("[0-9]*/maps"):
             with contextlib.suppress(OSError):  # a process that has just ended, or not ours
                 if os.getpgid(int(maps.parent.name)) == self._process.pid:
-                    words = maps.read_text().split()
-                    found |= {Path(word) for word in words if word.startswith("/dev/shm/")}
-        return found
+                    lines = [line.split() for line in maps.read_text().splitlines()]
+                    mapped |= {int(x[4]) for x in lines if len(x) > 5 and "/dev/shm/" in x[5]}
+        return {path for path in Path("/dev/shm").iterdir() if path.stat().st_ino in mapped}
 
     def __enter__(self) -> RealVllm:
         try:
