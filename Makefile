@@ -32,10 +32,10 @@ test-slurm: $(READY)
 test-browser: $(READY)
 	bash tests/browser/with_chromium.sh $(BIN)/python -m pytest tests/browser
 
-# A job over vLLM itself on the CPU, in an environment of its own (3 GB): about ten minutes.
+# Jobs over vLLM itself on the CPU, in an environment of its own (3.4 GB): about ten minutes.
 test-vllm: $(READY)
-	bash tests/real_vllm/setup.sh .venv-vllm
-	$(BIN)/python -m pytest tests/real_vllm
+	PYTHON=$(PYTHON) bash tests/real_vllm/setup.sh .venv-vllm "$(TORCH)"
+	$(BIN)/python -m pytest tests/real_vllm -rP
 
 # Break the product on purpose; the tests must notice.
 breakages: $(READY)

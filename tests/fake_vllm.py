@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 FAULTS = (
@@ -72,7 +73,7 @@ class FakeVllm:
         self.adapters: dict[str, str] = {}
         self._adapted: dict[str, torch.nn.Module] = {}
         if self.directory is not None:
-            self.model = AutoModelForCausalLM.from_pretrained(self.directory).eval()
+            self.model = load_model(self.directory)
 
     def _listen(self, port: int) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"fake": self})
@@ -145,9 +146,19 @@ class FakeVllm:
         if not self.dev_mode:
             raise _Problem(404, "Not Found")
         assert body == {"method": "reload_weights"}
+        if self.directory is None:
+            return {"results": [None]}
         with self._lock:
-            self.model = AutoModelForCausalLM.from_pretrained(self.directory).eval()
+            old, self.model = self.model, load_model(self.directory)
+            if not has_head(self.directory):  # as vLLM on a CPU: what it made of a tied head stays
+                self.model.lm_head.weight = old.lm_head.weight
         return {"results": [None]}
+
+    def reset_prefix_cache(self) -> dict:
+        """Requests that run hold blocks of it; the status is 200 then too."""
+        if not self.dev_mode:
+            raise _Problem(404, "Not Found")
+        return {"success": self._at_once == 0}
 
     def complete(self, body: dict) -> dict:
         name = body["model"]
@@ -173,6 +184,15 @@ class FakeVllm:
             "token_ids": ids,
         }
         return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": [choice]}
+
+
+def load_model(directory: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+def has_head(directory: str) -> bool:
+    with safe_open(os.path.join(directory, "model.safetensors"), "pt") as f:
+        return "lm_head.weight" in f.keys()  # noqa: SIM118 (no dictionary)
 
 
 def sample(model: torch.nn.Module, body: dict) -> tuple[list[int], list[float]]:
@@ -275,7 +295,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/collective_rpc":
             self._send(200, fake.rpc(body))
         else:
-            self._send(200, {"success": True})
+            self._send(200, fake.reset_prefix_cache())
 
     def _complete(self, body: dict) -> None:
         fault = self.fake.next_fault()

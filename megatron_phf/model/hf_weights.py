@@ -204,6 +204,14 @@ def export_hf_weights(
             yield name, weight.detach()
 
 
+def _with_tied_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The embedding a second time, as the output head that is tied to it."""
+    for name, weight in weights:
+        yield name, weight
+        if name == "model.embed_tokens.weight":
+            yield "lm_head.weight", weight.clone()  # safetensors refuses shared memory
+
+
 def save_hf(
     chunks: list[FlowGPTModel],
     arch: Architecture,
@@ -214,6 +222,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     flag: str = "--save-hf",
+    tied_head: bool = False,
 ) -> None:
     """Export to ``target``, with the configuration and tokenizer of ``source``; every rank calls.
 
@@ -223,12 +232,15 @@ def save_hf(
     Args:
         dtype: of the files; None keeps the model's.
         flag: the one that named ``target``.
+        tied_head: write a tied output head too, not the embedding alone.
 
     Raises:
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
     dtype = dtype or next(chunks[0].parameters()).dtype
     weights = export_hf_weights(chunks, arch, config)
+    if tied_head and arch.tie_word_embeddings:
+        weights = _with_tied_head(weights)
 
     def write(directory: str) -> None:
         write_shards(((n, w.to(dtype)) for n, w in weights), directory, max_shard_bytes)

@@ -114,7 +114,13 @@ class WeightSync:
         else:
             source, flag = self._config.model.hf_model, "--vllm-sync-dir"
             assert source is not None
-            save_hf(self._student, self._arch, self._config, source, self._directory, flag=flag)
+            # vLLM processes each layer that the files have weights of: without its own, a tied
+            # head keeps what was made of its old ones (on a CPU, its packed copy).
+            save_hf(
+                *(self._student, self._arch, self._config, source, self._directory),
+                flag=flag,
+                tied_head=True,
+            )
         problem = None
         if parallel.is_first_rank():
             try:

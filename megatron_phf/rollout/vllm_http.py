@@ -105,18 +105,21 @@ class HttpServer:
             ValueError: the last attempt failed too, or the request is refused.
         """
         wait, stopped = self._patience.backoff, stopped or threading.Event()
+        first = ""
         for left in range(self._patience.retries, -1, -1):
             try:
                 return attempt()
             except StatusError as error:
                 raise ValueError(f"--vllm-url {self.url}: {what}: {error}") from error
             except TransientError as error:
+                first = first or str(error)
                 # Not all requests of a restarted server at the same moment.
                 pause = wait * random.uniform(0.5, 1.0)
                 late = time.monotonic() + pause > until
                 if not left or late or stopped.is_set():
                     tried = self._patience.retries - left + 1
-                    why = "; the time of a rollout phase is over" if late and left else ""
+                    why = "" if first == str(error) else f" (at first: {first})"
+                    why += "; the time of a rollout phase is over" if late and left else ""
                     raise ValueError(
                         f"--vllm-url {self.url}: {what} failed {tried} time(s), at last with: "
                         f"{error}{why}; is the server up? (--vllm-max-retries, "

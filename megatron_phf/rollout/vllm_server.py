@@ -161,19 +161,26 @@ class VllmServer(HttpServer):
     def reload_weights(self, until: float) -> None:
         """Read the model's directory again, and forget what was cached of the old weights."""
 
-        def post(path: str, body: dict[str, Any] | None) -> None:
+        def post(path: str, body: dict[str, Any] | None) -> Any:
             try:
-                self.call("POST", path, body)
+                return self.call("POST", path, body)
             except StatusError as error:
                 if error.status != 404:
                     raise
                 raise StatusError(404, f"{path} is missing{_RELOAD_HELP}") from error
 
-        def attempt() -> None:
-            post("/collective_rpc", {"method": "reload_weights"})
-            post("/reset_prefix_cache", None)
+        def forget() -> None:
+            answer = post("/reset_prefix_cache", None)
+            # Status 200 all the same; versions before say nothing.
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise TransientError("requests that still run keep the old weights' prefix cache")
 
-        self.until_it_succeeds("reloading the weights", attempt, until)
+        self.until_it_succeeds(
+            "reloading the weights",
+            lambda: post("/collective_rpc", {"method": "reload_weights"}),
+            until,
+        )
+        self.until_it_succeeds("POST /reset_prefix_cache", forget, until)
 
 
 _ADAPTER_HELP = (

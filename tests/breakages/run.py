@@ -71,6 +71,20 @@ RUN = (
         (VLLM_JOB, "-k", "adapters or checkpoints"),
     ),
     Breakage(
+        "vLLM's checkpoint is without the tied head",
+        "megatron_phf/rollout/vllm.py",
+        "tied_head=True",
+        "tied_head=False",
+        (VLLM_JOB, "-k", "checkpoints"),
+    ),
+    Breakage(
+        "a prefix cache that vLLM did not reset is taken for reset",
+        "megatron_phf/rollout/vllm_server.py",
+        'answer.get("success") is False',
+        'answer.get("success") is None',
+        (VLLM, "-k", "prefix_cache"),
+    ),
+    Breakage(
         "vLLM's log-probabilities meet those of the next token",
         "megatron_phf/train/step.py",
         "batch.log_probs[here])",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -150,6 +151,22 @@ def test_reload_needs_dev_mode() -> None:
         server = VllmServer(fake.url, PATIENCE)
         with pytest.raises(ValueError, match=r"collective_rpc is missing.*VLLM_SERVER_DEV_MODE=1"):
             server.reload_weights(time.monotonic() + 60)
+
+
+def test_a_prefix_cache_that_requests_hold_is_reset_after_them() -> None:
+    """vLLM says so with status 200."""
+    with FakeVllm(None, ["slow"]) as fake, ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask, fake, Patience(5.0, 0, 1.0))
+        while not fake.most_at_once:
+            time.sleep(0.01)
+        server = VllmServer(fake.url, Patience(0.5, 0, 0.02))
+        with pytest.raises(ValueError, match=r"reset_prefix_cache failed 1 time.*that still run"):
+            server.reload_weights(time.monotonic() + 60)
+        assert not running.done()
+        VllmServer(fake.url, Patience(0.5, 9, 0.05)).reload_weights(time.monotonic() + 60)
+        assert running.done()
+        assert len(fake.bodies("/collective_rpc")) == 2
+        assert len(fake.bodies("/reset_prefix_cache")) > 2
 
 
 def test_a_server_that_this_run_cannot_use(tmp_path) -> None:
