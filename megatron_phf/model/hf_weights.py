@@ -23,7 +23,8 @@ from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
-from megatron_phf.model.gpt import FlowGPTModel, model_dtype, wait_for_weights
+from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
+from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_directory import SHARD_BYTES, copy_model_files, write_shards
 from megatron_phf.model.lora import is_adapter
 

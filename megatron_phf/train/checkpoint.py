@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.model import torch_dist
-from megatron_phf.model.gpt import model_dtype
+from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.sharded_weights import load_weights_state, weights_sharded_state_dict
 from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.checkpoint_inputs import check_compatible, copy_model_files, inputs

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_phf.config import Config, flag_of
 from megatron_phf.model import hf_directory
-from megatron_phf.model.gpt import model_dtype
+from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.train.checkpoint_files import fingerprint
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.

@@ -17,7 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_phf import device
 from megatron_phf.config import Config, TrainConfig
-from megatron_phf.model.gpt import FlowGPTModel, model_dtype, wait_for_weights
+from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
+from megatron_phf.model.gpt_config import model_dtype
 
 
 class StudentOptimizer:

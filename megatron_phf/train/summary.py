@@ -9,7 +9,7 @@ from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.fused import feature_table
 from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.gpt import model_dtype, transformer_impl
+from megatron_phf.model.gpt_config import model_dtype, transformer_impl
 from megatron_phf.model.teacher_architecture import layer_map, read_teacher
 from megatron_phf.train.memory import Machine, memory_estimate
 

@@ -12,7 +12,7 @@ from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.flops import student_flops
-from megatron_phf.model.gpt import model_dtype
+from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.teacher_architecture import read_teacher
 
 # Dense bf16 peaks in TFLOP/s by a part of torch's device name, from the makers' data sheets.

@@ -31,7 +31,8 @@ from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
 from megatron_phf.model.adapter_io import export_adapter, save_peft_adapter
 from megatron_phf.model.architecture import read_architecture
-from megatron_phf.model.gpt import build_model, model_dtype
+from megatron_phf.model.gpt import build_model
+from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
 from megatron_phf.model.lora import is_adapter
 from megatron_phf.model.sharded_weights import load_weights, save_weights
