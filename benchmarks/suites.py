@@ -144,7 +144,7 @@ ALL: Suite = {
         **child("benchmarks.startup", what="answer", rounds=5),
         **child("benchmarks.startup", what="first_step", rounds=3),
     },
-    "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=5),
+    "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=25),
     "packing": lambda: child("benchmarks.packing", rounds=7),
     "memory": _memory,
     "rollouts": lambda: _rollouts(1, 8, 32),
