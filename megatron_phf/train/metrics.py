@@ -18,7 +18,16 @@ from megatron_phf.data.replay_file import Rollout
 
 if TYPE_CHECKING:
     from megatron_phf.model.flow_tap import FlowTap
-    from megatron_phf.train.step import OutputLoss
+
+
+@dataclass(frozen=True)
+class OutputLoss:
+    """What the last stage knows of one microbatch's output loss; each [n], in nats."""
+
+    per_token: Tensor
+    clipped: Tensor
+    teacher_entropy: Tensor
+    sequence: Tensor  # row of each token in its microbatch
 
 
 class PhaseTimer:

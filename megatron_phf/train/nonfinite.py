@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,9 +11,7 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import write_jsonl
 from megatron_phf.data.replay_file import Rollout, rollout_to_json
-
-if TYPE_CHECKING:
-    from megatron_phf.train.step import OutputLoss
+from megatron_phf.train.metrics import OutputLoss
 
 
 class NonfiniteSteps:

@@ -39,20 +39,10 @@ from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.teacher import Teacher
 from megatron_phf.train.drift import DriftMeter
-from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
+from megatron_phf.train.metrics import OutputLoss, PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import NonfiniteSteps
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
-
-
-@dataclass(frozen=True)
-class OutputLoss:
-    """What the last stage knows of one microbatch's output loss; each [n], in nats."""
-
-    per_token: Tensor
-    clipped: Tensor
-    teacher_entropy: Tensor
-    sequence: Tensor  # row of each token in its microbatch
 
 
 @dataclass(frozen=True)
