@@ -189,6 +189,24 @@ def _patch_rng(random_module: types.ModuleType) -> None:
     )
 
 
+def import_uncompiled() -> None:
+    """Import megatron-core with the functions that it hands to torch.compile left as they are.
+
+    They are fused kernels, which nobody runs on a CPU, and handing them over loads the compiler: a
+    sixth of what a process needs to start.
+    """
+
+    def plain(function: Any = None, **options: Any) -> Any:
+        return plain if function is None else function
+
+    original = torch.compile
+    torch.compile = plain
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = original
+
+
 def install() -> None:
     """Let megatron-core, and mbridge where imported, see the view; idempotent."""
     for name in _LATE_MODULES:

@@ -6,6 +6,7 @@ The product is one program on gloo/CPU and NCCL/CUDA.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import resource
 from datetime import timedelta
@@ -144,6 +145,14 @@ def cuda_type_names() -> contextlib.AbstractContextManager[None]:
     Needed around their construction and their steps on the CPU; nothing on CUDA.
     """
     return contextlib.nullcontext() if has_cuda() else cuda_names.cuda_type_names()
+
+
+def import_megatron() -> None:
+    """Import megatron-core; sooner on a CPU where this comes before any other import of it."""
+    if has_cuda():
+        importlib.import_module("megatron.core")
+    else:
+        cuda_names.import_uncompiled()
 
 
 def setup() -> None:

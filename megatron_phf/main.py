@@ -80,7 +80,10 @@ def _run(config: Config, job: Job, signals: StopSignals) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from torch import OutOfMemoryError
 
-    from megatron_phf import device, out_of_memory, parallel
+    from megatron_phf import device
+
+    device.import_megatron()
+    from megatron_phf import out_of_memory, parallel
     from megatron_phf.train.heartbeat import Heartbeat
 
     device.setup()

@@ -11,6 +11,8 @@ pass of the first global batch; metrics, and gradients under HuggingFace names. 
 those of ``load`` into a random model; export.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import gc
@@ -21,12 +23,17 @@ import traceback
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_phf import device, parallel, preflight
+from megatron_phf import device
+
+device.import_megatron()  # as the product does
+
+from megatron.core import dist_checkpointing
+
+from megatron_phf import parallel, preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
 from megatron_phf.model.adapter_io import export_adapter, save_peft_adapter

@@ -15,6 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fake_te")]
 import torch  # noqa: E402
 import transformer_engine as te  # noqa: E402
 
+from megatron_phf import device  # noqa: E402
+
+device.import_megatron()
+
 from megatron_phf.model.flow_tap import FlowTap  # noqa: E402
 from megatron_phf.train import step  # noqa: E402
 from tests.parallel import driver  # noqa: E402
