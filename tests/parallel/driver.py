@@ -256,7 +256,10 @@ def run_case(config: Config, case: dict, path: str) -> object:
     if case["kind"] == "reshard":
         return reshard(config, case, path)
     if case["kind"] == "job":
-        return [m.as_json() for m in train(config, StopSignals(), Heartbeat())]
+        heartbeat = Heartbeat()
+        steps_done = train(config, StopSignals(), heartbeat)
+        heartbeat.stop()  # as the product does; Python may abort at its end otherwise
+        return [m.as_json() for m in steps_done]
     arch = read_architecture(config.model.hf_model)
     counted = CountedDevice()
     if config.teacher.teacher_offload and not device.has_cuda():
