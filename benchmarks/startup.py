@@ -61,6 +61,15 @@ def _write_job(directory: Path) -> list[str]:
     return [*flags, "--output-dir", str(directory / "out")]
 
 
+# What each process imports, in its order.
+_IMPORTS = """
+import megatron_phf.main
+from megatron_phf import device
+device.import_megatron()
+import megatron_phf.train.loop
+"""
+
+
 def _job(flags: list[str]) -> dict[str, float]:
     """Seconds from the launch until the start-up summary, and until the step's line."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -89,7 +98,7 @@ def _parts(flags: list[str], metrics: Path) -> dict[str, float]:
     alone = {
         "preflight": ["-m", "megatron_phf.preflight", *flags],
         "torchrun": [*launcher, "--no-python", sys.executable, "-c", "pass"],
-        "imports": ["-c", "import megatron_phf.main, megatron_phf.train.loop"],
+        "imports": ["-c", _IMPORTS],
     }
     parts = {k: seconds_of(lambda c=c: _call(sys.executable, *c)) for k, c in alone.items()}
     seen = _job(flags)
