@@ -21,6 +21,13 @@ from benchmarks.harness import REPO, Spread, report, scratch, seconds_of
 
 _LAUNCH = ("bash", "examples/pretrain_phf.sh")
 _BATCH = 32
+# What each process imports, in its order.
+_IMPORTS = """
+import megatron_phf.main
+from megatron_phf import device
+device.import_megatron()
+import megatron_phf.train.loop
+"""
 
 
 def _call(*command: str) -> None:
@@ -59,15 +66,6 @@ def _write_job(directory: Path) -> list[str]:
     flags += ["--max-new-tokens", "40", "--max-prompt-length", "64"]
     flags += ["--max-teacher-prompt-length", "96", "--no-progress"]
     return [*flags, "--output-dir", str(directory / "out")]
-
-
-# What each process imports, in its order.
-_IMPORTS = """
-import megatron_phf.main
-from megatron_phf import device
-device.import_megatron()
-import megatron_phf.train.loop
-"""
 
 
 def _job(flags: list[str]) -> dict[str, float]:

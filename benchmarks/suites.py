@@ -12,8 +12,17 @@ from benchmarks.harness import Spread, child, children, ratio
 _LIVE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
+def _compared(peaks: dict[str, int]) -> dict[str, Any]:
+    """``peaks`` in bytes, the last two ours and that of all logits at once."""
+    *_, ours, whole = peaks.values()
+    return {
+        "peak_mb": {key: size / 1e6 for key, size in peaks.items()},
+        "memory_ratio": whole / ours,
+    }
+
+
 def _divergence_peaks(*cases: tuple[str, int, int]) -> dict[str, Any]:
-    """Of (variant, tokens, chunk); the last two are compared."""
+    """Of (variant, tokens, chunk), compared."""
     peaks = {
         f"{variant}_{tokens}_chunk_{chunk}": child(
             "benchmarks.divergence",
@@ -25,11 +34,7 @@ def _divergence_peaks(*cases: tuple[str, int, int]) -> dict[str, Any]:
         )["peak_bytes"]
         for variant, tokens, chunk in cases
     }
-    *_, ours, whole = peaks.values()
-    return {
-        "peak_mb": {key: size / 1e6 for key, size in peaks.items()},
-        "memory_ratio": whole / ours,
-    }
+    return _compared(peaks)
 
 
 def _divergence() -> dict[str, Any]:
@@ -45,8 +50,7 @@ def _divergence() -> dict[str, Any]:
         ),
         "tensor_parallel_2_512_tokens": {
             **children(2, name, what="time", tokens=512, rounds=2),
-            "peak_mb": {key: size / 1e6 for key, size in sharded.items()},
-            "memory_ratio": sharded["whole"] / sharded["ours"],
+            **_compared(sharded),
         },
     }
 

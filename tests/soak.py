@@ -19,7 +19,6 @@ import mmap
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -33,17 +32,12 @@ from megatron_phf import demo, device
 from megatron_phf.main import main as product
 from megatron_phf.train import checkpoint_files, heartbeat, loop
 from tests.faults.runs import flags, latest, make_files, outputs, same_weights, steps_of
+from tests.launch import free_port
 
 RANKS = 2
 PHASES = ("start", "resume", "rollout", "teacher", "student", "optimizer", "save", "between")
 # torchrun's, before it kills.
 PATIENCE_SECONDS = 30.0
-
-
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Attempt:
@@ -52,7 +46,7 @@ class Attempt:
     def __init__(self, arguments: list[str], log: Path) -> None:
         self._places = mmap.mmap(-1, 64 * RANKS)  # shared with the ranks: where each is
         self.begin = time.monotonic()
-        port = _port()
+        port = free_port()
         self.pids = [self._fork(rank, port, arguments, log) for rank in range(RANKS)]
 
     def _fork(self, rank: int, port: int, arguments: list[str], log: Path) -> int:

@@ -10,9 +10,9 @@ Lengths = Sequence[tuple[int, int]]
 Tokens = Callable[[Sequence[int], Lengths], int]
 
 
-def round_up(tokens: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that holds ``tokens``."""
-    return -(-tokens // multiple) * multiple
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``number``."""
+    return -(-number // multiple) * multiple
 
 
 def padded_tokens(group: Sequence[int], lengths: Lengths) -> int:

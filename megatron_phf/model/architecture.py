@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_phf.config import Config, ParallelConfig, flag_of
 from megatron_phf.data.hf_files import Fields, read_json_object, shown
+from megatron_phf.data.microbatches import round_up
 
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 # The numbers that megatron-core has fixed inside its Llama 3 rope scaling.
@@ -71,12 +72,11 @@ class Architecture:
 
     def padded_groups(self, tensor_parallel_size: int) -> int:
         """Key/value groups after padding to a multiple of the tensor-parallel size."""
-        return -(-self.num_query_groups // tensor_parallel_size) * tensor_parallel_size
+        return round_up(self.num_query_groups, tensor_parallel_size)
 
     def padded_vocab_size(self, divisible_by: int, tensor_parallel_size: int) -> int:
         """Vocabulary rows, padded so that every tensor-parallel rank holds equally many."""
-        multiple = divisible_by * tensor_parallel_size
-        return -(-self.vocab_size // multiple) * multiple
+        return round_up(self.vocab_size, divisible_by * tensor_parallel_size)
 
     def num_parameters(self) -> int:
         """Weights of the whole model, without padding; tied embeddings once."""

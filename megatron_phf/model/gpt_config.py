@@ -13,9 +13,7 @@ from megatron.core.utils import is_te_min_version
 from megatron_phf import device, fused
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.fp8 import (
-    fp8_settings,
-)
+from megatron_phf.model.fp8 import fp8_settings
 from megatron_phf.model.moe import moe_settings
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

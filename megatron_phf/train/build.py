@@ -5,9 +5,7 @@ from __future__ import annotations
 from megatron_phf.config import Config
 from megatron_phf.data.problems import field_names, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
-from megatron_phf.data.tokenizer import (
-    Tokenizer,
-)
+from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.model.adapter_io import load_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
@@ -24,9 +22,7 @@ from megatron_phf.teacher import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
 from megatron_phf.train.logging import say
 from megatron_phf.train.optimizer import StudentOptimizer
-from megatron_phf.train.source import (
-    ResponseRoom,
-)
+from megatron_phf.train.source import ResponseRoom
 from megatron_phf.train.step import Distiller
 
 

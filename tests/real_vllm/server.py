@@ -5,30 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.launch import REPO
+from tests.launch import REPO, free_port
 
 PYTHON = Path(os.environ.get("VLLM_VENV", REPO / ".venv-vllm")) / "bin" / "python"
 SECONDS_TO_START = 420
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class RealVllm:
     """``with RealVllm(model, directory, *flags, VARIABLE="1") as server: server.url``."""
 
     def __init__(self, model: Path, logs: Path, *flags: str, **variables: str) -> None:
-        port = _free_port()
+        port = free_port()
         self.url, self._log = f"http://127.0.0.1:{port}", logs / f"server-{port}.log"
         self._command = [
             *(str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
