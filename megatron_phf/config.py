@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_phf.flow_spec import FLOW_STATES, FLOW_TERMS, FlowSpec
+from megatron_phf.hidden.spec import PHF_TERMS, FlowSpec
 
 
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -170,16 +170,12 @@ class MethodConfig:
     phf_window_size: int = _flag(128, "positions a sequence in the flow loss")
     phf_window_rule: str = _flag("even", "choice of the positions", ("even", "contiguous"))
     phf_terms: str = _flag(
-        ",".join(FLOW_TERMS), "terms of the flow loss, comma separated (the paper: all)"
+        ",".join(PHF_TERMS),
+        "terms of the hidden-state loss, comma separated: direction, geometry, adjacent (PHF), "
+        "pointwise, cka, or package.module:Class of your own; name=weight for another weight",
     )
     phf_layers: str | None = _flag(
         None, "layers of the flow loss from 1 on, as 2,4,6 (the paper: all)"
-    )
-    phf_states: str = _flag(
-        "transitions",
-        "transitions: the flow; positions: match the hidden states themselves (needs --phf-terms "
-        "direction)",
-        FLOW_STATES,
     )
     opsd_objective: str = _flag(
         "jsd",
@@ -385,10 +381,9 @@ def flow_spec(config: Config) -> FlowSpec:
         return FlowSpec(
             tuple(term.strip() for term in method.phf_terms.split(",")),
             None if layers is None else tuple(int(word) for word in layers.split(",")),
-            method.phf_states,
         )
     except ValueError as error:
-        raise ValueError(f"--phf-terms, --phf-layers, --phf-states: {error}") from error
+        raise ValueError(f"--phf-terms, --phf-layers: {error}") from error
 
 
 def flag_of(name: str) -> str:

@@ -32,9 +32,8 @@ class Options:
     window_rule: str = "even"
     objective: str = "jsd"
     layer_map: tuple[int, ...] | None = None  # None: by relative depth
-    terms: str = "direction,geometry,adjacent"  # of the flow loss
+    terms: str = "direction,geometry,adjacent"  # of the flow loss; name or name=weight each
     layers: tuple[int, ...] | None = None  # in the flow loss; None: all
-    pointwise: int = 0  # match the hidden states themselves
     aux_coeff: float = 0.0  # of the routers' load-balancing loss
     micro_batch_size: int = 1  # over which it is computed
 
@@ -220,32 +219,66 @@ def flow_terms(
     return direction, geometry, adjacent
 
 
-def pointwise_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list, list]:
+def pointwise_terms(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
     """Cosine distance of the hidden states at the window, mean over it, in each layer."""
     values = []
     for s, t in zip(student, teacher, strict=True):
         distances = [1 - torch.dot(a / a.norm(), b / b.norm()) for a, b in zip(s, t, strict=True)]
         values.append(sum(distances) / len(distances) if distances else torch.zeros(()))
-    return values, [], []
+    return values
 
 
-def flow_objective(direction: list, geometry: list, adjacent: list, o: Options) -> Tensor:
+def cka_terms(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
+    """1 - linear CKA of the hidden states at the window, in each layer, by cross-covariances."""
+    values = []
+    for s, t in zip(student, teacher, strict=True):
+        if len(s) < 2:
+            values.append(torch.zeros(()))
+            continue
+        x, y = (h.float() - h.float().mean(0) for h in (s, t))
+        norm = (x.T @ x).norm() * (y.T @ y).norm()
+        values.append(1 - (y.T @ x).norm() ** 2 / norm)
+    return values
+
+
+def named_terms(
+    student: list[Tensor], teacher: list[Tensor], o: Options
+) -> dict[str, list[Tensor] | None]:
+    """Every term that ``o`` names, by layer or pair; None where it needs equal widths."""
+    mapped = [teacher[k - 1] for k in o.layer_map or relative_depth(len(student), len(teacher))]
+    direction, geometry, adjacent = flow_terms(student, teacher, o.layer_map)
+    same_width = student[0].shape[1] == teacher[0].shape[1]
+    known = {
+        "direction": direction if same_width else None,
+        "geometry": geometry,
+        "adjacent": adjacent,
+        "pointwise": pointwise_terms(student, mapped) if same_width else None,
+        "cka": cka_terms(student, mapped),
+    }
+    return {name: known[name] for name in (t.split("=")[0] for t in o.terms.split(","))}
+
+
+PAIRS = ("adjacent",)
+
+
+def flow_objective(values: dict[str, list[Tensor] | None], o: Options) -> Tensor:
     """Means over the batch by layer and pair -> L_flow of the chosen terms and layers."""
-    if o.pointwise:
-        return sum(direction) / len(direction)
-    terms = o.terms.split(",")
-    layers = [i - 1 for i in o.layers or range(1, len(geometry) + 1)]
-    parts = []
+    weights = dict(t.split("=") if "=" in t else (t, None) for t in o.terms.split(","))
+    number = max(len(v) + (name in PAIRS) for name, v in values.items() if v is not None)
+    layers = [i - 1 for i in o.layers or range(1, number + 1)]
+    total, local, pairs = torch.zeros(()), [], []
+    for name, v in values.items():
+        if v is None:
+            continue
+        kept = [v[i] for i in layers if name not in PAIRS or i + 1 in layers]
+        mean = sum(kept) / len(kept) if kept else torch.zeros(())
+        if weights[name] is not None:
+            total = total + float(weights[name]) * mean
+        else:
+            (pairs if name in PAIRS else local).append(mean)
     # Each layer's loss is the mean of its terms: without directions, of the one that is left.
-    named = (("direction", direction), ("geometry", geometry))
-    local = [v for name, v in named if name in terms and v]
-    if local:
-        each = [sum(values[i] for values in local) / len(local) for i in layers]
-        parts.append(sum(each) / len(each))
-    if "adjacent" in terms:
-        pairs = [adjacent[i] for i in layers if i + 1 in layers]
-        parts.append(sum(pairs) / len(pairs) if pairs else torch.zeros(()))
-    return sum(parts) / len(parts)
+    parts = [sum(means) / len(means) for means in (local, pairs) if means]
+    return total + (sum(parts) / len(parts) if parts else 0.0)
 
 
 def sequence_terms(student, teacher, sample: dict, o: Options):
@@ -270,8 +303,7 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
     w = window(len(response), o.window_size, o.window_rule)
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
     sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
-    flow = pointwise_terms(*sides) if o.pointwise else flow_terms(*sides, o.layer_map)
-    return tokens, flow, routers
+    return tokens, named_terms(*sides, o), routers
 
 
 def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor, dict]:
@@ -283,24 +315,26 @@ def objective(student, teacher, samples: list[dict], o: Options) -> tuple[Tensor
         flows.append(flow)
         routers.append(logits)
     opsd = sum(t[0] for t in tokens) / len(tokens)
-    means = [[sum(f[k][i] for f in flows) / len(flows) for i in range(len(flows[0][k]))]
-             for k in range(3)]  # fmt: skip
-    direction, geometry, adjacent = means
-    flow = flow_objective(direction, geometry, adjacent, o)
+    means = {
+        name: None if flows[0][name] is None else [
+            sum(f[name][i] for f in flows) / len(flows) for i in range(len(flows[0][name]))
+        ]
+        for name in flows[0]
+    }  # fmt: skip
+    flow = flow_objective(means, o)
     loss = opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),
         "flow": flow.item(),
-        "flow_direction_per_layer": [x.item() for x in direction] or None,
-        "flow_geometry_per_layer": [x.item() for x in geometry] or None,
-        "flow_adjacent_per_pair": [x.item() for x in adjacent] or None,
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
-    for name, values in zip(("direction", "geometry", "adjacent"), means, strict=True):
+    for name, values in means.items():
+        by = "pair" if name in PAIRS else "layer"
         metrics[f"flow_{name}"] = (sum(values) / len(values)).item() if values else None
+        metrics[f"flow_{name}_per_{by}"] = None if values is None else [x.item() for x in values]
     if o.aux_coeff:
         balance = aux_loss(student, routers, o)
         metrics["moe_aux_loss"] = balance.mean().item()

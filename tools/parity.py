@@ -26,12 +26,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_phf import preflight  # noqa: E402
-from megatron_phf.config import Config  # noqa: E402
+from megatron_phf.config import Config, flow_spec  # noqa: E402
 from megatron_phf.flags import parse_args  # noqa: E402
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture  # noqa: E402
 
-_VALUES = ("loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent")
-_LISTS = ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair")
+_OUTPUT = ("loss", "opsd")
 _OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
 # A value that should be 0 (a clip that never clips) has no relative deviation.
 _SMALLEST = 1e-6
@@ -53,6 +52,8 @@ def _reference_options(config: Config) -> Any:
         window_size=m.phf_window_size,
         window_rule=m.phf_window_rule,
         objective=m.opsd_objective,
+        terms=m.phf_terms,
+        layers=flow_spec(config).layers,
         layer_map=layers,
         aux_coeff=aux_loss_coeff(arch, config),
         micro_batch_size=config.train.micro_batch_size,
@@ -90,15 +91,17 @@ def compare(product: tuple[dict, dict], expected: Any) -> list[tuple[str, float,
     """Rows (name, product, reference, relative deviation); gradients by their norm."""
     metrics, gradients = product
     rows = []
-    for key in (*_VALUES, *_LISTS, *_OTHERS):
+    flow = [key for key in expected.metrics if key.startswith("flow")]
+    for key in (*_OUTPUT, *flow, *_OTHERS):
         wanted, found = expected.metrics[key], metrics[key]
         if found is None and wanted is None:  # no directions to compare: other widths
             continue
         if found is None and metrics["flow"] is None:  # alpha 0: the flow is not computed
             continue
-        pairs = zip(found, wanted, strict=True) if key in _LISTS else [(found, wanted)]
+        listed = isinstance(wanted, list)
+        pairs = zip(found, wanted, strict=True) if listed else [(found, wanted)]
         for i, (a, b) in enumerate(pairs):
-            name = f"{key}[{i + 1}]" if key in _LISTS else key
+            name = f"{key}[{i + 1}]" if listed else key
             rows.append((name, a, b, _deviation(a, b)))
     for name, wanted in expected.gradients.items():
         distance = float((gradients[name] - wanted).norm())

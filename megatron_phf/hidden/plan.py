@@ -1,8 +1,8 @@
 """What each pipeline stage records of the teacher, and what stages hand to each other.
 
 Student layer l is compared with teacher layer k = map(l), and the pair (l-1, l) with the teacher's
-(map(l-1), map(l)).  The two models may be cut into stages at other places.  A stage has the unit
-transitions of its teacher layers and of its first layer's input; whatever else its student layers
+(map(l-1), map(l)).  The two models may be cut into stages at other places.  A stage has the
+states of its teacher layers and of its first layer's input; whatever else its student layers
 need comes from the stage that has it.  For a teacher with the student's own layers, nothing.
 """
 
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# (k,): directions of teacher layer k, [b, m-1, h_T].  (j, k): their products D_j D_k^T,
-# [b, m-1, m-1].
+# (k,): states of teacher layer k, [b, n, h_T], for example its n = m - 1 unit transitions.
+# (j, k): their products S_j S_k^T, [b, n, n].
 Item = tuple[int, ...]
 Stages = Sequence[Sequence[int]]
 
@@ -30,9 +30,9 @@ class Move:
 class FlowPlan:
     """One stage's part in it; the moves are those of all stages, the same everywhere.
 
-    ``recorded``: teacher layers whose directions are taken here; ``computed``: products made of
+    ``recorded``: teacher layers whose states are taken here; ``computed``: products made of
     them here (in products mode); ``wanted``: what the student's layers here compare with.
-    ``direction_moves`` come before the products are complete, ``moves`` after.
+    ``state_moves`` come before the products are complete, ``moves`` after.
     """
 
     stage: int
@@ -41,14 +41,16 @@ class FlowPlan:
     recorded: frozenset[int]
     computed: tuple[Item, ...]
     wanted: frozenset[Item]
-    direction_moves: tuple[Move, ...]
+    state_moves: tuple[Move, ...]
     moves: tuple[Move, ...]
 
 
-def layer_items(layer_map: Sequence[int], layer: int, products: bool) -> list[Item]:
-    """What student layer ``layer`` (1-based) compares with."""
+def layer_items(
+    layer_map: Sequence[int], layer: int, products: bool, pairs: bool = True
+) -> list[Item]:
+    """What student layer ``layer`` (1-based) compares with, the layer before it too for pairs."""
     own = layer_map[layer - 1]
-    before = [layer_map[layer - 2]] if layer > 1 else []
+    before = [layer_map[layer - 2]] if pairs and layer > 1 else []
     if products:
         return [(own, own), *((k, own) for k in before)]
     return [(k,) for k in (own, *before)]
@@ -60,21 +62,23 @@ def make_flow_plan(
     teacher_stages: Stages,
     stage: int,
     products: bool,
+    pairs: bool = True,
 ) -> FlowPlan:
-    """The plan of ``stage``.
+    """The plan of ``stage`` for one kind of states.
 
     Args:
         student_stages, teacher_stages: the (1-based, global) numbers of each stage's layers, those
             of all its virtual stages together.
-        products: keep products instead of directions: (m-1)^2 numbers instead of (m-1) h_T.
+        products: keep products instead of states: n^2 numbers instead of n h_T.
+        pairs: whether a term relates neighbouring layers.
     """
     held = [{k for layer in layers for k in (layer - 1, layer) if k} for layers in teacher_stages]
     owner = {k: stage for stage, layers in enumerate(teacher_stages) for k in layers}
     needs = [
-        {item for layer in layers for item in layer_items(layer_map, layer, products)}
+        {item for layer in layers for item in layer_items(layer_map, layer, products, pairs)}
         for layers in student_stages
     ]
-    moves, direction_moves = set(), set()
+    moves, state_moves = set(), set()
     computed: list[set[Item]] = [set() for _ in held]
     for target, items in enumerate(needs):
         for item in items:
@@ -84,9 +88,9 @@ def make_flow_plan(
             if products:
                 computed[home].add(item)
                 missing = set(item) - held[home]
-                direction_moves |= {Move(owner[k], home, (k,)) for k in missing}
+                state_moves |= {Move(owner[k], home, (k,)) for k in missing}
     own = computed[stage] if products else needs[stage]
-    sent = {m.item for m in (*moves, *direction_moves) if m.source == stage and len(m.item) == 1}
+    sent = {m.item for m in (*moves, *state_moves) if m.source == stage and len(m.item) == 1}
     recorded = {k for item in (*own, *sent) for k in item} & held[stage]
     return FlowPlan(
         stage,
@@ -95,7 +99,7 @@ def make_flow_plan(
         frozenset(recorded),
         tuple(sorted(computed[stage])),
         frozenset(needs[stage]),
-        tuple(sorted(direction_moves)),
+        tuple(sorted(state_moves)),
         tuple(sorted(moves)),
     )
 

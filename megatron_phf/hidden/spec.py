@@ -1,47 +1,42 @@
-"""Which parts of the flow loss a run trains on: PHF itself, or one of its ablations.
+"""Which parts of the flow loss a run trains on: PHF itself, an ablation, or other terms.
 
 Standard library only: the checks before launch use it, and so does ``megatron_phf.losses``.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-FLOW_TERMS = ("direction", "geometry", "adjacent")
-FLOW_STATES = ("transitions", "positions")
+from megatron_phf.hidden.term import HiddenTerm, load_term
+
+PHF_TERMS = ("direction", "geometry", "adjacent")
 
 
 @dataclass(frozen=True)
 class FlowSpec:
-    """The default is PHF (arXiv:2606.29340); the rest are what it was compared with.
+    """The default is PHF (arXiv:2606.29340); the rest are what it is compared with.
 
-    ``terms``: those in the loss.  L_layer is the mean of the local terms (direction, geometry)
-    that are left, and L_flow the mean of L_local and L_adj, or the one that is left.
+    ``terms``: names of terms (:func:`megatron_phf.hidden.term.load_term`), or ``name=weight``.
+    Those without a weight share as the paper's do: L_layer is the mean of the terms over layers,
+    L_flow the mean of L_local and L_adj (the mean over pairs), or the one that there is.  A term
+    with a weight adds that times its mean over layers (pairs); 0 measures without training.
     ``layers``: the layers (1-based) that count, all where None; a pair counts with both of its.
-    ``states``: ``transitions`` are the d_i of the paper; ``positions`` takes the unit hidden states
-    themselves instead and their direction term alone, mean over l and i of 1 - cos(h^S, h^T):
-    pointwise hidden-state matching.
 
     Raises:
-        ValueError: an unknown or repeated term, layers out of order, or another term at positions.
+        ValueError: an unknown or repeated term, a weight that is none, or layers out of order.
     """
 
-    terms: tuple[str, ...] = FLOW_TERMS
+    terms: tuple[str, ...] = PHF_TERMS
     layers: tuple[int, ...] | None = None
-    states: str = "transitions"
 
     def __post_init__(self) -> None:
-        unknown = [term for term in self.terms if term not in FLOW_TERMS]
-        if unknown or not self.terms or len(set(self.terms)) < len(self.terms):
-            raise ValueError(
-                f"terms {','.join(self.terms)!r}: name some of {', '.join(FLOW_TERMS)}, each once"
-            )
-        if self.states not in FLOW_STATES:
-            raise ValueError(f"states {self.states!r}: choose one of {', '.join(FLOW_STATES)}")
-        if self.states == "positions" and self.terms != ("direction",):
-            raise ValueError("states 'positions' has the term direction alone")
+        names = [term.name for term, _ in weighted_terms(self.terms)]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"terms {','.join(self.terms)!r}: name at least one, each once")
         if self.layers is not None and (
             not self.layers or self.layers[0] < 1 or list(self.layers) != sorted(set(self.layers))
         ):
@@ -53,42 +48,75 @@ class FlowSpec:
             raise ValueError(f"layer {self.layers[-1]}: the student has layers 1 to {num_layers}")
 
 
-@dataclass(frozen=True)
-class FlowWeights:
-    """L_flow as a weighted sum of its terms: weights by layer [L], [L], and by pair [L-1]."""
+@functools.cache
+def weighted_terms(names: tuple[str, ...]) -> tuple[tuple[HiddenTerm, float | None], ...]:
+    """``name`` or ``name=weight`` each -> its term, and its weight where one is given."""
+    found = []
+    for text in names:
+        name, given, number = text.partition("=")
+        weight = None
+        if given:
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = math.nan
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"term {text!r}: its weight is not a number from 0 on")
+        found.append((load_term(name.strip()), weight))
+    return tuple(found)
 
-    direction: Sequence[float]
-    geometry: Sequence[float]
-    adjacent: Sequence[float]
+
+def terms_of(spec: FlowSpec, equal_widths: bool = True) -> list[HiddenTerm]:
+    """The terms that a run computes, in the order of ``spec``.
+
+    Args:
+        equal_widths: False where student and teacher have other hidden sizes.
+    """
+    usable = [t for t, _ in weighted_terms(spec.terms) if equal_widths or not t.needs_equal_widths]
+    return usable
 
 
 def flow_weights(
-    num_layers: int, spec: FlowSpec | None = None, has_direction: bool = True
-) -> FlowWeights:
-    """The weights of ``spec`` (PHF: L_flow = (mean over L layers + mean over L-1 pairs) / 2).
+    num_layers: int, spec: FlowSpec | None = None, equal_widths: bool = True
+) -> dict[str, Sequence[float]]:
+    """L_flow as a weighted sum: weights of each term that can be computed, by layer or pair.
 
-    Without a pair L_adj is 0, and stays in the mean.
+    PHF: L_flow = (mean over L layers + mean over L-1 pairs) / 2.  Without a pair L_adj is 0, and
+    stays in the mean.
 
     Args:
-        has_direction: False where student and teacher have other hidden sizes.
+        equal_widths: False where student and teacher have other hidden sizes.
+
+    Returns:
+        name -> [L], or [L-1] of a term over pairs.
 
     Raises:
         ValueError: nothing is left of the loss, or a layer that the model does not have.
     """
     spec = spec or FlowSpec()
     spec.check_layers(num_layers)
-    local = [t for t in spec.terms if t == "geometry" or (t == "direction" and has_direction)]
-    if not local and "adjacent" not in spec.terms:
-        raise ValueError("the direction term needs a teacher of the student's hidden size")
+    usable = terms_of(spec, equal_widths)
+    if not usable:
+        raise ValueError(f"{','.join(spec.terms)} needs a teacher of the student's hidden size")
+    totals = _term_weights(spec, usable)
     chosen = set(range(1, num_layers + 1) if spec.layers is None else spec.layers)
     pairs = [
         {layer, after} <= chosen for layer, after in itertools.pairwise(range(1, num_layers + 1))
     ]
-    share = 0.5 if local and "adjacent" in spec.terms else 1.0
-    layer_weight = share / len(chosen) / max(len(local), 1)
-    pair_weight = share / max(sum(pairs), 1) if "adjacent" in spec.terms else 0.0
-    direction, geometry = (
-        [layer_weight * (term in local and i in chosen) for i in range(1, num_layers + 1)]
-        for term in ("direction", "geometry")
-    )
-    return FlowWeights(direction, geometry, [pair_weight * both for both in pairs])
+    layers = [i in chosen for i in range(1, num_layers + 1)]
+    weights: dict[str, Sequence[float]] = {}
+    for term in usable:
+        counted = layers if term.over == "layer" else pairs
+        each = totals[term.name] / max(sum(counted), 1)
+        weights[term.name] = [each * counts for counts in counted]
+    return weights
+
+
+def _term_weights(spec: FlowSpec, usable: Sequence[HiddenTerm]) -> Mapping[str, float]:
+    """What each term's mean over layers (pairs) is multiplied with in L_flow."""
+    given = {term.name: weight for term, weight in weighted_terms(spec.terms)}
+    sharing = [term for term in usable if given[term.name] is None]
+    over = [term.over for term in sharing]
+    half = 0.5 if len(set(over)) == 2 else 1.0
+    shares = {term.name: half / over.count(term.over) for term in sharing}
+    return {term.name: shares.get(term.name, given[term.name] or 0.0) for term in usable}

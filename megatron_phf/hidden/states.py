@@ -1,21 +1,18 @@
-"""The flow loss of PHF (arXiv:2606.29340): how hidden states move along a rollout.
+"""What is made of hidden states at the window before a term compares it; torch only.
 
-Shapes: b sequences, m window positions, h hidden channels, L layers.  The Gram and cosine work is
-done in fp32 (float64 stays float64).
+Shapes: b sequences, m window positions, h hidden channels.  The Gram and cosine work is done in
+fp32 (float64 stays float64).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_phf.flow_spec import FlowSpec, flow_weights
-from megatron_phf.layer_map import check_layer_map
+from megatron_phf.hidden.term import STATES
 
 
 def _working(x: Tensor) -> Tensor:
@@ -38,18 +35,50 @@ def directions(hidden: Tensor, valid: Tensor) -> Tensor:
     return torch.where(moving, delta / norm, 0.0)
 
 
-def unit_states(hidden: Tensor, valid: Tensor) -> Tensor:
-    """hidden [b, m, h], valid bool [b, m] -> unit hidden states [b, m, h], 0 where not valid.
+def rows(hidden: Tensor, valid: Tensor) -> Tensor:
+    """hidden [b, m, h], valid bool [b, m] -> the hidden states themselves, 0 where not valid."""
+    return torch.where(valid[..., None], _working(hidden), 0.0)
 
-    What pointwise matching has in the place of transitions.
-    """
-    unit = torch.nn.functional.normalize(_working(hidden), dim=-1)
-    return torch.where(valid[..., None], unit, 0.0)
+
+def unit_states(hidden: Tensor, valid: Tensor) -> Tensor:
+    """hidden [b, m, h], valid bool [b, m] -> unit hidden states, 0 where not valid."""
+    return rows(torch.nn.functional.normalize(_working(hidden), dim=-1), valid)
+
+
+def centred_rows(hidden: Tensor, valid: Tensor) -> Tensor:
+    """hidden [b, m, h], valid bool [b, m] -> hidden states less their mean over valid positions."""
+    whole = rows(hidden, valid)
+    mean = whole.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
+    return rows(whole - mean, valid)
 
 
 def transition_counts(valid: Tensor) -> Tensor:
     """valid bool [b, m] -> transitions of each sequence, int64 [b]: m_i - 1, at least 0."""
     return (valid.sum(-1) - 1).clamp(min=0)
+
+
+_MADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "transitions": directions,
+    "rows": rows,
+    "unit_rows": unit_states,
+    "centred_rows": centred_rows,
+}
+assert tuple(_MADE) == STATES
+
+
+def make_states(kind: str, hidden: Tensor, valid: Tensor) -> Tensor:
+    """hidden [b, m, h], valid bool [b, m] -> states of ``kind`` [b, n, h]."""
+    return _MADE[kind](hidden, valid)
+
+
+def row_counts(kind: str, valid: Tensor) -> Tensor:
+    """valid bool [b, m] -> rows that states of ``kind`` have of each sequence, int64 [b]."""
+    return transition_counts(valid) if kind == "transitions" else valid.sum(-1)
+
+
+def number_of_rows(kind: str, positions: int) -> int:
+    """Of window positions m: m - 1 transitions, m rows."""
+    return positions - (kind == "transitions")
 
 
 class _Gram(torch.autograd.Function):
@@ -69,147 +98,28 @@ def gram(rows: Tensor) -> Tensor:
     return _Gram.apply(rows)
 
 
-def _per_square(total: Tensor, counts: Tensor) -> Tensor:
-    return total / counts.clamp(min=1).square()
+class LayerEnds:
+    """States of one model at a layer l and the layer before it, by kind; ``compared`` by a term."""
 
+    def __init__(
+        self, own: Mapping[str, Tensor], before: Callable[[str], Tensor] | None = None
+    ) -> None:
+        """``before``: None on layer 1, which has no pair."""
+        self._own, self._before = own, before
+        self._products: dict[tuple[str, str], Tensor] = {}
 
-def direction_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-    """D^S, D^T [b, m-1, h], counts [b] -> L_dir [b] = 1/(m-1) sum_i (1 - <d^S_i, d^T_i>).
+    def states(self, kind: str) -> Tensor:
+        """[b, n, h] of layer l."""
+        return self._own[kind]
 
-    A zero transition counts as the formula has it: it adds 1, without gradient.  A sequence
-    without transitions gives 0.
-    """
-    cosine = (student * _working(teacher)).sum((-1, -2))
-    return (counts - cosine) / counts.clamp(min=1)
-
-
-def geometry_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-    """D^S [b, m-1, h_S], D^T [b, m-1, h_T] -> L_geo [b] = ||G^S - G^T||_F^2 / (m-1)^2, G = D D^T.
-
-    The hidden sizes may differ.
-    """
-    teacher = _working(teacher)
-    return product_loss(gram(student), teacher @ teacher.mT, counts)
-
-
-def adjacent_loss(
-    student_in: Tensor, student_out: Tensor, teacher_in: Tensor, teacher_out: Tensor, counts: Tensor
-) -> Tensor:
-    """Directions of layers l and l+1, each [b, m-1, h] -> ||C^S - C^T||_F^2 / (m-1)^2 [b].
-
-    C = D_l D_{l+1}^T: the term of L_adj for one pair of neighbouring layers.  The hidden sizes of
-    student and teacher may differ.
-    """
-    teacher = _working(teacher_in) @ _working(teacher_out).mT
-    return product_loss(student_in @ student_out.mT, teacher, counts)
-
-
-def product_loss(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
-    """Products D D'^T [b, m-1, m-1] of student and teacher -> ||C^S - C^T||_F^2 / (m-1)^2 [b]."""
-    return _per_square((student - teacher).square().sum((-1, -2)), counts)
-
-
-@dataclass(frozen=True)
-class FlowTerms:
-    """``loss`` = L_flow [], mean over sequences; parts [L], [L], [L-1], likewise means, whether
-
-    the loss counts them or not (at positions there is a direction alone, the rest is empty).
-
-    ``direction_per_layer``: None where student and teacher have different hidden sizes.
-    ``short_sequences``: how many had fewer than two window positions; they contribute zero and
-    stay in the means.
-    """
-
-    loss: Tensor
-    direction_per_layer: Tensor | None
-    geometry_per_layer: Tensor
-    adjacent_per_pair: Tensor
-    short_sequences: int
-
-    @property
-    def direction(self) -> Tensor | None:
-        """Mean of L_dir over layers."""
-        return None if self.direction_per_layer is None else self.direction_per_layer.mean()
-
-    @property
-    def geometry(self) -> Tensor:
-        """Mean of L_geo over layers."""
-        return self.geometry_per_layer.mean()
-
-    @property
-    def adjacent(self) -> Tensor:
-        """L_adj: mean over pairs, 0 with one layer."""
-        pairs = self.adjacent_per_pair
-        return pairs.mean() if len(pairs) else self.loss.new_zeros(())
-
-
-def flow_loss(
-    student_hidden: Sequence[Tensor],
-    teacher_hidden: Sequence[Tensor],
-    valid: Tensor,
-    layer_map: Sequence[int] | None = None,
-    spec: FlowSpec | None = None,
-) -> FlowTerms:
-    """Hidden states of all layers at the window, each [b, m, h]; valid bool [b, m] -> L_flow.
-
-    The teacher is detached.  It may have another hidden size (no direction term then: L_layer is
-    L_geo alone) and, with a layer map, another number of layers.
-
-    Args:
-        layer_map: the teacher layer (1-based) of each student layer, not decreasing, for example
-            ``relative_layer_map(len(student_hidden), len(teacher_hidden))``; None: layer by layer.
-        spec: which parts; None: all, which is PHF.
-
-    Raises:
-        ValueError: no layers, a map or layers that do not fit, different numbers of layers without
-            a map, or nothing left of the loss.
-    """
-    spec = spec or FlowSpec()
-    mapped = _mapped_layers(student_hidden, teacher_hidden, layer_map)
-    has_direction = student_hidden[0].shape[-1] == mapped[0].shape[-1]
-    weights = flow_weights(len(student_hidden), spec, has_direction)
-    pointwise = spec.states == "positions"
-    counts = valid.sum(-1) if pointwise else transition_counts(valid)
-    rows = unit_states if pointwise else directions
-    student = [rows(h, valid) for h in student_hidden]
-    teacher = [rows(h.detach(), valid) for h in mapped]
-    layers = list(zip(student, teacher, strict=True))
-    direction = None
-    if has_direction:
-        direction = torch.stack([direction_loss(s, t, counts).mean() for s, t in layers])
-    geometry, adjacent = _relations([] if pointwise else layers, counts)
-    loss = student[0].new_zeros(())
-    for values, weight in (
-        (direction, weights.direction),
-        (geometry, weights.geometry),
-        (adjacent, weights.adjacent),
-    ):
-        if values is not None and len(values):
-            loss = loss + (values * values.new_tensor(weight)).sum()
-    return FlowTerms(loss, direction, geometry, adjacent, int((counts == 0).sum()))
-
-
-def _relations(layers: Sequence[tuple[Tensor, Tensor]], counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions of student and teacher by layer -> geometry [L] and adjacent [L-1] terms."""
-    geometry = [geometry_loss(s, t, counts).mean() for s, t in layers]
-    adjacent = [
-        adjacent_loss(s, s_next, t, t_next, counts).mean()
-        for (s, t), (s_next, t_next) in itertools.pairwise(layers)
-    ]
-    stacked = [torch.stack(x) if x else counts.new_zeros(0).float() for x in (geometry, adjacent)]
-    return stacked[0], stacked[1]
-
-
-def _mapped_layers(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], layer_map: Sequence[int] | None
-) -> list[Tensor]:
-    """The teacher's layer for each of the student's."""
-    if not student or not teacher or (layer_map is None and len(student) != len(teacher)):
-        raise ValueError(
-            f"{len(student)} student and {len(teacher)} teacher layers: give the same number, at "
-            "least one, or a layer_map (relative_layer_map)"
-        )
-    if layer_map is None:
-        return list(teacher)
-    check_layer_map(layer_map, len(student), len(teacher))
-    return [teacher[k - 1] for k in layer_map]
+    def products(self, kind: str, over: str) -> Tensor:
+        """[b, n, n] of layer l with itself, or of layers l-1 and l; made once."""
+        key = kind, over
+        if key not in self._products:
+            own = self._own[kind]
+            if over == "layer":
+                self._products[key] = gram(own)
+            else:
+                assert self._before is not None, "layer 1 has no pair"
+                self._products[key] = self._before(kind) @ own.mT
+        return self._products[key]

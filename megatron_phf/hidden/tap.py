@@ -5,11 +5,12 @@ the whole of L_flow (PHF, arXiv:2606.29340) is a sum of terms that each one laye
 the first layer of a pipeline stage the input is what the previous stage sent, and its gradient
 goes back through the pipeline's own backward: no communication of ours crosses a stage.  Only the
 targets of a teacher with other layers may have to travel, before the student's pass
-(:mod:`megatron_phf.model.flow_plan`).
+(:mod:`megatron_phf.hidden.plan`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +18,14 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_phf.losses import (
-    FlowSpec,
-    direction_loss,
-    directions,
-    flow_weights,
-    gram,
-    product_loss,
-    transition_counts,
-    unit_states,
-)
-from megatron_phf.model.flow_plan import FlowPlan
-from megatron_phf.model.flow_targets import FlowTargets
-from megatron_phf.model.rows import SequenceShards, gather_rows
+from megatron_phf import parallel
+from megatron_phf.hidden.loss import layer_values
+from megatron_phf.hidden.plan import FlowPlan, make_flow_plan
+from megatron_phf.hidden.rows import SequenceShards, gather_rows
+from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
+from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows
+from megatron_phf.hidden.targets import FlowTargets
+from megatron_phf.hidden.term import HiddenTerm
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -52,7 +48,7 @@ class FlowWindow:
 
     ``positions`` [b, m]: absolute positions of the window's tokens; ``valid`` bool [b, m]: False
     where a shorter window is padded; ``gradient_scale``: what one sequence's L_flow is multiplied
-    with in the training objective; ``cu_seqlens``: of a packed row, see ``model.rows``.
+    with in the training objective; ``cu_seqlens``: of a packed row, see ``hidden.rows``.
     """
 
     positions: Tensor
@@ -61,39 +57,63 @@ class FlowWindow:
     cu_seqlens: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _TeacherEnds:
+    """The targets at one student layer."""
+
+    targets: Mapping[str, FlowTargets]
+    microbatch: int
+    layer: int
+
+    def states(self, kind: str) -> Tensor:
+        return self.targets[kind].states(self.microbatch, self.layer)
+
+    def products(self, kind: str, over: str) -> Tensor:
+        first = self.layer if over == "layer" else self.layer - 1
+        return self.targets[kind].products(self.microbatch, first, self.layer)
+
+
 class FlowTap:
     """What the layers of this process record (teacher) or compare with it (student).
 
     Keyed by (microbatch, layer): the pipeline interleaves microbatches, and activation recompute
     visits a layer again when others have gone through it since.
+
+    Attributes:
+        terms: those that are computed, in the order of the first dimension of ``values``.
+        weights: of each term in L_flow, by layer or pair.
+        values: terms [T, b] by (microbatch, layer); a term over pairs is that with the layer
+            before, 0 on layer 1.
     """
 
     def __init__(
-        self, plan: FlowPlan, spec: FlowSpec, widths: tuple[int, int], shards: SequenceShards
+        self,
+        terms: Sequence[HiddenTerm],
+        weights: Mapping[str, Sequence[float]],
+        targets: Mapping[str, FlowTargets],
+        shards: SequenceShards,
     ) -> None:
-        """``widths``: hidden sizes of student and teacher; the direction term needs equal ones."""
-        self.has_direction = widths[0] == widths[1]
-        self.weights = flow_weights(len(plan.layer_map), spec, self.has_direction)
-        self.pointwise = spec.states == "positions"
-        assert not (plan.products and self.has_direction), "directions are needed themselves"
-        self._targets = FlowTargets(plan, widths[1])
-        self._shards = shards
+        """``targets``: for each kind of states that the terms compare."""
+        self.terms, self.weights = terms, weights
+        self._targets, self._shards = targets, shards
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
-        # A layer's output and its directions: the next layer's input, most often.
-        self._last: tuple[Tensor, Tensor] | None = None
+        # A layer's output and its states: the next layer's input, most often.
+        self._last: tuple[Tensor, Mapping[str, Tensor]] | None = None
         self.values: dict[tuple[int, int], Tensor] = {}
 
     def start_recording(self, windows: list[FlowWindow]) -> None:
         """The teacher's pass over microbatches with ``windows`` comes next."""
         self._recording = True
         self._windows = dict(enumerate(windows))
-        dropped = 0 if self.pointwise else 1  # m positions make m - 1 transitions
-        self._targets.start([(len(w.valid), w.valid.shape[1] - dropped) for w in windows])
+        for kind, targets in self._targets.items():
+            sizes = [(len(w.valid), number_of_rows(kind, w.valid.shape[1])) for w in windows]
+            targets.start(sizes)
 
     def finish_recording(self) -> None:
         """The teacher's pass is over; every rank of the pipeline calls it."""
-        self._targets.exchange()
+        for targets in self._targets.values():
+            targets.exchange()
 
     def start_comparing(self, windows: list[FlowWindow]) -> None:
         """The student's pass over the same microbatches comes next."""
@@ -103,7 +123,8 @@ class FlowTap:
     def stop(self) -> None:
         """Forget windows and targets; ``values`` stay until the next comparison."""
         self._windows, self._last = {}, None
-        self._targets.clear()
+        for targets in self._targets.values():
+            targets.clear()
 
     def visit(self, layer: int, microbatch: int, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Called by layer ``layer`` (1-based, global) with its ends; returns its output.
@@ -120,60 +141,101 @@ class FlowTap:
             return self._compare(layer, microbatch, window, inputs, outputs)
         return outputs
 
-    def _directions(self, hidden: Tensor, window: FlowWindow) -> Tensor:
-        """What is compared: unit transitions, or unit states."""
+    def _states(
+        self, hidden: Tensor, window: FlowWindow, kinds: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """[b, n, h] of each kind."""
         rows = gather_rows(hidden, window.positions, self._shards, window.cu_seqlens)
-        return unit_states(rows, window.valid) if self.pointwise else directions(rows, window.valid)
+        return {kind: make_states(kind, rows, window.valid) for kind in kinds}
 
     def _record(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> None:
         for number, hidden in ((layer - 1, inputs), (layer, outputs)):
-            if self._targets.wants(microbatch, number):
-                self._targets.record(microbatch, number, self._directions(hidden, window))
+            kinds = [k for k, t in self._targets.items() if t.wants(microbatch, number)]
+            if kinds:
+                for kind, states in self._states(hidden, window, kinds).items():
+                    self._targets[kind].record(microbatch, number, states)
 
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
-        student = self._directions(outputs, window)
-        terms = self._terms(layer, microbatch, window, inputs, student)
+        own = self._states(outputs, window, list(self._targets))
+        before = self._last
+        kept: dict[str, Tensor] = {}
+
+        def states_before(kind: str) -> Tensor:
+            """Those of the layer before, where ``inputs`` is its output itself.
+
+            It is not on the first layer of a stage or of a recomputed piece, whose graph begins
+            there.
+            """
+            if before is not None and before[0] is inputs:
+                return before[1][kind]
+            if not kept:
+                kept.update(self._states(inputs, window, list(self._targets)))
+            return kept[kind]
+
+        ends = LayerEnds(own, states_before), _TeacherEnds(self._targets, microbatch, layer)
+        values = layer_values(self.terms, layer, *ends, window.valid)
+        absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
+        terms = torch.stack([values.get(term.name, absent) for term in self.terms])
         self.values[microbatch, layer] = terms.detach()
-        weights = (
-            self.weights.direction[layer - 1],
-            self.weights.geometry[layer - 1],
-            self.weights.adjacent[layer - 2] if layer > 1 else 0.0,
-        )
+        weights = [self._weight(term, layer) for term in self.terms]
         loss = (terms.sum(1) * terms.new_tensor(weights)).sum() * window.gradient_scale
         # Pipeline stages free their output's data once it is sent, which a view would not allow.
         attached = _AttachLoss.apply(outputs, loss)
         output = make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)
-        self._last = output, student
+        self._last = output, own
         return output
 
-    def _input_directions(self, inputs: Tensor, window: FlowWindow) -> Tensor:
-        """Those of the layer before, where ``inputs`` is its output itself.
+    def _weight(self, term: HiddenTerm, layer: int) -> float:
+        weights = self.weights[term.name]
+        if term.over == "layer":
+            return weights[layer - 1]
+        return weights[layer - 2] if layer > 1 else 0.0
 
-        It is not on the first layer of a stage or of a recomputed piece, whose graph begins there.
-        """
-        if self._last is not None and self._last[0] is inputs:
-            return self._last[1]
-        return self._directions(inputs, window)
 
-    def _terms(
-        self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, student: Tensor
-    ) -> Tensor:
-        """Direction, geometry and adjacent (to the layer before) terms [3, b], absent ones 0."""
-        counts = window.valid.sum(-1) if self.pointwise else transition_counts(window.valid)
-        targets = self._targets
-        absent = torch.zeros(len(counts), device=student.device)
-        direction = geometry = adjacent = absent
-        if self.has_direction:
-            direction = direction_loss(student, targets.directions(microbatch, layer), counts)
-        if not self.pointwise:
-            own = targets.products(microbatch, layer, layer)
-            geometry = product_loss(gram(student), own, counts)
-            if layer > 1:
-                before = self._input_directions(inputs, window)
-                pair = targets.products(microbatch, layer - 1, layer)
-                adjacent = product_loss(before @ student.mT, pair, counts)
-        return torch.stack((direction, geometry, adjacent))
+def make_flow_tap(
+    student: Sequence[Any],
+    teacher: Sequence[Any],
+    layer_map: Sequence[int],
+    window_size: int,
+    spec: FlowSpec,
+    shards: SequenceShards,
+) -> FlowTap:
+    """The tap for the layers of both models' chunks; every rank of the pipeline calls it."""
+    widths = student[0].config.hidden_size, teacher[0].config.hidden_size
+    equal = widths[0] == widths[1]
+    terms, weights = terms_of(spec, equal), flow_weights(len(layer_map), spec, equal)
+    numbers = [
+        [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
+        for chunks in (student, teacher)
+    ]
+    stages = parallel.gather_over_pipeline(numbers)
+
+    def plan(kind: str) -> FlowPlan:
+        here = [term for term in terms if term.states == kind]
+        pairs = any(term.over == "pair" for term in here)
+        # A student layer needs its products (with itself and with the layer before), or about one
+        # teacher layer's states.
+        smaller = (1 + pairs) * number_of_rows(kind, window_size) < widths[1]
+        return make_flow_plan(
+            layer_map,
+            [student_layers for student_layers, _ in stages],
+            [teacher_layers for _, teacher_layers in stages],
+            parallel.pipeline_rank(),
+            products=smaller and all(term.compares == "products" for term in here),
+            pairs=pairs,
+        )
+
+    kinds = dict.fromkeys(term.states for term in terms)
+    targets = {kind: FlowTargets(plan(kind), widths[1]) for kind in kinds}
+    return FlowTap(terms, weights, targets, shards)
+
+
+def set_flow_tap(chunks: Sequence[Any], tap: FlowTap | None) -> None:
+    """Let every layer of ``chunks`` show its ends to ``tap``."""
+    for chunk in chunks:
+        for layer in chunk.decoder.layers:
+            layer.flow_tap = tap

@@ -1,8 +1,8 @@
 """The teacher's side of the flow loss: recorded layer by layer, then brought to where it is needed.
 
-Directions take (m-1) h_T numbers a sequence and teacher layer, products D D'^T of two layers
-(m-1)^2.  Without a direction term products are enough, and :class:`FlowTargets` keeps them instead
-where they are smaller; directions are then dropped as soon as their products exist.
+States take n h_T numbers a sequence and teacher layer, products S S'^T of two layers n^2.  Where no
+term compares states themselves products are enough, and :class:`FlowTargets` keeps them instead
+where they are smaller; states are then dropped as soon as their products exist.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from megatron_phf import device, parallel
-from megatron_phf.model.flow_plan import FlowPlan, Item, Move
+from megatron_phf.hidden.plan import FlowPlan, Item, Move
 
 
 class FlowTargets:
-    """What the student's layers of this stage compare with, keyed by (microbatch, item).
+    """States of one kind that the student's layers of this stage compare with.
 
-    fp32, detached.  One step: ``start``, ``record`` by the teacher's layers, ``exchange``,
-    ``directions`` and ``products`` by the student's, ``clear``.
+    Keyed by (microbatch, item); fp32, detached.  One step: ``start``, ``record`` by the teacher's
+    layers, ``exchange``, ``states`` and ``products`` by the student's, ``clear``.
     """
 
     def __init__(self, plan: FlowPlan, width: int) -> None:
         """``width``: the teacher's hidden size."""
         self._plan, self._width = plan, width
-        self._sizes: list[tuple[int, int]] = []  # (b, m-1) of each microbatch
+        self._sizes: list[tuple[int, int]] = []  # (b, n) of each microbatch
         self._items: dict[tuple[int, Item], Tensor] = {}
         self._seen: set[tuple[int, int]] = set()
 
     def start(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """A step begins; ``sizes``: sequences b and directions m-1 of each microbatch."""
+        """A step begins; ``sizes``: sequences b and their rows n of each microbatch."""
         self.clear()
         self._sizes = list(sizes)
 
@@ -43,40 +43,40 @@ class FlowTargets:
         """Whether teacher layer ``layer`` is still to be recorded (0: the embedding, never)."""
         return layer in self._plan.recorded and (microbatch, layer) not in self._seen
 
-    def record(self, microbatch: int, layer: int, directions: Tensor) -> None:
-        """directions [b, m-1, h_T] of teacher layer ``layer``."""
+    def record(self, microbatch: int, layer: int, states: Tensor) -> None:
+        """states [b, n, h_T] of teacher layer ``layer``."""
         self._seen.add((microbatch, layer))
-        self._items[microbatch, (layer,)] = directions
+        self._items[microbatch, (layer,)] = states
         if self._plan.products:
-            sent = {move.item for move in self._plan.direction_moves}
+            sent = {move.item for move in self._plan.state_moves}
             self._multiply(microbatch, kept=sent)
 
     def exchange(self) -> None:
         """After the teacher's pass: every stage gets what it lacks; collective over the pipeline.
 
-        An item travels as fp32 once to each stage that lacks it: 4 b (m-1) h_T bytes, or
-        4 b (m-1)^2 as products.
+        An item travels as fp32 once to each stage that lacks it: 4 b n h_T bytes, or 4 b n^2 as
+        products.
         """
-        self._transfer(self._plan.direction_moves)
+        self._transfer(self._plan.state_moves)
         if self._plan.products:
             for microbatch in range(len(self._sizes)):
                 self._multiply(microbatch, kept=set())
         self._transfer(self._plan.moves)
         self._items = {key: x for key, x in self._items.items() if key[1] in self._plan.wanted}
 
-    def directions(self, microbatch: int, layer: int) -> Tensor:
-        """[b, m-1, h_T] for student layer ``layer``; not in products mode."""
+    def states(self, microbatch: int, layer: int) -> Tensor:
+        """[b, n, h_T] for student layer ``layer``; not in products mode."""
         return self._items[microbatch, (self._plan.layer_map[layer - 1],)]
 
     def products(self, microbatch: int, first: int, second: int) -> Tensor:
-        """D_j D_k^T [b, m-1, m-1], j and k the teacher's for two student layers."""
+        """S_j S_k^T [b, n, n], j and k the teacher's for two student layers."""
         j, k = (self._plan.layer_map[layer - 1] for layer in (first, second))
         if self._plan.products:
             return self._items[microbatch, (j, k)]
         return self._items[microbatch, (j,)] @ self._items[microbatch, (k,)].mT
 
     def _multiply(self, microbatch: int, kept: set[Item]) -> None:
-        """Make the products that are possible now; drop directions without a further use."""
+        """Make the products that are possible now; drop states without a further use."""
         pending: set[Item] = set()
         for j, k in self._plan.computed:
             first, second = (self._items.get((microbatch, (x,))) for x in (j, k))

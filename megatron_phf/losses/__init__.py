@@ -8,7 +8,8 @@ each layer at the window::
     flow = flow_loss(student_hidden, teacher_hidden, valid)    # one [b, m, h] a layer
     loss = output.per_token.mean() + 0.05 * flow.loss
 
-Parts of the flow loss alone, as in the ablations: ``flow_loss(..., spec=FlowSpec(("geometry",)))``.
+Other terms, as in the ablations: ``flow_loss(..., spec=FlowSpec(("geometry", "cka=0.3")))``, and
+``flow.values["geometry"]`` by layer.
 
 A teacher of another hidden size or depth (same vocabulary)::
 
@@ -16,8 +17,11 @@ A teacher of another hidden size or depth (same vocabulary)::
     flow = flow_loss(student_hidden, teacher_hidden, valid, layers)
 """
 
-from megatron_phf.flow_spec import FlowSpec, FlowWeights, flow_weights
-from megatron_phf.layer_map import relative_layer_map
+from megatron_phf.hidden.layer_map import relative_layer_map
+from megatron_phf.hidden.loss import FlowTerms, flow_loss
+from megatron_phf.hidden.spec import FlowSpec, flow_weights
+from megatron_phf.hidden.states import directions, gram, transition_counts, unit_states
+from megatron_phf.hidden.term import HiddenTerm
 from megatron_phf.losses.chunked import ChunkedDivergence, chunked_divergence
 from megatron_phf.losses.divergence import (
     CLIP_MODES,
@@ -25,18 +29,6 @@ from megatron_phf.losses.divergence import (
     DivergenceSpec,
     generalized_jsd,
     policy_gradient_loss,
-)
-from megatron_phf.losses.flow import (
-    FlowTerms,
-    adjacent_loss,
-    direction_loss,
-    directions,
-    flow_loss,
-    geometry_loss,
-    gram,
-    product_loss,
-    transition_counts,
-    unit_states,
 )
 from megatron_phf.losses.log_probs import chunked_log_probs
 from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
@@ -49,19 +41,15 @@ __all__ = [
     "DivergenceSpec",
     "FlowSpec",
     "FlowTerms",
-    "FlowWeights",
-    "adjacent_loss",
+    "HiddenTerm",
     "chunked_divergence",
     "chunked_log_probs",
-    "direction_loss",
     "directions",
     "flow_loss",
     "flow_weights",
     "generalized_jsd",
-    "geometry_loss",
     "gram",
     "policy_gradient_loss",
-    "product_loss",
     "relative_layer_map",
     "select_window",
     "transition_counts",

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_phf import parallel
-from megatron_phf.model.rows import context_positions
+from megatron_phf.hidden.rows import context_positions
 
 
 def attend(

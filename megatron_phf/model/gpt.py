@@ -25,11 +25,9 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
-from megatron_phf.flow_spec import FlowSpec
+from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.attention import CausalAttention
-from megatron_phf.model.flow_plan import make_flow_plan
-from megatron_phf.model.flow_tap import FlowTap
 from megatron_phf.model.fp8 import (
     alignment,
     fp8_off,
@@ -39,7 +37,6 @@ from megatron_phf.model.fp8 import (
 )
 from megatron_phf.model.gpt_config import transformer_config, transformer_impl
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
-from megatron_phf.model.rows import SequenceShards
 from megatron_phf.model.userbuffers import (
     fixed_row_length,
     initialize_userbuffers,
@@ -159,39 +156,6 @@ def sequence_shards(config: TransformerConfig) -> SequenceShards:
     context = parallel.context_parallel_group() if config.context_parallel_size > 1 else None
     sequence = parallel.tensor_parallel_group() if config.sequence_parallel else None
     return SequenceShards(context, sequence, alignment(config))
-
-
-def make_flow_tap(
-    student: list[FlowGPTModel],
-    teacher: list[FlowGPTModel],
-    layer_map: Sequence[int],
-    window_size: int,
-    spec: FlowSpec,
-) -> FlowTap:
-    """The tap for both models' layers in this layout; every rank of the pipeline calls it."""
-    widths = student[0].config.hidden_size, teacher[0].config.hidden_size
-    numbers = [
-        [layer.layer_number for chunk in chunks for layer in chunk.decoder.layers]
-        for chunks in (student, teacher)
-    ]
-    stages = parallel.gather_over_pipeline(numbers)
-    # A student layer needs two products, and about one teacher layer's directions.
-    smaller = 2 * (window_size - 1) < widths[1]
-    plan = make_flow_plan(
-        layer_map,
-        [student_layers for student_layers, _ in stages],
-        [teacher_layers for _, teacher_layers in stages],
-        parallel.pipeline_rank(),
-        products=widths[0] != widths[1] and smaller,
-    )
-    return FlowTap(plan, spec, widths, sequence_shards(student[0].config))
-
-
-def set_flow_tap(chunks: list[FlowGPTModel], tap: FlowTap | None) -> None:
-    """Let every layer of ``chunks`` show its ends to ``tap``."""
-    for chunk in chunks:
-        for layer in chunk.decoder.layers:
-            layer.flow_tap = tap
 
 
 def set_padding(chunks: Sequence[torch.nn.Module], masks: Sequence[Tensor] | None) -> None:

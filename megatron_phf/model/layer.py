@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_phf.model.flow_tap import FlowTap
+from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.model.fp8 import outside_fp8
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from megatron_phf.hidden.term import TERMS, load_term
 from megatron_phf.report.charts import MANY
-from megatron_phf.report.runs import Variant
+from megatron_phf.report.runs import LISTS, Variant
 from megatron_phf.report.section import Report, Section
 from megatron_phf.report.statistics import estimates_by_step, layer_rows, values_by_step
 
@@ -26,6 +28,22 @@ def _curves(
     )
 
 
+def _terms(variants: Sequence[Variant]) -> dict[str, str]:
+    """Hidden-state terms in the metrics -> the key of their list by layer or pair."""
+    steps = (step for variant in variants for run in variant.runs for step in run.steps)
+    keys = dict.fromkeys(key for step in steps for key in step)
+    return {
+        key.removeprefix("flow_").rpartition("_per_")[0]: key
+        for key in keys
+        if key.startswith("flow_") and key.endswith(LISTS)
+    }
+
+
+def _label(term: str) -> str:
+    """What its values are; a report runs no code of terms that are not ours."""
+    return load_term(term).label if term in TERMS else ""
+
+
 def accuracies(report: Report) -> Section:
     """Evaluations over the steps."""
     section = Section("Accuracy over training", _BANDS, legend=report.names)
@@ -43,9 +61,7 @@ def losses(report: Report) -> Section:
         ("loss", "Loss", "loss"),
         ("opsd", "Output divergence", "nats a token"),
         ("flow", "Flow loss", "L_flow"),
-        ("flow_direction", "Direction term", "1 - cosine"),
-        ("flow_geometry", "Geometry term", "mean square"),
-        ("flow_adjacent", "Adjacent term", "mean square"),
+        *((f"flow_{t}", f"{t.capitalize()} term", _label(t)) for t in _terms(report.variants)),
         ("grad_norm", "Gradient norm", "before clipping"),
     ):
         _curves(report, section, title, label, key=key)
@@ -60,13 +76,10 @@ def flow_maps(report: Report) -> Section:
     )
     for variant in report.variants:
         charts = []
-        for key, name, label in (
-            ("flow_direction_per_layer", "direction", "layer"),
-            ("flow_geometry_per_layer", "geometry", "layer"),
-            ("flow_adjacent_per_pair", "adjacent", "pair (with the next layer)"),
-        ):
+        for name, key in _terms([variant]).items():
             steps, rows = layer_rows(variant, key)
             if rows:
+                label = "layer" if key.endswith("layer") else "pair (with the next layer)"
                 title = f"{variant.name}: {name}"
                 charts.append(report.gallery.heat_map(title, steps, rows, label))
         if charts:

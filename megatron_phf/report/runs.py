@@ -15,7 +15,7 @@ from typing import Any
 from megatron_phf.config import Config, flow_spec
 from megatron_phf.data.hf_files import read_json_object, shown
 from megatron_phf.data.problems import read_jsonl
-from megatron_phf.flow_spec import FlowSpec
+from megatron_phf.hidden.spec import FlowSpec
 
 RUN_FILE, METRICS_FILE, EVALUATIONS_FILE = "run.json", "metrics.jsonl", "evaluations.jsonl"
 _FIRST = ("base", "sft", "opsd", "phf")  # the rest are compared with them
@@ -73,17 +73,15 @@ _RUN: dict[str, _Kind] = {
 _METRICS: dict[str, _Kind] = {
     **dict.fromkeys(
         (
-            "loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent", "grad_norm",
-            "learning_rate", "clipped_fraction", "teacher_entropy", "rollout_tokens",
-            "peak_memory_bytes", "nonfinite_steps",
+            "loss", "opsd", "grad_norm", "learning_rate", "clipped_fraction", "teacher_entropy",
+            "rollout_tokens", "peak_memory_bytes", "nonfinite_steps",
         ),
         _NUMBER,
     ),
-    **dict.fromkeys(
-        ("flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair"), _NUMBERS
-    ),
     **dict.fromkeys(("seconds", "memory_bytes", "rollout_lengths"), _TABLE),
 }  # fmt: skip
+# How the metrics end that are lists of a hidden-state term's values.
+LISTS = ("_per_layer", "_per_pair")
 _EVALUATION: dict[str, _Kind] = {
     **dict.fromkeys(("k", "average_at_k", "pass_at_k", "majority_at_k", "seconds"), _NUMBER),
     "interval_95": ("two numbers", lambda v: _is_numbers(v) and len(v) == 2),  # type: ignore[arg-type]
@@ -96,7 +94,7 @@ _EVALUATION: dict[str, _Kind] = {
 class Run:
     """One run; ``steps`` and ``evaluations`` in order of their step, one each.
 
-    ``flow``: the parts of the flow loss that it trained on.
+    ``flow``: the parts of the flow loss that it trained on, None where one is the user's own.
     """
 
     name: str
@@ -105,7 +103,7 @@ class Run:
     info: Line
     steps: Sequence[Line]
     evaluations: Sequence[Line]
-    flow: FlowSpec
+    flow: FlowSpec | None
 
     @property
     def on_gpu(self) -> bool:
@@ -140,6 +138,15 @@ def _check(content: Line, kinds: Mapping[str, _Kind], where: str) -> None:
             )
 
 
+def _is_flow(name: str) -> bool:
+    return name.split("_")[0] == "flow"
+
+
+def _flow_kind(name: str) -> _Kind:
+    """Of ``flow``, ``flow_<term>`` or a term's list."""
+    return _NUMBERS if name.endswith(LISTS) else _NUMBER
+
+
 def _integer(content: Line, name: str, where: str) -> int:
     value = content.get(name)
     if type(value) is not int or not 0 <= value < 2**40:
@@ -155,15 +162,21 @@ def _read_lines(path: str, kinds: Mapping[str, _Kind]) -> list[Line]:
     for number, content in read_jsonl(path, "RUN"):
         where = f"{path}:{number}"
         _check(content, kinds, where)
+        _check(content, {name: _flow_kind(name) for name in content if _is_flow(name)}, where)
         lines[_integer(content, "step", where)] = content
     return [lines[step] for step in sorted(lines)]
 
 
-def _flow_spec(info: Line, path: str) -> FlowSpec:
-    """The parts of the flow loss that the run trained on; all where its file does not say."""
-    method = (info.get("config") or {}).get("method") or {}
-    names = ("phf_terms", "phf_layers", "phf_states")
+def _flow_spec(info: Line, path: str) -> FlowSpec | None:
+    """The parts of the flow loss that the run trained on; all where its file does not say.
+
+    None where a term is the user's own: a report runs no code that a file names.
+    """
+    names = ("phf_terms", "phf_layers")
     try:
+        method = (info.get("config") or {}).get("method") or {}
+        if ":" in str(method.get("phf_terms")):
+            return None
         return flow_spec(Config().replaced(**{n: method[n] for n in names if n in method}))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: settings of the flow loss: {error}") from error

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.flow_spec import FlowSpec, flow_weights
 from megatron_phf.grading import bootstrap_interval
+from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.report.runs import Line, Run, Variant
 
 
@@ -180,25 +180,30 @@ def layer_rows(variant: Variant, key: str) -> tuple[list[int], list[list[float]]
     return steps, [list(row) for row in zip(*columns, strict=False)]
 
 
-def flow_shares(step: Line, spec: FlowSpec) -> list[float] | None:
+def flow_shares(step: Line, spec: FlowSpec | None) -> list[float] | None:
     """Each layer's share of L_flow [L], sum 1; None where nothing was computed, or all was zero.
 
-    A layer has its direction and geometry terms and half of each adjacent pair that it is part of,
-    each with its weight in L_flow.
+    A layer has its terms and half of those of each pair that it is part of, each with its weight in
+    L_flow.
     """
-    direction, geometry = step.get("flow_direction_per_layer"), step.get("flow_geometry_per_layer")
-    layers = direction or geometry
-    if layers is None:
+    found = {}
+    for term in [] if spec is None else terms_of(spec):
+        values = step.get(f"flow_{term.name}_per_{term.over}")
+        if values is not None:
+            found[term.name] = term, values
+    if spec is None or not found:
         return None
-    weights = flow_weights(len(layers), spec, direction is not None)
-    energy = [0.0] * len(layers)
-    for values, weight in ((direction, weights.direction), (geometry, weights.geometry)):
-        for i, value in enumerate((values or [])[: len(energy)]):
-            energy[i] += weight[i] * value
-    pairs = (step.get("flow_adjacent_per_pair") or [])[: len(energy) - 1]
-    for i, pair in enumerate(pairs):
-        for layer in (i, i + 1):
-            energy[layer] += weights.adjacent[i] * pair / 2
+    number = max(len(values) + (term.over == "pair") for term, values in found.values())
+    equal_widths = all(t.name in found for t in terms_of(spec) if t.needs_equal_widths)
+    energy = [0.0] * number
+    for name, weights in flow_weights(number, spec, equal_widths).items():
+        if name not in found:
+            continue
+        term, values = found[name]
+        for i, (weight, value) in enumerate(zip(weights, values, strict=False)):
+            ends = (i, i + 1) if term.over == "pair" else (i,)
+            for layer in ends:
+                energy[layer] += weight * value / len(ends)
     total = math.fsum(energy)
     return [e / total for e in energy] if total > 0 else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config import Config, flow_spec
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.hidden.spec import weighted_terms
 
 if TYPE_CHECKING:
-    from megatron_phf.model.flow_tap import FlowTap
+    from megatron_phf.hidden.tap import FlowTap
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,16 @@ class StepMetrics:
     """One step's numbers; means are over the global batch.
 
     ``opsd``: per scored token, nats; ``flow``: L_flow per sequence, None where alpha is 0 (it is
-    not computed then), ``flow_direction`` also where the teacher has another hidden size, geometry
-    and adjacent where states are matched pointwise; ``clipped_fraction``: of the vocabulary entries
-    (entry clip) or of the tokens (token clip); ``teacher_entropy``: nats a token, at the loss's
-    temperature.
+    not computed then); ``flow_terms``: ``flow_<term>`` of each of the run's terms and its list by
+    layer or pair, None also where the teacher has another hidden size and the term needs the
+    student's; ``clipped_fraction``: of the vocabulary entries (entry clip) or of the tokens (token
+    clip); ``teacher_entropy``: nats a token, at the loss's temperature.
     """
 
     loss: float
     opsd: float
     flow: float | None
-    flow_direction: float | None
-    flow_geometry: float | None
-    flow_adjacent: float | None
-    flow_direction_per_layer: list[float] | None
-    flow_geometry_per_layer: list[float] | None
-    flow_adjacent_per_pair: list[float] | None
+    flow_terms: dict[str, Any]
     grad_norm: float
     learning_rate: float
     clipped_fraction: float
@@ -88,50 +84,52 @@ class StepMetrics:
 
     def as_json(self) -> dict[str, Any]:
         """One flat object."""
-        values = {k: v for k, v in vars(self).items() if k != "extra"}
-        return {**values, **self.extra}
+        flat: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            flat |= value if name in ("flow_terms", "extra") else {name: value}
+        return flat
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _flow_metrics(per_layer: Tensor, tap: FlowTap) -> dict[str, Any]:
-    """per_layer [3, L]: direction, geometry, adjacent means; adjacent[0] is unused."""
-    w = tap.weights
-    weights = per_layer.new_tensor([w.direction, w.geometry, [0.0, *w.adjacent]])
-    direction, geometry, adjacent = per_layer[0], per_layer[1], per_layer[2, 1:]
-    parts = {
-        ("direction", "layer"): direction if tap.has_direction else None,
-        ("geometry", "layer"): None if tap.pointwise else geometry,
-        ("adjacent", "pair"): None if tap.pointwise else adjacent,
-    }
-    metrics: dict[str, Any] = {"flow": float((weights * per_layer).sum())}
-    for (term, by), values in parts.items():
-        numbers = None if values is None else values.tolist()
-        metrics[f"flow_{term}"] = None if numbers is None else _mean(numbers)
-        metrics[f"flow_{term}_per_{by}"] = numbers
-    return metrics
+def _flow_metrics(per_layer: Tensor | None, tap: FlowTap, config: Config) -> dict[str, Any]:
+    """per_layer [T, L]: means of the tap's terms (None: not computed) -> the fields of the flow.
 
-
-def _no_flow() -> dict[str, Any]:
-    names = [f.name for f in StepMetrics.__dataclass_fields__.values()]
-    return {name: None for name in names if name.startswith("flow")}
+    A term over pairs is that with the layer before: its first number is unused.
+    """
+    flow, rows = None, {}
+    if per_layer is not None:
+        skipped = [term.over == "pair" for term in tap.terms]
+        weights = [
+            [0.0] * skip + [*tap.weights[term.name]]
+            for term, skip in zip(tap.terms, skipped, strict=True)
+        ]
+        flow = float((per_layer.new_tensor(weights) * per_layer).sum())
+        for term, values, skip in zip(tap.terms, per_layer.tolist(), skipped, strict=True):
+            rows[term.name] = values[skip:]
+    means, lists = {}, {}
+    for term, _ in weighted_terms(flow_spec(config).terms):
+        numbers = rows.get(term.name)
+        means[f"flow_{term.name}"] = None if numbers is None else _mean(numbers)
+        lists[f"flow_{term.name}_per_{term.over}"] = numbers
+    return {"flow": flow, "flow_terms": {**means, **lists}}
 
 
 def _local_sums(
-    outputs: Sequence[OutputLoss], values: Mapping[tuple[int, int], Tensor], num_layers: int
-) -> Tensor:
-    """[3 L + 4] float64: flow terms of the layers here, then opsd, clipped, entropy, tokens."""
-    flow = torch.zeros(3, num_layers, dtype=torch.float64, device=device.device())
+    outputs: Sequence[OutputLoss], tap: FlowTap, num_layers: int
+) -> tuple[Tensor, Tensor]:
+    """Float64 sums here: the tap's terms by layer [T, L]; opsd, clipped, entropy, tokens [4]."""
+    flow = torch.zeros(len(tap.terms), num_layers, dtype=torch.float64, device=device.device())
     # Context-parallel ranks have the same flow terms, and tokens of their own.
-    for (_, layer), terms in (values if parallel.context_parallel_rank() == 0 else {}).items():
+    for (_, layer), terms in (tap.values if parallel.context_parallel_rank() == 0 else {}).items():
         flow[:, layer - 1] += terms.double().sum(-1)
     output = torch.zeros(4, dtype=torch.float64, device=device.device())
     for o in outputs:
         terms = torch.stack((o.per_token, o.clipped, o.teacher_entropy, torch.ones_like(o.clipped)))
         output += terms.double().sum(-1)
-    return torch.cat((flow.flatten(), output))
+    return flow, output
 
 
 def summarize(
@@ -143,18 +141,17 @@ def summarize(
     tap: FlowTap,
 ) -> StepMetrics:
     """Reduce one step over the world; every rank calls it and gets the same metrics."""
-    sums = _local_sums(outputs, tap.values, num_layers)
+    flow, output = _local_sums(outputs, tap, num_layers)
+    sums = torch.cat((flow.flatten(), output))
     if parallel.tensor_parallel_rank() > 0:  # they hold the same values as rank 0
         sums.zero_()
     dist.all_reduce(sums)
-    opsd, clipped, entropy, tokens = (float(x) for x in sums[3 * num_layers :])
+    opsd, clipped, entropy, tokens = (float(x) for x in sums[-4:])
     alpha = config.method.phf_alpha
-    flow = _no_flow()
-    if alpha > 0:
-        per_layer = sums[: 3 * num_layers].view(3, num_layers) / config.train.global_batch_size
-        flow = _flow_metrics(per_layer, tap)
+    per_layer = sums[:-4].view_as(flow) / config.train.global_batch_size
+    fields = _flow_metrics(per_layer if alpha > 0 else None, tap, config)
     return StepMetrics(
-        loss=opsd / tokens + alpha * (flow["flow"] or 0.0),
+        loss=opsd / tokens + alpha * (fields["flow"] or 0.0),
         opsd=opsd / tokens,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
@@ -162,7 +159,7 @@ def summarize(
         clip_mode=config.method.opsd_clip_mode,
         teacher_entropy=entropy / tokens,
         rollout_tokens=round(tokens),
-        **flow,
+        **fields,
     )
 
 

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_phf.data.batch import SequenceBatch
-from megatron_phf.model.rows import SequenceShards
+from megatron_phf.hidden.rows import SequenceShards
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]

@@ -22,19 +22,17 @@ from megatron_phf.data.microbatches import (
     split_into,
 )
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.hidden.rows import gather_rows, part_rows
+from megatron_phf.hidden.tap import FlowWindow, make_flow_tap, set_flow_tap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.flow_tap import FlowWindow
 from megatron_phf.model.gpt import (
     FlowGPTModel,
     evaluating,
-    make_flow_tap,
     sequence_shards,
-    set_flow_tap,
     set_padding,
 )
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
-from megatron_phf.model.rows import gather_rows, part_rows
 from megatron_phf.model.teacher_architecture import common_vocab_size, layer_map
 from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.teacher import Teacher
@@ -85,7 +83,9 @@ class Distiller:
         self._vocab_size = common_vocab_size(arch, config)
         layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
         spec = flow_spec(config)
-        self.tap = make_flow_tap(student, teacher.chunks, layers, method.phf_window_size, spec)
+        self.tap = make_flow_tap(
+            student, teacher.chunks, layers, method.phf_window_size, spec, self.shards
+        )
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)

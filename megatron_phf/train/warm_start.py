@@ -12,9 +12,9 @@ from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.data.batch import SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.hidden.rows import gather_rows
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
-from megatron_phf.model.rows import gather_rows
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
 

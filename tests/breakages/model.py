@@ -62,14 +62,14 @@ MODEL = (
     ),
     Breakage(
         "context-parallel ranks hold neighbouring chunks instead of megatron's zig-zag",
-        "megatron_phf/model/rows.py",
+        "megatron_phf/hidden/rows.py",
         "    return torch.cat((chunks[rank], chunks[-1 - rank]))",
         "    return torch.cat((chunks[2 * rank], chunks[2 * rank + 1]))",
         (CONTEXT, "-k", "test_gradient and cp2_full"),
     ),
     Breakage(
         "context parallelism cuts a packed row as if it were one sequence",
-        "megatron_phf/model/rows.py",
+        "megatron_phf/hidden/rows.py",
         "if cu_seqlens is None else cu_seqlens.tolist()",
         "",
         (CONTEXT, "-k", "test_gradient and cp2_full"),
@@ -83,7 +83,7 @@ MODEL = (
     ),
     Breakage(
         "the flow window of a packed row is looked up as in one sequence",
-        "megatron_phf/model/flow_tap.py",
+        "megatron_phf/hidden/tap.py",
         "self._shards, window.cu_seqlens)",
         "self._shards)",
         (CONTEXT, "-k", "test_gradient and cp2_full"),

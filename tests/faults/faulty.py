@@ -99,8 +99,9 @@ def _before(owner: object, name: str, action: Callable[..., None]) -> None:
 
 def main() -> None:
     """Hook the places, then run the product."""
+    from megatron_phf.hidden import tap
     from megatron_phf.main import main as product
-    from megatron_phf.model import flow_tap, torch_dist
+    from megatron_phf.model import torch_dist
     from megatron_phf.train import checkpoint_files, heartbeat, session
 
     faults = Faults(sys.argv[1])
@@ -111,13 +112,13 @@ def main() -> None:
         faults.entered(phase)
 
     heartbeat.Heartbeat.at = at
-    backward = flow_tap._AttachLoss.backward
+    backward = tap._AttachLoss.backward
 
     def attached(*args):
         faults.at("backward")
         return backward(*args)
 
-    flow_tap._AttachLoss.backward = staticmethod(attached)
+    tap._AttachLoss.backward = staticmethod(attached)
     _before(checkpoint_files, "settle", lambda *args: faults.at("write"))
 
     def before_write(path: str, text: str) -> None:

@@ -19,7 +19,7 @@ from megatron_phf import device  # noqa: E402
 
 device.import_megatron()
 
-from megatron_phf.model.flow_tap import FlowTap  # noqa: E402
+from megatron_phf.hidden.tap import FlowTap  # noqa: E402
 from megatron_phf.train import step  # noqa: E402
 from tests.parallel import driver  # noqa: E402
 

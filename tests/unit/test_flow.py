@@ -8,14 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_phf.hidden.term import HiddenTerm, load_term
 from megatron_phf.losses import (
     FlowSpec,
-    adjacent_loss,
-    direction_loss,
     directions,
     flow_loss,
     flow_weights,
-    geometry_loss,
+    gram,
     relative_layer_map,
     transition_counts,
 )
@@ -39,8 +38,7 @@ def all_valid(batch: int = 2) -> Tensor:
 def terms(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     """Every value of L_flow in one vector."""
     flow = flow_loss(student, teacher, all_valid(student[0].shape[0]))
-    parts = (flow.direction_per_layer, flow.geometry_per_layer, flow.adjacent_per_pair)
-    return torch.cat((flow.loss[None], *parts))
+    return torch.cat((flow.loss[None], *flow.values.values()))
 
 
 def rotation(seed: int) -> Tensor:
@@ -60,11 +58,11 @@ def test_value_by_hand() -> None:
     teacher = [torch.tensor([[[0.0, 0.0], [1.0, 0.0], [4.0, 0.0]]])] * 2
     flow = flow_loss(student, teacher, torch.ones(1, 3, dtype=torch.bool))
     # cosines 1 and 0; Gram matrices I and all ones: two entries of 1 differ, over 2^2.
-    assert flow.direction_per_layer.tolist() == [0.5, 0.5]
-    assert flow.geometry_per_layer.tolist() == [0.5, 0.5]
-    assert flow.adjacent_per_pair.tolist() == [0.5]
+    assert flow.values["direction"].tolist() == [0.5, 0.5]
+    assert flow.values["geometry"].tolist() == [0.5, 0.5]
+    assert flow.values["adjacent"].tolist() == [0.5]
     assert float(flow.loss) == ((0.5 + 0.5) / 2 + 0.5) / 2
-    assert (float(flow.direction), float(flow.geometry), float(flow.adjacent)) == (0.5, 0.5, 0.5)
+    assert [float(flow.mean(name)) for name in flow.values] == [0.5, 0.5, 0.5]
 
 
 @given(seeds)
@@ -73,8 +71,7 @@ def test_equals_reference(seed: int) -> None:
     student, teacher = hidden(seed, batch=1), hidden(seed + 1, batch=1)
     flow = flow_loss(student, teacher, all_valid(1))
     expected = reference.flow_terms([h[0] for h in student], [h[0] for h in teacher])
-    values = (flow.direction_per_layer, flow.geometry_per_layer, flow.adjacent_per_pair)
-    for found, wanted in zip(values, expected, strict=True):
+    for found, wanted in zip(flow.values.values(), expected, strict=True):
         assert torch.allclose(found.float(), torch.stack(wanted).float(), rtol=1e-5, atol=1e-6)
 
 
@@ -112,11 +109,11 @@ def test_geometry_ignores_rotations_direction_only_equal_ones(seed: int) -> None
     before = flow_loss(student, teacher, all_valid())
     apart = flow_loss([x @ a for x in student], [x @ b for x in teacher], all_valid())
     together = flow_loss([x @ a for x in student], [x @ a for x in teacher], all_valid())
-    assert torch.allclose(apart.geometry_per_layer, before.geometry_per_layer, atol=1e-9)
-    assert not torch.allclose(apart.direction_per_layer, before.direction_per_layer, atol=1e-3)
-    assert torch.allclose(together.direction_per_layer, before.direction_per_layer, atol=1e-9)
+    assert torch.allclose(apart.values["geometry"], before.values["geometry"], atol=1e-9)
+    assert not torch.allclose(apart.values["direction"], before.values["direction"], atol=1e-3)
+    assert torch.allclose(together.values["direction"], before.values["direction"], atol=1e-9)
     # One map for both layers of a pair leaves the products D_l D_{l+1}^T as they are.
-    assert torch.allclose(apart.adjacent_per_pair, before.adjacent_per_pair, atol=1e-9)
+    assert torch.allclose(apart.values["adjacent"], before.values["adjacent"], atol=1e-9)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
@@ -152,7 +149,9 @@ def test_a_zero_transition_has_direction_zero_and_no_gradient() -> None:
     found = directions(x, torch.ones(1, 4, dtype=torch.bool))
     assert found[0, 1].tolist() == [0.0, 0.0, 0.0]
     # In the direction term it counts as the formula has it: 1 - 0.
-    assert float(direction_loss(found, found, torch.tensor([3])).detach()) == pytest.approx(1 / 3)
+    assert float(
+        load_term("direction").value(found, found, torch.tensor([3])).detach()
+    ) == pytest.approx(1 / 3)
     (gradient,) = torch.autograd.grad(found[0, 1].sum(), x, retain_graph=True)
     assert gradient.abs().max() == 0
     (gradient,) = torch.autograd.grad(found.sum(), x)
@@ -191,8 +190,9 @@ def test_geometry_of_different_hidden_sizes() -> None:
     a = directions(torch.randn(1, M, 4), valid)
     b = directions(torch.randn(1, M, 9), valid)
     counts = transition_counts(valid)
-    assert geometry_loss(a, b, counts).shape == (1,)
-    assert adjacent_loss(a, a, b, b, counts) == geometry_loss(a, b, counts)
+    geometry, adjacent = (load_term(name).value for name in ("geometry", "adjacent"))
+    assert geometry(gram(a), gram(b), counts).shape == (1,)
+    assert adjacent(a @ a.mT, b @ b.mT, counts) == geometry(gram(a), gram(b), counts)
 
 
 def other_hidden(seed: int, layers: int, width: int) -> list[Tensor]:
@@ -213,14 +213,13 @@ def test_a_teacher_of_other_width_and_depth_equals_the_reference(
         [h[0] for h in student], [h[0] for h in teacher], layer_map
     )
     if width == H:
-        assert torch.allclose(flow.direction_per_layer, torch.stack(direction), atol=1e-6)
+        assert torch.allclose(flow.values["direction"], torch.stack(direction), atol=1e-6)
         local = (sum(direction) + sum(geometry)) / 2 / LAYERS
     else:
-        assert flow.direction_per_layer is None
-        assert flow.direction is None
+        assert "direction" not in flow.values
         local = sum(geometry) / LAYERS
-    assert torch.allclose(flow.geometry_per_layer, torch.stack(geometry), atol=1e-6)
-    assert torch.allclose(flow.adjacent_per_pair, torch.stack(adjacent), atol=1e-6)
+    assert torch.allclose(flow.values["geometry"], torch.stack(geometry), atol=1e-6)
+    assert torch.allclose(flow.values["adjacent"], torch.stack(adjacent), atol=1e-6)
     expected = (local + sum(adjacent) / (LAYERS - 1)) / 2
     assert torch.allclose(flow.loss, expected, atol=1e-6)
     found = torch.autograd.grad(flow.loss, student)
@@ -235,7 +234,7 @@ def test_a_rotated_and_embedded_teacher_gives_zero() -> None:
     inside = torch.linalg.qr(torch.randn(9, H, dtype=torch.float64)).Q.T
     flow = flow_loss(student, [x @ inside for x in student], all_valid())
     assert float(flow.loss.abs()) < 1e-12
-    assert flow.direction is None
+    assert "direction" not in flow.values
 
 
 def test_layer_maps_that_do_not_fit_are_refused() -> None:
@@ -253,7 +252,11 @@ SPECS = {
     "first pair": FlowSpec(layers=(1, 2)),
     "no pair": FlowSpec(layers=(1, 3)),
     "adjacent": FlowSpec(("adjacent",)),
+    "measured": FlowSpec(("direction=0", "geometry=0", "adjacent")),
+    "three local": FlowSpec(("direction", "geometry", "cka")),
+    "given": FlowSpec(("direction=0.2", "geometry", "cka=0.3", "adjacent")),
 }
+WHOLE = {"no pair": 0.5, "given": 1.5}
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -261,31 +264,56 @@ def test_weights_rebuild_the_loss(name: str) -> None:
     spec = SPECS[name]
     flow = flow_loss(hidden(1), hidden(2), all_valid(), spec=spec)
     weights = flow_weights(LAYERS, spec)
-    parts = (
-        (flow.direction_per_layer, weights.direction),
-        (flow.geometry_per_layer, weights.geometry),
-    )
-    parts += ((flow.adjacent_per_pair, weights.adjacent),)
-    total = sum((x * x.new_tensor(w)).sum() for x, w in parts)
+    total = sum((x * x.new_tensor(weights[name])).sum() for name, x in flow.values.items())
     assert torch.allclose(flow.loss, total)
-    # Means: the weights of what the loss has in them add up to one, but for pairs it cannot have.
-    whole = sum(map(sum, (weights.direction, weights.geometry, weights.adjacent)))
-    assert whole == pytest.approx(0.5 if name == "no pair" else 1.0)
+    assert [t.split("=")[0] for t in spec.terms] == [*flow.values] == [*weights]
+    # Means: the weights of what the loss has in them add up to one, but for pairs it cannot have
+    # and for terms whose weight is given.
+    assert sum(map(sum, weights.values())) == pytest.approx(WHOLE.get(name, 1.0))
 
 
 def test_weights_of_one_layer_and_of_another_width() -> None:
     one = flow_weights(1)
-    assert (*one.direction, *one.geometry, *one.adjacent) == (0.25, 0.25)
-    wide = flow_weights(2, has_direction=False)
-    assert (*wide.direction, *wide.geometry, *wide.adjacent) == (0, 0, 0.25, 0.25, 0.5)
-    assert (
-        len(flow_loss(hidden(1, layers=1), hidden(2, layers=1), all_valid()).adjacent_per_pair) == 0
-    )
+    assert one == {"direction": [0.25], "geometry": [0.25], "adjacent": []}
+    wide = flow_weights(2, equal_widths=False)
+    assert wide == {"geometry": [0.25, 0.25], "adjacent": [0.5]}
+    given = flow_weights(4, FlowSpec(("direction=0.5", "geometry", "adjacent=2"), (2, 3)))
+    assert given == {
+        "direction": [0, 0.25, 0.25, 0], "geometry": [0, 0.5, 0.5, 0], "adjacent": [0, 2, 0],
+    }  # fmt: skip
+    flow = flow_loss(hidden(1, layers=1), hidden(2, layers=1), all_valid())
+    assert len(flow.values["adjacent"]) == 0 and float(flow.mean("adjacent")) == 0
+
+
+@given(seeds)
+@settings(max_examples=25, deadline=None)
+def test_cka_equals_the_reference_and_sees_shape_alone(seed: int) -> None:
+    """Rotated, moved and scaled states are the same to it, and other widths may be compared."""
+    spec = FlowSpec(("cka",))
+    student, teacher = hidden(seed, batch=1), other_hidden(seed + 1, LAYERS, 9)
+    flow = flow_loss(student, [t.double() for t in teacher], all_valid(1), spec=spec)
+    wanted = reference.cka_terms([h[0] for h in student], [h[0] for h in teacher])
+    assert torch.allclose(flow.values["cka"].float(), torch.stack(wanted), atol=1e-5)
+    moved = [3.0 * x @ rotation(seed + 2) - 7.0 for x in student]
+    again = flow_loss(moved, [t.double() for t in teacher], all_valid(1), spec=spec)
+    assert torch.allclose(again.values["cka"], flow.values["cka"], atol=1e-9)
+    assert float(flow_loss(student, moved, all_valid(1), spec=spec).loss.abs()) < 1e-9
+
+
+def test_cka_of_rows_that_are_alike_is_zero_without_gradient() -> None:
+    student = torch.ones(1, M, H, requires_grad=True)
+    flow = flow_loss([student], hidden(2, batch=1, layers=1), all_valid(1), spec=FlowSpec(("cka",)))
+    flow.loss.backward()
+    assert float(flow.loss.detach()) == 0 and student.grad is not None
+    assert float(student.grad.abs().max()) == 0
+    large = torch.randn(1, M, H) * 1e7  # the product of both squared norms is beyond fp32
+    again = flow_loss([large], [large], all_valid(1), spec=FlowSpec(("cka",)))
+    assert float(again.loss) == pytest.approx(0.0, abs=1e-5)
 
 
 def test_pointwise_matching_sees_what_the_flow_does_not() -> None:
     """A constant added to all of a model's states: the flow is the same, the states are not."""
-    spec = FlowSpec(("direction",), states="positions")
+    spec = FlowSpec(("pointwise",))
     student = hidden(1)
     moved = [x + 3.0 for x in student]
     assert float(flow_loss(student, moved, all_valid()).loss) < 1e-6
@@ -294,28 +322,66 @@ def test_pointwise_matching_sees_what_the_flow_does_not() -> None:
     expected = sum(1 - cosine(a, b, dim=-1).mean() for a, b in zip(student, moved, strict=True))
     assert float(flow.loss) == pytest.approx(float(expected) / LAYERS)
     assert float(flow.loss) > 0.1
-    assert len(flow.geometry_per_layer) == len(flow.adjacent_per_pair) == 0
+    assert [*flow.values] == ["pointwise"]
     one_position = torch.zeros_like(all_valid())
     one_position[:, 0] = True  # enough for a state, not for a transition
     assert float(flow_loss(student, moved, one_position, spec=spec).loss) > 0
 
 
+class Halves(HiddenTerm):
+    """A term of one's own: the mean square of half the difference."""
+
+    name = "halves"
+    states = "rows"
+    compares = "states"
+
+    def value(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+        return ((student - teacher) / 2).square().mean((-1, -2))
+
+
+class Sideways(Halves):
+    """No such states."""
+
+    states = "sideways"
+
+
+class NoPairs(Halves):
+    """A pair has no states of its own."""
+
+    over = "pair"
+
+
+def test_a_term_of_ones_own() -> None:
+    spec = FlowSpec(("tests.unit.test_flow:Halves=3",))
+    flow = flow_loss(hidden(1), hidden(2), all_valid(), spec=spec)
+    wanted = sum(((a - b) / 2).square().mean() for a, b in zip(hidden(1), hidden(2), strict=True))
+    assert float(flow.loss) == pytest.approx(3 * float(wanted) / LAYERS)
+    assert float(flow.mean("halves")) == pytest.approx(float(wanted) / LAYERS)
+
+
 def test_specs_that_say_nothing_are_refused() -> None:
+    here = "tests.unit.test_flow"
     for values, message in (
-        ({"terms": ("direction", "colour")}, "terms 'direction,colour': name some of direction"),
-        ({"terms": ()}, "name some of"),
-        ({"terms": ("direction", "direction")}, "each once"),
+        ({"terms": ("direction", "colour")}, "term 'colour': name one of direction, geometry"),
+        ({"terms": ()}, "name at least one"),
+        ({"terms": ("direction", "direction=2")}, "each once"),
+        ({"terms": ("direction=half",)}, "its weight is not a number from 0 on"),
+        ({"terms": ("direction=-1",)}, "its weight is not a number from 0 on"),
+        ({"terms": ("direction=inf",)}, "its weight is not a number from 0 on"),
+        ({"terms": ("nowhere:Term",)}, "cannot be made .ModuleNotFoundError.*PYTHONPATH"),
+        ({"terms": (f"{here}:Nothing",)}, "cannot be made .AttributeError"),
+        ({"terms": (f"{here}:FlowSpec",)}, "not a megatron_phf.hidden.term.HiddenTerm"),
+        ({"terms": (f"{here}:Sideways",)}, "states is 'sideways', not one of transitions, rows"),
+        ({"terms": (f"{here}:NoPairs",)}, "a pair of layers has products to compare"),
         ({"layers": (2, 1)}, "layers from 1 on, in order"),
         ({"layers": ()}, "layers from 1 on"),
-        ({"states": "velocities"}, "choose one of transitions, positions"),
-        ({"states": "positions"}, "has the term direction alone"),
     ):
         with pytest.raises(ValueError, match=message):
             FlowSpec(**values)
     with pytest.raises(ValueError, match="layer 4: the student has layers 1 to 3"):
         flow_weights(3, FlowSpec(layers=(4,)))
-    with pytest.raises(ValueError, match="needs a teacher of the student's hidden size"):
-        flow_weights(3, FlowSpec(("direction",)), has_direction=False)
+    with pytest.raises(ValueError, match="direction needs a teacher of the student's hidden size"):
+        flow_weights(3, FlowSpec(("direction",)), equal_widths=False)
 
 
 def test_different_numbers_of_layers_are_refused() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_phf.layer_map import check_layer_map, relative_layer_map
-from megatron_phf.model.flow_plan import FlowPlan, layer_items, make_flow_plan
+from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
+from megatron_phf.hidden.plan import FlowPlan, layer_items, make_flow_plan
 
 
 def test_relative_depth() -> None:
@@ -64,7 +64,7 @@ def run(plans: list[FlowPlan], teacher_stages: list[list[int]]) -> list[set]:
     for plan, layers in zip(plans, teacher_stages, strict=True):
         assert plan.recorded <= {k for layer in layers for k in (layer - 1, layer)}
         have.append({(k,) for k in plan.recorded})
-    for move in plans[0].direction_moves:
+    for move in plans[0].state_moves:
         assert move.item in have[move.source]
         have[move.target].add(move.item)
     for plan, items in zip(plans, have, strict=True):
@@ -85,7 +85,7 @@ def test_every_stage_gets_what_its_layers_need(layout) -> None:
         make_flow_plan(layer_map, student, teacher, stage, products)
         for stage in range(len(student))
     ]
-    assert len({(plan.moves, plan.direction_moves) for plan in plans}) == 1
+    assert len({(plan.moves, plan.state_moves) for plan in plans}) == 1
     for plan, layers, items in zip(plans, student, run(plans, teacher), strict=True):
         needed = {item for n in layers for item in layer_items(layer_map, n, products)}
         assert needed == plan.wanted
@@ -96,11 +96,11 @@ def test_every_stage_gets_what_its_layers_need(layout) -> None:
 def test_the_students_own_layers_need_no_message(products: bool) -> None:
     stages = [[1, 2, 5, 6], [3, 4, 7, 8]]
     plan = make_flow_plan(range(1, 9), stages, stages, 1, products)
-    assert plan.moves == plan.direction_moves == ()
+    assert plan.moves == plan.state_moves == ()
     assert plan.recorded == {2, 3, 4, 6, 7, 8}
 
 
 def test_a_pair_of_layers_that_no_stage_has_both_of() -> None:
     plan = make_flow_plan((1, 3, 6, 8), [[1, 2], [3, 4]], [[1, 2, 3, 4], [5, 6, 7, 8]], 0, True)
-    assert [(m.source, m.target, m.item) for m in plan.direction_moves] == [(0, 1, (3,))]
+    assert [(m.source, m.target, m.item) for m in plan.state_moves] == [(0, 1, (3,))]
     assert plan.moves == ()

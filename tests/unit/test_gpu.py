@@ -13,9 +13,9 @@ import pytest
 from megatron_phf import device, fused, gpu_flags, out_of_memory, preflight
 from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.flags import parse_args
+from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
-from megatron_phf.model.rows import SequenceShards
 from tests.launch import REPO, environment
 
 FP8 = ["--transformer-impl", "transformer_engine", "--fp8-format", "e4m3"]

@@ -32,7 +32,7 @@ def test_every_preset_is_a_command_line_that_passes_the_checks(base: list[str]) 
     for config in configs.values():
         preflight.check(config)
     assert configs["opsd"].method.phf_alpha == 0
-    assert configs["pointwise"].method.phf_states == "positions"
+    assert configs["pointwise"].method.phf_terms == "pointwise"
     assert configs["sft"].rollout.rollout_engine == "reference"
     settings = {repr((c.method, c.rollout)) for c in configs.values()}
     assert len(settings) == len(PRESETS), "two presets are the same"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_phf.model.rows import SequenceShards
+from megatron_phf.hidden.rows import SequenceShards
 
 
 def group(size: int, rank: int) -> SimpleNamespace | None:

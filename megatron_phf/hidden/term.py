@@ -1,0 +1,99 @@
+"""What a loss on hidden states is, and where the known ones are.  Standard library only.
+
+A new one is one file: a subclass of :class:`HiddenTerm`, named on the command line as
+``--phf-terms package.module:Class`` (or by a row of :data:`TERMS`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What is made of a layer's hidden states at the window, [b, m, h] (hidden.states has the formulas).
+STATES = ("transitions", "rows", "unit_rows", "centred_rows")
+
+TERMS = {
+    "direction": "megatron_phf.hidden.terms.direction:Direction",
+    "geometry": "megatron_phf.hidden.terms.geometry:Geometry",
+    "adjacent": "megatron_phf.hidden.terms.adjacent:Adjacent",
+    "pointwise": "megatron_phf.hidden.terms.pointwise:Pointwise",
+    "cka": "megatron_phf.hidden.terms.cka:LinearCKA",
+}
+
+
+class HiddenTerm:
+    """One loss between a student's and a teacher's hidden states, by layer or pair of layers.
+
+    Attributes:
+        name: its metrics are ``flow_<name>`` and ``flow_<name>_per_layer`` (or ``_per_pair``).
+        source: where its formula stands.
+        label: what a value of it is, for axes.
+        over: ``layer``: student layer l and its teacher layer; ``pair``: layers l and l+1 of both.
+        states: what is compared, one of :data:`STATES`; n rows a sequence, m - 1 for
+            transitions, else m; 0 where the window is shorter.
+        compares: ``states`` [b, n, h], which needs equal hidden sizes, or ``products``
+            [b, n, n]: S S^T of a layer, S_l S_{l+1}^T of a pair.
+    """
+
+    name = ""
+    source = ""
+    label = ""
+    over = "layer"
+    states = "transitions"
+    compares = "products"
+
+    @property
+    def needs_equal_widths(self) -> bool:
+        """Whether a teacher of another hidden size leaves it out."""
+        return self.compares == "states"
+
+    def value(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+        """States or products of both, and the rows that each sequence has, [b] -> its loss, [b].
+
+        In fp32 (float64 stays float64); the teacher has no gradient.
+        """
+        raise NotImplementedError
+
+
+def load_term(name: str) -> HiddenTerm:
+    """The term ``name``: a row of :data:`TERMS`, or ``package.module:Class`` of the user's own.
+
+    Raises:
+        ValueError: there is none, or it is not a whole one.
+    """
+    path = TERMS.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(
+            f"term {name!r}: name one of {', '.join(TERMS)}, or package.module:Class of your own"
+        )
+    try:
+        made = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:
+        raise ValueError(
+            f"term {name!r}: cannot be made ({type(error).__name__}: {error}); is its package on "
+            "PYTHONPATH?"
+        ) from error
+    _check(made, name)
+    return made
+
+
+def _check(term: HiddenTerm, name: str) -> None:
+    if not isinstance(term, HiddenTerm):
+        raise ValueError(f"term {name!r}: not a megatron_phf.hidden.term.HiddenTerm")
+    if not term.name.isidentifier():
+        raise ValueError(f"term {name!r}: its name {term.name!r} is no key of a metric")
+    for field, known in (
+        ("over", ("layer", "pair")),
+        ("states", STATES),
+        ("compares", ("states", "products")),
+    ):
+        if getattr(term, field) not in known:
+            raise ValueError(
+                f"term {name!r}: {field} is {getattr(term, field)!r}, not one of {', '.join(known)}"
+            )
+    if term.over == "pair" and term.compares == "states":
+        raise ValueError(f"term {name!r}: a pair of layers has products to compare, no states")

@@ -1,0 +1,1 @@
+"""The hidden-state losses, one a file; :data:`megatron_phf.hidden.term.TERMS` names them."""
