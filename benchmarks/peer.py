@@ -42,8 +42,9 @@ from benchmarks.official import SAMPLING, Batch, OfficialTrainer, Settings
 from megatron_phf import parallel
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.train.build import load_student, make_distiller, make_engine
+from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
 
 VOCABULARY, PROMPT, TEACHER_PROMPT, NEW, BATCH = 151936, 32, 96, 64, 4
@@ -79,7 +80,7 @@ class OurTrainer:
         arch = read_architecture(directory)
         student = load_student(arch, config, directory)
         self.distiller = make_distiller(arch, config, student)
-        self._engine, self._iteration = make_engine(config, arch, student), 0
+        self._engine, self._iteration = student_engine(config, arch, student), 0
 
     def step(self, batch: Batch, responses: Tensor | int, timer: PhaseTimer) -> float:
         """As ``OfficialTrainer.step``."""
@@ -90,7 +91,8 @@ class OurTrainer:
                 **SAMPLING, max_new_tokens=responses, stop_ids=(), seed=self._iteration
             )
             with timer.phase("rollout"):
-                rows = self._engine.generate(prompts, sampling, range(len(prompts)))
+                sampled = self._engine.generate(prompts, sampling, range(len(prompts)))
+            rows = [r.token_ids for r in sampled]
             assert all(len(row) == responses for row in rows)
         else:
             rows = responses.tolist()

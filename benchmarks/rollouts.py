@@ -18,7 +18,7 @@ from benchmarks.harness import Spread, interleaved, one_process, ratio, report, 
 from benchmarks.models import job_config, load_peer, make_qwen3
 from megatron_phf import parallel
 from megatron_phf.model.architecture import read_architecture
-from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.build import load_student
 
@@ -43,7 +43,7 @@ def measure(dtype: str, batch: int, rounds: int) -> dict[str, Any]:
 
         def ours() -> None:
             rows = engine.generate(prompts.tolist(), sampling, range(batch))
-            assert all(len(row) == NEW for row in rows)
+            assert all(len(row.token_ids) == NEW for row in rows)
 
         def theirs() -> None:
             with torch.no_grad():

@@ -124,8 +124,8 @@ class DataConfig:
 class RolloutConfig:
     rollout_engine: str = _flag(
         "megatron",
-        "where rollouts come from",
-        ("megatron", "vllm", "replay", "reference"),
+        "megatron, vllm, replay or reference; or package.module:factory of your own "
+        "(docs/engines.md)",
     )
     replay_file: str | None = _flag(None, "recorded rollouts for --rollout-engine replay")
     record_rollouts: str | None = _flag(None, "write every rollout to this replay file")

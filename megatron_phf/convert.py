@@ -32,7 +32,7 @@ from megatron_phf.model.hf_directory import copy_model_files
 from megatron_phf.model.hf_weights import load_hf_weights, save_hf
 from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.sharded_weights import load_weights, save_weights
-from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.logging import say
 

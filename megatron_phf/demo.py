@@ -29,19 +29,18 @@ from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
 from megatron_phf.output import write_json
 from megatron_phf.report import plot_demo
-from megatron_phf.rollout.megatron import MegatronRollouts
-from megatron_phf.train.build import (
-    load_student,
-    make_distiller,
-    make_engine,
+from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
+from megatron_phf.rollout.sources import (
+    OnPolicySource,
+    ProblemOrder,
     response_room,
     sampling_params,
 )
+from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.loop import StepHooks, train_steps
 from megatron_phf.train.run_files import write_run_file
-from megatron_phf.train.source import OnPolicySource, ProblemOrder
 from megatron_phf.train.summary import run_summary
 from megatron_phf.train.warm_start import warm_start
 
@@ -123,7 +122,7 @@ class _Demo:
         student = load_student(self.arch, config, self.base)
         train = config.train
         source = OnPolicySource(
-            make_engine(config, self.arch, student),
+            student_engine(config, self.arch, student),
             ProblemOrder(self.train, train.global_batch_size, train.seed),
             sampling_params(config, self.stop_ids),
             response_room(config, self.arch),

@@ -12,9 +12,10 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import Problem, field_names, read_test_problems
 from megatron_phf.data.prompts import PromptTemplates, fill, prompt_templates
+from megatron_phf.data.replay_file import written_stop
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.grading import Grader, average_at_k, bootstrap_interval, canonical_answer
-from megatron_phf.rollout import RolloutEngine
+from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 
 
@@ -209,10 +210,11 @@ def evaluate(
     graded: dict[tuple[int, int], Answer] = {}
     if parallel.decides_for_model():  # its other ranks have the same responses
         for (problem, draw), response in zip(mine, responses, strict=True):
-            text = tokenizer.decode(response)
+            ids = response.token_ids
+            text = tokenizer.decode(ids)
             good = grader.correct(text, tests.problems[problem])
-            cut = not response or response[-1] not in sampling.stop_ids
-            answer = Answer(text, len(response), canonical_answer(text), good, cut)
+            cut = not written_stop(ids, response.mask, sampling.stop_ids)
+            answer = Answer(text, len(ids), canonical_answer(text), good, cut)
             graded[problem, draw] = answer
     for part in parallel.gather_objects(graded):
         graded.update(part)

@@ -23,11 +23,15 @@ from megatron_phf.evaluate import (
 from megatron_phf.evaluation_files import GenerationStore, read_generations
 from megatron_phf.grading import Grader, canonical_answer, make_grader
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.sharded_weights import load_weights
-from megatron_phf.rollout import RolloutEngine
+from megatron_phf.rollout.context import Prompts, RolloutContext
+from megatron_phf.rollout.engines import engine_row
+from megatron_phf.rollout.megatron.engine import student_engine
+from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm import connect
-from megatron_phf.train.build import load_student, make_engine, make_served_engine
+from megatron_phf.rollout.sources import make_engine
+from megatron_phf.train.build import load_student
 from megatron_phf.train.checkpoint_files import newest_weights
 from megatron_phf.train.checkpoint_inputs import inputs
 from megatron_phf.train.logging import say
@@ -95,15 +99,22 @@ class _Student:
         self._arch, self._tokenizer = read_architecture(directory), load_tokenizer(config)
         self._stop_ids = stop_token_ids(self._tokenizer, directory)
         check_token_ids(self._tokenizer, self._stop_ids, self._arch.vocab_size)
-        chunks = load_student(self._arch, config, directory)
-        if config.checkpoint.load is not None:
-            load_weights(chunks, newest_weights(config.checkpoint.load))
-        self._engine: RolloutEngine = make_engine(config, self._arch, chunks)
-        if config.rollout.rollout_engine == "vllm":
-            servers = connect(config, self._arch)
-            served = make_served_engine(config, self._arch, chunks, servers)
-            served.sync(1)  # they get these weights, and keep them
-            self._engine = served
+        prompts = Prompts(self._tokenizer, [], self._stop_ids)
+        context = RolloutContext(config, self._arch, prompts, lambda: self._load(directory))
+        self._engine = self._make_engine(context)
+        self._engine.prepare(1)  # a server gets these weights, and keeps them
+
+    def _load(self, directory: str) -> list[FlowGPTModel]:
+        chunks = load_student(self._arch, self._config, directory)
+        if self._config.checkpoint.load is not None:
+            load_weights(chunks, newest_weights(self._config.checkpoint.load))
+        return chunks
+
+    def _make_engine(self, context: RolloutContext) -> RolloutEngine:
+        """That of the flags; where they name one that does not sample, the one in process."""
+        if engine_row(self._config.rollout.rollout_engine).samples:
+            return make_engine(context)
+        return student_engine(self._config, self._arch, context.student)
 
     def evaluate(self, name: str, file: str, grader: Grader) -> Evaluation:
         """One test set, part by part, from where an earlier start ended."""

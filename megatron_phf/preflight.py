@@ -35,7 +35,8 @@ from megatron_phf.model.teacher_architecture import (
     read_teacher,
 )
 from megatron_phf.model.weight_files import check_hf_weights
-from megatron_phf.vllm_flags import check_vllm
+from megatron_phf.rollout.engines import check_engine
+from megatron_phf.rollout.vllm.flags import check_vllm
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -285,6 +286,7 @@ def check(config: Config) -> None:
     _check_combinations(config)
     check_teacher_flags(config)
     check_lora(config)
+    check_engine(config)
     check_vllm(config)
     check_gpu(config)
     _check_checkpoints(config)

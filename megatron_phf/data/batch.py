@@ -24,12 +24,13 @@ class SequenceBatch:
     """b sequences of prompt and response, padded on the right to s tokens, or packed to one row.
 
     tokens [b, s], or [1, s]; ``predicting`` [b, r]: positions whose outputs predict the r response
-    tokens; ``scored`` bool [b, r]: False where a shorter response is padded; ``window`` [b, m] and
-    ``window_valid`` bool [b, m]: positions of the flow window's own tokens; ``padding`` bool, as
-    tokens: True behind the response; ``log_probs`` fp64 [b, r]: those of the response tokens that
-    another program sampled, or None; ``cu_seqlens`` int32 [n + 1]: where the sequences of a packed
-    row start, each with its padding and the row's own the last of them, and the row's length;
-    ``max_seqlen``: of the longest; or None.  Positions count from the row's start.
+    tokens; ``scored`` bool [b, r]: False where a shorter response is padded, and where the student
+    did not write the token; ``window`` [b, m] and ``window_valid`` bool [b, m]: positions of the
+    flow window's own tokens, all of them scored; ``padding`` bool, as tokens: True behind the
+    response; ``log_probs`` fp64 [b, r]: those of the response tokens that another program sampled,
+    or None; ``cu_seqlens`` int32 [n + 1]: where the sequences of a packed row start, each with its
+    padding and the row's own the last of them, and the row's length; ``max_seqlen``: of the
+    longest; or None.  Positions count from the row's start.
     """
 
     tokens: Tensor
@@ -65,7 +66,8 @@ class Microbatch:
 class LocalBatch:
     """This data-parallel rank's microbatches of one step.
 
-    ``order``: the number of the rollout in each row of each microbatch.
+    ``num_tokens``: those that are scored; ``order``: the number of the rollout in each row of each
+    microbatch.
     """
 
     microbatches: list[Microbatch]
@@ -81,15 +83,36 @@ class LocalBatch:
         return computed - padding, computed
 
 
+def _scored(rollouts: Sequence[Rollout]) -> Tensor:
+    """bool [b, r]: the tokens of each response that count."""
+    rows = [torch.tensor(r.scored, dtype=torch.bool) for r in rollouts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _window(
+    scored: Tensor, rule: Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """scored [b, r] -> generated positions of the window [b, m], valid bool [b, m].
+
+    The rule chooses among a response's scored tokens, as if the others were not there.
+    """
+    positions, valid = rule(scored.sum(1).tolist())
+    # A stable sort of "not scored": the scored positions first, in order.
+    order = (~scored).int().sort(dim=1, stable=True).indices
+    if order.shape[1] == 0:  # all responses are empty
+        return positions, valid
+    return order.gather(1, positions).masked_fill(~valid, 0), valid
+
+
 def _sequences(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     length: int,
+    scored: Tensor,
     window: tuple[Tensor, Tensor],
     pad_id: int,
     sizes: Sequence[int] | None,
 ) -> SequenceBatch:
     """``sizes``: of each sequence in the one packed row; None: a row each."""
-    longest = max(len(response) for _, response in pairs)
     starts = [0] * len(pairs) if sizes is None else list(accumulate(sizes, initial=0))[:-1]
     shape = (len(pairs) if sizes is None else 1, length)
     tokens = torch.full(shape, pad_id, dtype=torch.long)
@@ -100,8 +123,7 @@ def _sequences(
         padding[row, start:end] = False
     ends = zip(starts, pairs, strict=True)
     responses = torch.tensor([start + len(prompt) for start, (prompt, _) in ends])[:, None]
-    generated = torch.arange(longest)[None].expand(len(pairs), -1)
-    scored = generated < torch.tensor([len(response) for _, response in pairs])[:, None]
+    generated = torch.arange(scored.shape[1])[None].expand(len(pairs), -1)
     # The output at position t-1 predicts token t: the last prompt token predicts the first one.
     predicting = (responses - 1 + generated).masked_fill(~scored, 0)
     positions, valid = window
@@ -144,7 +166,8 @@ def make_local_batch(
 
     Args:
         groups: or the numbers of the rollouts of each, which then have lengths of their own.
-        window: response lengths [b] -> (positions [b, m], valid [b, m]), see ``flow_window``.
+        window: scored tokens of each response [b] -> (which of them [b, m], valid [b, m]), see
+            ``flow_window``.
         length_multiple: rows are padded to a multiple of this (sequence parallelism: TP).
         sequence_multiple: so is each sequence of a packed row (context parallelism: 2 CP).
         packed: the sequences of each of ``groups`` lie in one row, one behind the other.
@@ -168,9 +191,10 @@ def make_local_batch(
         if groups is not None:
             needed = [sum(each) if packed else max(each) for each in sizes]
             lengths = [row_length or round_up(n, length_multiple) for n in needed]
-        positions = window([len(r.response_ids) for r in members])
+        scored = _scored(members)
+        positions = _window(scored, window)
         student, teacher = (
-            _sequences(side, length, positions, pad_id, each if packed else None)
+            _sequences(side, length, scored, positions, pad_id, each if packed else None)
             for side, length, each in zip(sides, lengths, sizes, strict=True)
         )
         student = dataclasses.replace(student, log_probs=_log_probs(members))
@@ -178,7 +202,7 @@ def make_local_batch(
             "student and teacher must score the same response tokens"
         )
         microbatches.append(Microbatch(student, teacher))
-    tokens = sum(len(r.response_ids) for r in rollouts)
+    tokens = sum(sum(r.scored) for r in rollouts)
     return LocalBatch(microbatches, tokens, len(rollouts), order)
 
 

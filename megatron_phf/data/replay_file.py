@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_phf.data.problems import read_jsonl
 
 _FIELDS = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
+_MASK = "response_mask"
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,29 @@ class Rollout:
     """Token ids: two prompts for the same problem, and the student's response to the first.
 
     ``log_probs``: of the response's tokens, nats, where another program sampled it; not recorded.
+    ``response_mask``: False for a token that the student did not write (a tool's output): it is
+    read by both models and not scored; None: all are.  ``policy_version``: the step whose weights
+    sampled it, where known; not recorded.
     """
 
     student_prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
     log_probs: tuple[float, ...] | None = None
+    response_mask: tuple[bool, ...] | None = None
+    policy_version: int | None = None
+
+    @property
+    def scored(self) -> tuple[bool, ...]:
+        """Which of the response's tokens the student wrote: those that the losses see."""
+        if self.response_mask is None:
+            return (True,) * len(self.response_ids)
+        return self.response_mask
+
+
+def written_stop(ids: Sequence[int], mask: Sequence[bool] | None, stop_ids: Sequence[int]) -> bool:
+    """Whether a response ends with a stop token that the student wrote itself."""
+    return bool(ids) and ids[-1] in stop_ids and (mask is None or mask[-1])
 
 
 def _ids(content: dict[str, Any], name: str, vocab_size: int | None, where: str) -> tuple[int, ...]:
@@ -41,14 +60,34 @@ def _ids(content: dict[str, Any], name: str, vocab_size: int | None, where: str)
     return tuple(ids)
 
 
+def _mask(content: dict[str, Any], count: int, where: str) -> tuple[bool, ...] | None:
+    mask = content.get(_MASK)
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or len(mask) != count or not all(m in (0, 1) for m in mask):
+        raise ValueError(
+            f"{where}: {_MASK!r} is not a list of {count} zeros and ones, one for each of "
+            "'response_ids' (0: a token that the student did not write)"
+        )
+    return tuple(map(bool, mask))
+
+
+def _rollout(content: dict[str, Any], vocab_size: int | None, where: str) -> Rollout:
+    student, teacher, response = (_ids(content, name, vocab_size, where) for name in _FIELDS)
+    mask = _mask(content, len(response), where)
+    return Rollout(student, teacher, response, response_mask=mask)
+
+
 def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
-    """All rollouts of a replay file, in file order; fields other than the three are ignored.
+    """All rollouts of a replay file, in file order.
+
+    The three lists of ids, and ``response_mask`` where there is one; other fields are ignored.
 
     Raises:
         ValueError: names the file and line of the first mistake.
     """
     rollouts = [
-        Rollout(*(_ids(content, name, vocab_size, f"{path}:{number}") for name in _FIELDS))
+        _rollout(content, vocab_size, f"{path}:{number}")
         for number, content in read_jsonl(path, "--replay-file")
     ]
     if not rollouts:
@@ -58,4 +97,7 @@ def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
 
 def rollout_to_json(rollout: Rollout) -> dict[str, list[int]]:
     """The line of a replay file."""
-    return {name: list(getattr(rollout, name)) for name in _FIELDS}
+    line = {name: list(getattr(rollout, name)) for name in _FIELDS}
+    if rollout.response_mask is not None:
+        line[_MASK] = [int(scored) for scored in rollout.response_mask]
+    return line

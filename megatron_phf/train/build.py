@@ -1,4 +1,4 @@
-"""What a training job is made of, from its configuration: student, distiller, engines, prompts."""
+"""What a training job is made of, from its configuration: student, distiller, prompts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from megatron_phf.model.gpt import FlowGPTModel, build_model
 from megatron_phf.model.hf_weights import load_hf_weights
 from megatron_phf.model.lora import add_adapters
 from megatron_phf.model.sharded_weights import load_weights
-from megatron_phf.model.teacher_architecture import common_vocab_size, read_teacher
-from megatron_phf.rollout import RolloutEngine
-from megatron_phf.rollout.megatron import MegatronRollouts
-from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm import VllmRollouts, WeightSync
-from megatron_phf.rollout.vllm_server import VllmServer
 from megatron_phf.teacher import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
 from megatron_phf.train.logging import say
 from megatron_phf.train.optimizer import StudentOptimizer
-from megatron_phf.train.source import ResponseRoom
 from megatron_phf.train.step import Distiller
 
 
@@ -48,40 +41,6 @@ def make_distiller(arch: Architecture, config: Config, student: list[FlowGPTMode
     """Teacher and optimizer around ``student``."""
     teacher = make_teacher(student, arch, config)
     return Distiller(config, arch, student, teacher, StudentOptimizer(student, config))
-
-
-def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
-    """The rollouts' sampling."""
-    rollout = config.rollout
-    return SamplingParams(
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.rollout_top_p,
-        top_k=rollout.rollout_top_k,
-        max_new_tokens=rollout.max_new_tokens,
-        stop_ids=stop_ids,
-        seed=config.train.seed,
-    )
-
-
-def response_room(config: Config, arch: Architecture) -> ResponseRoom:
-    """Where student and teacher, which may be another model, end a response."""
-    teacher = read_teacher(arch, config) or arch
-    positions = arch.max_position_embeddings, teacher.max_position_embeddings
-    return ResponseRoom(*positions, config.rollout.max_new_tokens)
-
-
-def make_engine(config: Config, arch: Architecture, student: list[FlowGPTModel]) -> RolloutEngine:
-    """What samples from ``student``."""
-    size = config.rollout.rollout_batch_size
-    return MegatronRollouts(student, common_vocab_size(arch, config), size)
-
-
-def make_served_engine(
-    config: Config, arch: Architecture, student: list[FlowGPTModel], servers: list[VllmServer]
-) -> VllmRollouts:
-    """vLLM servers that get ``student``'s weights at each ``sync``."""
-    sync = WeightSync(servers, student, arch, config)
-    return VllmRollouts(servers, sync, common_vocab_size(arch, config), config)
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:

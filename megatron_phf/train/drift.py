@@ -1,4 +1,4 @@
-"""How far the program that sampled the rollouts is from the student that trains on them."""
+"""How far the engine that sampled the rollouts is from the student that trains on them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from megatron_phf.train.logging import say
 
 
 class DriftMeter:
-    """Mean and largest |log p_server(y) - log p_student(y)| over a step's sampled tokens, nats.
+    """Mean and largest |log p_engine(y) - log p_student(y)| over a step's sampled tokens, nats.
 
     Both at temperature 1 over the whole vocabulary.  Not zero between two implementations in
-    bf16; large where the servers compute with other weights.
+    bf16; large where the engine computes with other weights.  A microbatch counts where all of its
+    rollouts have log-probabilities.
     """
 
     def __init__(self, config: Config) -> None:
@@ -50,9 +51,10 @@ class DriftMeter:
         beyond = not mean <= self._threshold
         if beyond:
             say(
-                f"warning: log-probabilities of vLLM and of the student differ by {mean:.3g} nats "
-                f"on average, more than --vllm-drift-warning {self._threshold:g}: do the servers "
-                "have the student's weights, its dtype and --logprobs-mode raw_logprobs?"
+                "warning: log-probabilities of the rollout engine and of the student differ by "
+                f"{mean:.3g} nats on average, more than --vllm-drift-warning {self._threshold:g}: "
+                "has the engine the student's weights, its dtype and, in vLLM, --logprobs-mode "
+                "raw_logprobs?"
             )
         names = ("rollout_drift", "rollout_drift_max", "rollout_drift_warning")
         return dict(zip(names, (mean, largest, beyond), strict=True))

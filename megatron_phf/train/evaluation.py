@@ -14,7 +14,7 @@ from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.evaluate import Evaluation, TestSet, evaluate
 from megatron_phf.grading import Grader
-from megatron_phf.rollout import RolloutEngine
+from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.train.logging import say
 from megatron_phf.train.run_files import step_of

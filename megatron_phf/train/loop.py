@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
-from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.tokenizer import (
     Tokenizer,
     check_token_ids,
@@ -26,34 +25,23 @@ from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
 from megatron_phf.model.teacher_architecture import common_vocab_size
-from megatron_phf.rollout.megatron import MegatronRollouts
-from megatron_phf.rollout.vllm import connect
-from megatron_phf.rollout.vllm_server import VllmServer
+from megatron_phf.rollout.context import Prompts, RolloutContext
+from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
+from megatron_phf.rollout.sources import RecordingSource, RolloutSource, make_source
 from megatron_phf.signals import StopSignals
-from megatron_phf.train.build import (
-    load_student,
-    make_distiller,
-    make_engine,
-    make_served_engine,
-    read_prompts,
-    response_room,
-    sampling_params,
-)
+from megatron_phf.train.build import load_student, make_distiller, read_prompts
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
-from megatron_phf.train.metrics import PhaseTimer, StepMetrics, response_lengths, timing
+from megatron_phf.train.metrics import (
+    PhaseTimer,
+    StepMetrics,
+    policy_lag,
+    response_lengths,
+    timing,
+)
 from megatron_phf.train.run_files import write_run_file
 from megatron_phf.train.session import Session
-from megatron_phf.train.source import (
-    OnPolicySource,
-    ProblemOrder,
-    RecordingSource,
-    ReferenceSource,
-    ReplaySource,
-    RolloutSource,
-    ServedSource,
-)
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
 from megatron_phf.train.utilisation import Utilisation
@@ -100,6 +88,7 @@ def train_steps(
             **timing(timer, metrics.rollout_tokens),
             "mfu": utilisation.mfu(rollouts, timer.seconds["student"]),
             "rollout_lengths": response_lengths(rollouts, hooks.stop_ids),
+            **policy_lag(iteration, rollouts),
             "nonfinite_steps": distiller.nonfinite.total,
         }
         metrics = dataclasses.replace(metrics, extra=extra)
@@ -111,53 +100,18 @@ def train_steps(
     return history
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prompts:
-    """What on-policy rollouts start from and end at."""
-
-    tokenizer: Tokenizer
-    pairs: list[PromptPair]
-    stop_ids: tuple[int, ...]
-
-
-def _read_prompts(config: Config, arch: Architecture, directory: str) -> _Prompts:
+def _read_prompts(config: Config, arch: Architecture, directory: str) -> Prompts:
     tokenizer = load_tokenizer(config)
     stop_ids = stop_token_ids(tokenizer, directory)
     check_token_ids(tokenizer, stop_ids, common_vocab_size(arch, config))
-    return _Prompts(tokenizer, read_prompts(config, tokenizer), stop_ids)
+    return Prompts(tokenizer, read_prompts(config, tokenizer), stop_ids)
 
 
-def _make_source(
-    config: Config,
-    arch: Architecture,
-    student: list[FlowGPTModel],
-    prompts: _Prompts | None,
-    servers: list[VllmServer] | None,
-    done: int,
-) -> RolloutSource:
-    rollout = config.rollout
-    vocab_size = common_vocab_size(arch, config)
-    source: RolloutSource
-    if prompts is None:
-        assert rollout.replay_file is not None
-        source = ReplaySource(rollout.replay_file, vocab_size, config)
-    else:
-        order = ProblemOrder(prompts.pairs, config.train.global_batch_size, config.train.seed)
-        room = response_room(config, arch)
-        sampling = sampling_params(config, prompts.stop_ids)
-        if rollout.rollout_engine == "reference":
-            encode, stop = prompts.tokenizer.encode, prompts.stop_ids[0]
-            source = ReferenceSource(encode, stop, order, room)
-        elif servers is None:
-            source = OnPolicySource(make_engine(config, arch, student), order, sampling, room)
-        else:
-            engine = make_served_engine(config, arch, student, servers)
-            source = ServedSource(engine, order, sampling, room)
-    if rollout.record_rollouts is not None:
-        source = RecordingSource(
-            source, rollout.record_rollouts, done * config.train.global_batch_size
-        )
-    return source
+def _recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
+    path = config.rollout.record_rollouts
+    if path is None:
+        return source
+    return RecordingSource(source, path, done * config.train.global_batch_size)
 
 
 def _export(student: list[FlowGPTModel], arch: Architecture, config: Config, source: str) -> None:
@@ -198,7 +152,7 @@ def _evaluation(
     with make_grader(config.evaluation.grader) as grader:
         yield Evaluator(
             config=config,
-            engine=make_engine(config, arch, student),
+            engine=student_engine(config, arch, student),
             tokenizer=tokenizer,
             tests=tests,
             sampling=evaluation_sampling(config, stop_ids, room),
@@ -217,13 +171,14 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
     replay = config.rollout.rollout_engine == "replay"
     say(run_summary(arch, config))
     prompts = None if replay else _read_prompts(config, arch, directory)
-    servers = connect(config, arch) if config.rollout.rollout_engine == "vllm" else None
-    student = load_student(arch, config, directory)
+    context = RolloutContext(config, arch, prompts, lambda: load_student(arch, config, directory))
+    source = make_source(context)  # what can be refused without weights is
+    student = context.student
     distiller = make_distiller(arch, config, student)
     session = Session(config, distiller, signals)
     done = session.begin()
     write_run_file(config, arch)
-    source = _make_source(config, arch, student, prompts, servers, done)
+    source = _recorded(source, config, done)
     logger = RunLogger(config, config.train.train_iters, done=done)
     with contextlib.closing(logger), _evaluation(config, arch, student, logger, done) as evaluate:
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config, flow_spec
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.data.replay_file import Rollout, written_stop
 from megatron_phf.hidden.spec import weighted_terms
 
 if TYPE_CHECKING:
@@ -164,17 +164,29 @@ def summarize(
 
 
 def response_lengths(rollouts: Sequence[Rollout], stop_ids: Sequence[int] | None) -> dict[str, Any]:
-    """Tokens of the global batch's responses: mean, min, max; every rank calls it.
+    """Tokens of the global batch's responses, scored or not: mean, min, max; every rank calls it.
 
     ``cut``: share that ended without a stop token, for want of room (None without ``stop_ids``).
     """
-    local = [(len(r.response_ids), r.response_ids[-1:]) for r in rollouts]
+    stops = () if stop_ids is None else stop_ids
+    local = [
+        (len(r.response_ids), not written_stop(r.response_ids, r.response_mask, stops))
+        for r in rollouts
+    ]
     every = [each for part in parallel.gather_over_data_parallel(local) for each in part]
     lengths = [length for length, _ in every]
-    cut = None
-    if stop_ids is not None:
-        cut = sum(not last or last[0] not in stop_ids for _, last in every) / len(every)
+    cut = None if stop_ids is None else _mean([cut for _, cut in every])
     return {"mean": _mean(lengths), "min": min(lengths), "max": max(lengths), "cut": cut}
+
+
+def policy_lag(iteration: int, rollouts: Sequence[Rollout]) -> dict[str, int]:
+    """How many steps the weights that sampled are behind those that train, at most.
+
+    Nothing where no rollout of the global batch says.  Every rank calls it.
+    """
+    local = [iteration - r.policy_version for r in rollouts if r.policy_version is not None]
+    lags = [lag for part in parallel.gather_over_data_parallel(local) for lag in part]
+    return {"policy_lag": max(lags)} if lags else {}
 
 
 def timing(timer: PhaseTimer, tokens: int) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class Distiller:
             clip=method.opsd_clip,
             top_k=method.opsd_top_k,
         )
-        self.drift = DriftMeter(config) if config.rollout.rollout_engine == "vllm" else None
+        self.drift = DriftMeter(config)
+        self._measures_drift = False
         self._useful_fraction, self._microbatches = 1.0, 1
         self.shards = sequence_shards(student[0].config)
         self._vocab_size = common_vocab_size(arch, config)
@@ -132,7 +133,7 @@ class Distiller:
         balance = mean_aux_loss(self.arch, self.config, self._microbatches)
         extra = {"useful_tokens_fraction": self._useful_fraction}
         extra |= {} if balance is None else {"moe_aux_loss": balance}
-        if self.drift is not None:
+        if self._measures_drift:
             extra |= self.drift.take()
         return dataclasses.replace(metrics, extra=extra)
 
@@ -205,13 +206,17 @@ class Distiller:
         return TeacherOutput(rows, head)
 
     def _forward_backward(self, batch: LocalBatch, teacher: TeacherOutput) -> list[OutputLoss]:
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts()]
+        measured = sum(m.student.log_probs is not None for m in batch.microbatches)
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), measured]
         totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
-        num_tokens, num_sequences, useful, computed = totals.tolist()
-        self._useful_fraction = useful / computed
+        num_tokens, num_sequences, useful, computed, measured = totals.tolist()
+        self._useful_fraction, self._measures_drift = useful / computed, measured > 0
         self._microbatches = len(batch.microbatches)
         if num_tokens == 0:
-            raise ValueError("all responses of a global batch are empty: nothing to train on")
+            raise ValueError(
+                "all responses of a global batch are empty, or nothing in them is the student's: "
+                "nothing to train on"
+            )
         batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
         # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
@@ -261,7 +266,7 @@ class Distiller:
         here, kept = batch.scored & mine, mine[batch.scored]
         rows, weight = rows[here], self.student[-1].output_weight()
         targets, head = batch.target_ids()[kept], self._head_split(weight)
-        if self.drift is not None and batch.log_probs is not None:
+        if batch.log_probs is not None:
             self.drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
         result = chunked_divergence(
             rows,

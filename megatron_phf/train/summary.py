@@ -97,8 +97,9 @@ def aligned_example(rollout: Rollout, tokenizer: Tokenizer | None) -> str:
     lines += ["generated  token id  text            student position  teacher position"]
     for i, token in enumerate(rollout.response_ids[:_SHOWN_TOKENS]):
         text = "" if tokenizer is None else repr(_text(tokenizer, (token,)))
+        note = "" if rollout.scored[i] else "  not the student's: not scored"
         lines.append(
-            f"{i:>9}  {token:>8}  {text:<14}  {len(student) + i:>16}  {len(teacher) + i:>16}"
+            f"{i:>9}  {token:>8}  {text:<14}  {len(student) + i:>16}  {len(teacher) + i:>16}{note}"
         )
     if len(rollout.response_ids) > _SHOWN_TOKENS:
         lines.append(f"      ...  ({len(rollout.response_ids)} tokens in all)")

@@ -68,7 +68,7 @@ class Utilisation:
         None where the device's peak is not known; every rank calls it.
         """
         lengths = [len(r.student_prompt_ids) + len(r.response_ids) for r in rollouts]
-        scored = sum(len(r.response_ids) for r in rollouts)
+        scored = sum(sum(r.scored) for r in rollouts)
         flops = student_flops(self._arch, self._teacher, self._config, lengths, scored)
         total = sum(parallel.gather_over_data_parallel(flops))
         return None if self._peak is None else total / (self._peak * seconds)

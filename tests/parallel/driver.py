@@ -43,15 +43,15 @@ from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
 from megatron_phf.model.lora import is_adapter
 from megatron_phf.model.sharded_weights import load_weights, save_weights
-from megatron_phf.rollout.megatron import MegatronRollouts
+from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.sources import ReplaySource
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.loop import train
 from megatron_phf.train.metrics import PhaseTimer
-from megatron_phf.train.source import ReplaySource
 from megatron_phf.train.step import Distiller
 from tests.counted_device import CountedDevice
 
@@ -221,8 +221,10 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
         ids = ids[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
     asked = [case["prompts"][i] for i in ids]
     limits = [case["limits"][i] for i in ids] if "limits" in case else None
-    first = engine.generate(asked, sampling, ids, limits)
-    assert first == engine.generate(asked, sampling, ids, limits)
+    first, again = (
+        [r.token_ids for r in engine.generate(asked, sampling, ids, limits)] for _ in range(2)
+    )
+    assert first == again
     if case.get("spread"):
         shares = parallel.gather_over_data_parallel(dict(zip(ids, first, strict=True)))
         rows = {i: row for share in shares for i, row in share.items()}

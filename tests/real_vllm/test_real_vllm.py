@@ -14,9 +14,10 @@ import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from megatron_phf.data.arithmetic import make_hf_directory
+from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm_http import Patience
-from megatron_phf.rollout.vllm_server import Question, Response, VllmServer
+from megatron_phf.rollout.vllm.http import Patience
+from megatron_phf.rollout.vllm.server import Question, VllmServer
 from tests.end_to_end.test_vllm_job import (
     BATCH,
     STEPS,

@@ -7,7 +7,7 @@ import pytest
 from megatron_phf import parallel
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptPair
-from megatron_phf.train.source import ProblemOrder, ReferenceSource, ResponseRoom
+from megatron_phf.rollout.sources import ProblemOrder, ReferenceSource, ResponseRoom
 
 STOP = 9
 

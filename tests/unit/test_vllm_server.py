@@ -13,11 +13,12 @@ from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.flags import parse_args
 from megatron_phf.losses import chunked_log_probs
 from megatron_phf.model.architecture import parse_architecture
+from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm import _check_server
-from megatron_phf.rollout.vllm_http import Patience
-from megatron_phf.rollout.vllm_server import Question, Response, VllmServer
-from megatron_phf.vllm_flags import check_vllm, server_urls
+from megatron_phf.rollout.vllm.flags import check_vllm, server_urls
+from megatron_phf.rollout.vllm.http import Patience
+from megatron_phf.rollout.vllm.server import Question, VllmServer
+from megatron_phf.rollout.vllm.sync import _check_server
 from tests.fake_vllm import FAULTS, FakeVllm
 
 SAMPLING = SamplingParams(0.7, 0.9, 20, 8, (1, 2), seed=3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -15,9 +15,13 @@ from megatron_phf.config import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
-from megatron_phf.rollout import RolloutEngine
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.teacher_architecture import read_teacher
+from megatron_phf.rollout.checked import CheckedEngine
+from megatron_phf.rollout.context import RolloutContext
+from megatron_phf.rollout.engines import engine_row, make_by_factory
+from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm import VllmRollouts
 
 
 class RolloutSource(Protocol):
@@ -63,14 +67,40 @@ class ResponseRoom:
         return min(*behind, self.max_new_tokens)
 
 
-def _rollout(
-    pair: PromptPair, response: Sequence[int], log_probs: tuple[float, ...] | None = None
-) -> Rollout:
-    return Rollout(pair.student_ids, pair.teacher_ids, tuple(response), log_probs)
+def response_room(config: Config, arch: Architecture) -> ResponseRoom:
+    """Where student and teacher, which may be another model, end a response."""
+    teacher = read_teacher(arch, config) or arch
+    positions = arch.max_position_embeddings, teacher.max_position_embeddings
+    return ResponseRoom(*positions, config.rollout.max_new_tokens)
+
+
+def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
+    """The rollouts' sampling."""
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        top_k=rollout.rollout_top_k,
+        max_new_tokens=rollout.max_new_tokens,
+        stop_ids=stop_ids,
+        seed=config.train.seed,
+    )
+
+
+def _rollout(pair: PromptPair, response: Response) -> Rollout:
+    logs, mask = response.log_probs, response.mask
+    return Rollout(
+        pair.student_ids,
+        pair.teacher_ids,
+        tuple(response.token_ids),
+        None if logs is None else tuple(logs),
+        None if mask is None else tuple(mask),
+        response.policy_version,
+    )
 
 
 class OnPolicySource:
-    """The student samples."""
+    """The student samples, by an engine."""
 
     def __init__(
         self,
@@ -86,15 +116,9 @@ class OnPolicySource:
         sample_ids, pairs = self._order.share(iteration)
         prompts = [pair.student_ids for pair in pairs]
         room = [self._room.of(pair) for pair in pairs]
-        sampled = self._sample(prompts, sample_ids, room)
-        return [_rollout(pair, *each) for pair, each in zip(pairs, sampled, strict=True)]
-
-    def _sample(
-        self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], room: Sequence[int]
-    ) -> Iterable[tuple[tuple[int, ...], tuple[float, ...] | None]]:
-        """(token ids, their log-probabilities where another program sampled them) a prompt."""
+        self._engine.prepare(iteration)
         responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
-        return ((tuple(response), None) for response in responses)
+        return [_rollout(*each) for each in zip(pairs, responses, strict=True)]
 
 
 class ReferenceSource:
@@ -115,29 +139,9 @@ class ReferenceSource:
         _, pairs = self._order.share(iteration)
         solutions = [[*self._encode(p.problem.solution), self._stop_id] for p in pairs]
         return [
-            _rollout(pair, solution[: self._room.of(pair)])
+            _rollout(pair, Response(solution[: self._room.of(pair)]))
             for pair, solution in zip(pairs, solutions, strict=True)
         ]
-
-
-class ServedSource(OnPolicySource):
-    """On-policy rollouts from vLLM servers, which get the student's weights first."""
-
-    def __init__(self, engine: VllmRollouts, *args: Any) -> None:
-        """``args``: those of ``OnPolicySource`` after the engine."""
-        super().__init__(engine, *args)
-        self._servers = engine
-
-    def rollouts(self, iteration: int) -> list[Rollout]:
-        """See ``RolloutSource``."""
-        self._servers.sync(iteration)
-        return super().rollouts(iteration)
-
-    def _sample(
-        self, prompts: Sequence[Sequence[int]], sample_ids: Sequence[int], room: Sequence[int]
-    ) -> Iterable[tuple[tuple[int, ...], tuple[float, ...] | None]]:
-        responses = self._servers.respond(prompts, self._sampling, sample_ids, room)
-        return ((tuple(r.token_ids), tuple(r.log_probs)) for r in responses)
 
 
 def _check_row_length(path: str, rollouts: Sequence[Rollout], config: Config) -> None:
@@ -172,6 +176,49 @@ class ReplaySource:
         """See ``RolloutSource``."""
         first = (iteration - 1) * self._batch
         return parallel.local_share(self._rollouts[first : first + self._batch])
+
+
+def _order(context: RolloutContext) -> ProblemOrder:
+    train = context.config.train
+    return ProblemOrder(context.prompts.pairs, train.global_batch_size, train.seed)
+
+
+def reference_source(context: RolloutContext) -> ReferenceSource:
+    """``--rollout-engine reference``."""
+    prompts, room = context.prompts, response_room(context.config, context.arch)
+    return ReferenceSource(prompts.tokenizer.encode, prompts.stop_ids[0], _order(context), room)
+
+
+def replay_source(context: RolloutContext) -> ReplaySource:
+    """``--rollout-engine replay``."""
+    path = context.config.rollout.replay_file
+    assert path is not None, "checked before launch"
+    return ReplaySource(path, context.vocab_size, context.config)
+
+
+def make_engine(context: RolloutContext) -> RolloutEngine:
+    """The engine of ``--rollout-engine``, its answers checked; every rank calls it.
+
+    Raises:
+        ValueError: it cannot be made; says why.
+    """
+    spec = context.config.rollout.rollout_engine
+    return CheckedEngine(make_by_factory(spec, context), spec, context.vocab_size)
+
+
+def make_source(context: RolloutContext) -> RolloutSource:
+    """Where ``--rollout-engine`` takes a step's rollouts from; every rank calls it.
+
+    Raises:
+        ValueError: as :func:`make_engine`.
+    """
+    config, spec = context.config, context.config.rollout.rollout_engine
+    if not engine_row(spec).samples:
+        source: RolloutSource = make_by_factory(spec, context)
+        return source
+    sampling = sampling_params(config, context.prompts.stop_ids)
+    room = response_room(config, context.arch)
+    return OnPolicySource(make_engine(context), _order(context), sampling, room)
 
 
 class RecordingSource:

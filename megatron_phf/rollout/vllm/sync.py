@@ -1,36 +1,33 @@
-"""Rollouts from vLLM servers, whose weights follow the student's.
-
-One process of each data-parallel rank asks, and hands the answers to the others of its model.
-"""
+"""The student's weights on vLLM servers: is each the right one, and how it gets new ones."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
-from megatron_phf import device, parallel
+from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.model.adapter_io import save_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
-from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm_http import Patience
-from megatron_phf.rollout.vllm_server import Question, Response, VllmServer
-from megatron_phf.vllm_flags import read_api_key, server_urls, sync_directory, syncs_adapters
+from megatron_phf.rollout.vllm.flags import (
+    read_api_key,
+    server_urls,
+    sync_directory,
+    syncs_adapters,
+)
+from megatron_phf.rollout.vllm.http import Patience
+from megatron_phf.rollout.vllm.server import VllmServer
 
 # Of --distributed-timeout-minutes: what a phase may take while other ranks wait for its end.
 _PHASE_SHARE = 0.9
 
 
-def _deadline(config: Config) -> float:
+def deadline(config: Config) -> float:
+    """``time.monotonic()`` at which a phase that starts now must be over."""
     return time.monotonic() + 60 * config.parallel.distributed_timeout_minutes * _PHASE_SHARE
 
 
@@ -56,7 +53,7 @@ def connect(config: Config, arch: Architecture) -> list[VllmServer]:
 
 
 def _check_server(server: VllmServer, config: Config, arch: Architecture) -> None:
-    card = _base_model(server, _deadline(config))
+    card = _base_model(server, deadline(config))
     most, root = card.get("max_model_len"), card.get("root")
     wanted = config.data.max_prompt_length + config.rollout.max_new_tokens
     wanted = min(wanted, arch.max_position_embeddings)
@@ -133,7 +130,7 @@ class WeightSync:
         return os.path.join(self._directory, name)
 
     def _tell(self, old: str) -> None:
-        until = _deadline(self._config)
+        until = deadline(self._config)
         for server in self._servers:
             if not self._adapters:
                 server.reload_weights(until)
@@ -158,105 +155,3 @@ class WeightSync:
         with self._locks[server.url]:
             if self._adapters:
                 server.load_adapter(self._name, self._path(self._name), until)
-
-
-class VllmRollouts:
-    """Samples from vLLM servers (see ``RolloutEngine``); requests are spread over all of them."""
-
-    def __init__(
-        self, servers: list[VllmServer], sync: WeightSync, vocab_size: int, config: Config
-    ) -> None:
-        self._servers, self._sync, self._vocab_size = servers, sync, vocab_size
-        self._config, self._synced = config, False
-
-    def sync(self, iteration: int) -> None:
-        """Before step ``iteration`` (1-based): the student's weights, where it is their turn."""
-        if not self._synced or (iteration - 1) % self._config.vllm.vllm_sync_interval == 0:
-            self._sync.push(iteration)
-            self._synced = True
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        sample_ids: Sequence[int],
-        limits: Sequence[int] | None = None,
-    ) -> list[list[int]]:
-        """See ``RolloutEngine.generate``."""
-        return [r.token_ids for r in self.respond(prompts, sampling, sample_ids, limits)]
-
-    def respond(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        sample_ids: Sequence[int],
-        limits: Sequence[int] | None = None,
-    ) -> list[Response]:
-        """As :meth:`generate`, with the tokens' log-probabilities.
-
-        Raises:
-            ValueError: a request has failed for good; on every rank of the world.
-        """
-        most = sampling.max_new_tokens
-        room = itertools.repeat(most) if limits is None else (min(n, most) for n in limits)
-        questions = [
-            Question(list(prompt), sampling, parallel.derived_seed("vllm", sampling.seed, i), n)
-            for prompt, i, n in zip(prompts, sample_ids, room, strict=False)
-        ]
-        responses: list[Response] = []
-        problem = None
-        if parallel.decides_for_model():
-            try:
-                responses = self._ask(questions)
-            except ValueError as error:
-                problem = str(error)
-        parallel.raise_together(problem)
-        return _shared(responses, len(questions))
-
-    def _ask(self, questions: list[Question]) -> list[Response]:
-        """All at once, as far as allowed; the first failure ends the rest."""
-        until, stopped = _deadline(self._config), threading.Event()
-        turns: Iterator[VllmServer] = itertools.cycle(self._servers)
-        for _ in range(parallel.data_parallel_rank()):
-            next(turns)
-
-        def one(question: Question, server: VllmServer) -> Response:
-            if stopped.is_set():
-                raise ValueError("another request has failed")
-            model = self._sync.model(server, until)
-            return server.complete(
-                question,
-                model,
-                self._vocab_size,
-                until,
-                stopped,
-                lambda: self._sync.restore(server, until),
-            )
-
-        pool = ThreadPoolExecutor(self._config.vllm.vllm_concurrency)
-        try:
-            futures = [pool.submit(one, q, s) for q, s in zip(questions, turns, strict=False)]
-            return [future.result() for future in futures]
-        finally:
-            stopped.set()
-            # Not waiting for requests that nobody needs any longer.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _shared(responses: list[Response], count: int) -> list[Response]:
-    """The responses of the process that asked, on all processes of its model."""
-    where = device.device()
-    lengths = torch.zeros(count, dtype=torch.long, device=where)
-    if responses:
-        lengths.copy_(torch.tensor([len(r.token_ids) for r in responses]))
-    parallel.broadcast_from_last_stage(lengths)
-    sizes = lengths.tolist()
-    ids = torch.zeros(sum(sizes), dtype=torch.long, device=where)
-    logs = torch.zeros(sum(sizes), dtype=torch.float64, device=where)
-    if responses:
-        ids.copy_(torch.tensor([i for r in responses for i in r.token_ids]))
-        logs.copy_(torch.tensor([x for r in responses for x in r.log_probs], dtype=torch.float64))
-    parallel.broadcast_from_last_stage(ids)
-    parallel.broadcast_from_last_stage(logs)
-    pairs = zip(ids.split(sizes), logs.split(sizes), strict=True)
-    return [Response(i.tolist(), x.tolist()) for i, x in pairs]

@@ -10,12 +10,30 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_phf import device, parallel
+from megatron_phf.config import Config
+from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, evaluating, without_sequence_parallel
-from megatron_phf.rollout.decode import KVCache, decode_layer
+from megatron_phf.model.teacher_architecture import common_vocab_size
+from megatron_phf.rollout.context import RolloutContext
+from megatron_phf.rollout.megatron.decode import KVCache, decode_layer
+from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams, VocabularyShard, sample, uniforms
 
 # A compaction copies the cache once; worth it when it frees this share of the rows.
 _COMPACT_BELOW = 0.75
+
+
+def make_engine(context: RolloutContext) -> MegatronRollouts:
+    """What samples from the student in process."""
+    return student_engine(context.config, context.arch, context.student)
+
+
+def student_engine(
+    config: Config, arch: Architecture, student: list[FlowGPTModel]
+) -> MegatronRollouts:
+    """The same, of chunks that are there."""
+    size = config.rollout.rollout_batch_size
+    return MegatronRollouts(student, common_vocab_size(arch, config), size)
 
 
 class MegatronRollouts:
@@ -25,6 +43,11 @@ class MegatronRollouts:
         self._chunks = chunks
         self._vocab_size = vocab_size
         self._batch_size = batch_size
+        self._step: int | None = None
+
+    def prepare(self, step: int) -> None:
+        """The weights are here: nothing but the step's number is kept."""
+        self._step = step
 
     def generate(
         self,
@@ -32,7 +55,7 @@ class MegatronRollouts:
         sampling: SamplingParams,
         sample_ids: Sequence[int],
         limits: Sequence[int] | None = None,
-    ) -> list[list[int]]:
+    ) -> list[Response]:
         """See ``RolloutEngine.generate``."""
         assert len(prompts) == len(sample_ids) and all(prompts), "prompts have at least one token"
         most = sampling.max_new_tokens
@@ -51,7 +74,7 @@ class MegatronRollouts:
                 batch = _Batch(self, sampling, *zip(*given, strict=True))
                 for i, response in zip(rows, batch.run(), strict=False):
                     responses[i] = response
-        return responses
+        return [Response(ids, policy_version=self._step) for ids in responses]
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: list[KVCache]) -> Tensor | None:
         """tokens and positions [b, s] through all stages; this rank's part of the logits behind the

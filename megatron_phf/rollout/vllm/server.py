@@ -4,6 +4,7 @@ Endpoints and fields of vLLM's OpenAI-compatible server, as its documentation ha
 ``/v1/models``, ``/v1/completions`` (``return_token_ids``: vLLM 0.10.2 or newer),
 ``/v1/load_lora_adapter`` and ``/v1/unload_lora_adapter`` (VLLM_ALLOW_RUNTIME_LORA_UPDATING),
 ``/collective_rpc`` with ``reload_weights`` and ``/reset_prefix_cache`` (VLLM_SERVER_DEV_MODE).
+Log-probabilities are the server's ``raw_logprobs`` (its default): before temperature, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -15,19 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_phf.data.hf_files import shown
+from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.rollout.vllm_http import HttpServer, StatusError, TransientError
-
-
-@dataclass(frozen=True)
-class Response:
-    """Generated token ids, the stop token included, and their log-probabilities in nats.
-
-    Those are the server's ``raw_logprobs`` (its default): at temperature 1, before top-k and top-p.
-    """
-
-    token_ids: list[int]
-    log_probs: list[float]
+from megatron_phf.rollout.vllm.http import HttpServer, StatusError, TransientError
 
 
 @dataclass(frozen=True)

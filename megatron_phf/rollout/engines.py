@@ -1,0 +1,135 @@
+"""The table of rollout engines, and engines of the user's own.  No import of torch.
+
+A factory ``package.module:function`` is called with a ``RolloutContext`` on every rank, and gives a
+``RolloutEngine``; those of the table's last rows give a ``RolloutSource``, whole rollouts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from typing import Any
+
+from megatron_phf.config import Config
+
+FLAG = "--rollout-engine"
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``)."""
+
+    factory: str
+    samples: bool = True
+
+
+ENGINES = {
+    "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine"),
+    "vllm": EngineRow("megatron_phf.rollout.vllm.engine:make_engine"),
+    "reference": EngineRow("megatron_phf.rollout.sources:reference_source", samples=False),
+    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", samples=False),
+}
+
+
+def engine_row(spec: str) -> EngineRow:
+    """The row of an engine by its name, or of one's own by ``package.module:factory``."""
+    return ENGINES.get(spec) or EngineRow(spec)
+
+
+def check_engine(config: Config) -> None:
+    """Refuse what names no engine, or a module that is not there; runs no code of an engine.
+
+    Raises:
+        ValueError: names ``--rollout-engine``, and what it takes.
+    """
+    spec = config.rollout.rollout_engine
+    if spec in ENGINES:
+        return
+    module, colon, function = spec.partition(":")
+    if not colon or not all(name.isidentifier() for name in [*module.split("."), function]):
+        raise ValueError(
+            f"{FLAG} {spec}: need {', '.join(ENGINES)} or package.module:factory of your own"
+        )
+    if config.model.hf_model is None or config.data.data is None:
+        raise ValueError(f"{FLAG} {spec} needs --hf-model and --data")
+    _search_here()
+    if not _exists(module):
+        raise ValueError(_not_importable(spec, module, "there is no such module"))
+
+
+def _exists(module: str) -> bool:
+    """Whether there is such a module; imports none, not even the packages around it.
+
+    A rank must not import megatron-core before it knows its device.
+    """
+    top, *rest = module.split(".")
+    found = importlib.util.find_spec(top)
+    for end in range(len(rest)):
+        if found is None:
+            return False
+        name = ".".join([top, *rest[: end + 1]])
+        found = PathFinder.find_spec(name, found.submodule_search_locations or [])
+    return found is not None
+
+
+def _search_here() -> None:
+    """Modules of the working directory are found too, whatever torchrun started."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _not_importable(spec: str, module: str, why: object) -> str:
+    if isinstance(why, Exception):
+        why = f"{type(why).__name__}: {why}"
+    return (
+        f"{FLAG} {spec}: {module} cannot be imported ({why}); put its directory on PYTHONPATH, or "
+        "start in it"
+    )
+
+
+def load_factory(spec: str) -> Callable[..., Any]:
+    """The factory of an engine.
+
+    Raises:
+        ValueError: there is none that takes one argument; says why.
+    """
+    module, _, name = engine_row(spec).factory.partition(":")
+    _search_here()
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(_not_importable(spec, module, error)) from error
+    try:
+        if not callable(function):
+            raise TypeError(f"{module} has no function {name}")
+        inspect.signature(function).bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"{FLAG} {spec}: {error}; need a function of one argument, the RolloutContext "
+            "(docs/engines.md)"
+        ) from error
+    return function
+
+
+def make_by_factory(spec: str, context: Any) -> Any:
+    """What the engine's factory gives for this run; every rank calls it.
+
+    Raises:
+        ValueError: a user's factory gave something that is no engine.
+    """
+    made, row = load_factory(spec)(context), engine_row(spec)
+    wanted = ("prepare", "generate") if row.samples else ("rollouts",)
+    missing = [name for name in wanted if not callable(getattr(made, name, None))]
+    if missing:
+        raise ValueError(
+            f"{FLAG} {spec}: gave a {type(made).__name__} without {' and '.join(missing)}; an "
+            "engine has prepare(step) and generate(prompts, sampling, sample_ids, limits) "
+            "(docs/engines.md)"
+        )
+    return made

@@ -1,0 +1,1 @@
+"""Rollouts from vLLM servers: their flags, HTTP, endpoints, weights, and the engine over them."""

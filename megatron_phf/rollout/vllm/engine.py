@@ -1,0 +1,100 @@
+"""Rollouts from vLLM servers, whose weights follow the student's.
+
+One process of each data-parallel rank asks, and hands the answers to the others of its model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from megatron_phf import parallel
+from megatron_phf.config import Config
+from megatron_phf.rollout.context import RolloutContext
+from megatron_phf.rollout.protocol import Response
+from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.rollout.shared import asked_once
+from megatron_phf.rollout.vllm.server import Question, VllmServer
+from megatron_phf.rollout.vllm.sync import WeightSync, connect, deadline
+
+
+def make_engine(context: RolloutContext) -> VllmRollouts:
+    """The servers of ``--vllm-url``, asked what they serve before any weights are read."""
+    config = context.config
+    servers = connect(config, context.arch)
+    sync = WeightSync(servers, context.student, context.arch, config)
+    return VllmRollouts(servers, sync, context.vocab_size, config)
+
+
+class VllmRollouts:
+    """Samples from vLLM servers (see ``RolloutEngine``); requests are spread over all of them."""
+
+    def __init__(
+        self, servers: list[VllmServer], sync: WeightSync, vocab_size: int, config: Config
+    ) -> None:
+        self._servers, self._sync, self._vocab_size = servers, sync, vocab_size
+        self._config = config
+        self._synced: int | None = None  # the step whose weights the servers have
+
+    def prepare(self, step: int) -> None:
+        """The student's weights to all servers, where it is their turn.
+
+        Raises:
+            ValueError: a server does not take them; on every rank.
+        """
+        if self._synced is None or (step - 1) % self._config.vllm.vllm_sync_interval == 0:
+            self._sync.push(step)
+            self._synced = step
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        sample_ids: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> list[Response]:
+        """See ``RolloutEngine.generate``.
+
+        Raises:
+            ValueError: a request has failed for good; on every rank of the world.
+        """
+        most = sampling.max_new_tokens
+        room = itertools.repeat(most) if limits is None else (min(n, most) for n in limits)
+        questions = [
+            Question(list(prompt), sampling, parallel.derived_seed("vllm", sampling.seed, i), n)
+            for prompt, i, n in zip(prompts, sample_ids, room, strict=False)
+        ]
+        return asked_once(lambda: self._ask(questions))
+
+    def _ask(self, questions: list[Question]) -> list[Response]:
+        """All at once, as far as allowed; the first failure ends the rest."""
+        until, stopped = deadline(self._config), threading.Event()
+        turns: Iterator[VllmServer] = itertools.cycle(self._servers)
+        for _ in range(parallel.data_parallel_rank()):
+            next(turns)
+
+        def one(question: Question, server: VllmServer) -> Response:
+            if stopped.is_set():
+                raise ValueError("another request has failed")
+            model = self._sync.model(server, until)
+            response = server.complete(
+                question,
+                model,
+                self._vocab_size,
+                until,
+                stopped,
+                lambda: self._sync.restore(server, until),
+            )
+            return dataclasses.replace(response, policy_version=self._synced)
+
+        pool = ThreadPoolExecutor(self._config.vllm.vllm_concurrency)
+        try:
+            futures = [pool.submit(one, q, s) for q, s in zip(questions, turns, strict=False)]
+            return [future.result() for future in futures]
+        finally:
+            stopped.set()
+            # Not waiting for requests that nobody needs any longer.
+            pool.shutdown(wait=False, cancel_futures=True)
