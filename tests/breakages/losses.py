@@ -38,14 +38,14 @@ LOSSES = (
     ),
     Breakage(
         "the flow loss forgets the number of microbatches",
-        "megatron_phf/train/step.py",
-        "flow_scale = self.config.method.phf_alpha * averaged / num_sequences",
-        "flow_scale = self.config.method.phf_alpha * averaged * len(batches) / num_sequences",
+        "megatron_phf/train/student_pass.py",
+        "flow_scale = self._config.method.phf_alpha * averaged / num_sequences",
+        "flow_scale = self._config.method.phf_alpha * averaged * len(batches) / num_sequences",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
     Breakage(
         "the output loss forgets the number of microbatches",
-        "megatron_phf/train/step.py",
+        "megatron_phf/train/student_pass.py",
         "token_weight = replicas * len(batches) / num_tokens",
         "token_weight = replicas / num_tokens",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
@@ -66,7 +66,7 @@ LOSSES = (
     ),
     Breakage(
         "data-parallel ranks average instead of sharing a mean",
-        "megatron_phf/train/step.py",
+        "megatron_phf/train/student_pass.py",
         "replicas = parallel.data_parallel_size()",
         "replicas = 1",
         (PARITY, "-k", "test_equals_reference and empty_dp2 and not pp2 and not tp2"),
@@ -87,9 +87,9 @@ LOSSES = (
     ),
     Breakage(
         "padding that only the student has takes part",
-        "megatron_phf/train/step.py",
+        "megatron_phf/train/student_pass.py",
         '"vocab_size": self._vocab_size',
-        '"vocab_size": self.arch.vocab_size',
+        '"vocab_size": self._arch.vocab_size',
         (LARGER, "-k", "tall] or deep] or shallow]"),
     ),
     Breakage(

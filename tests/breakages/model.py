@@ -48,14 +48,14 @@ MODEL = (
     ),
     Breakage(
         "padding counts in the routers' load-balancing loss",
-        "megatron_phf/train/step.py",
-        "set_padding(self.student, pieces)",
-        "set_padding(self.student, None)",
+        "megatron_phf/train/student_pass.py",
+        "set_padding(self._student, pieces)",
+        "set_padding(self._student, None)",
         (MOE, "-k", "test_gradient and ep2_mb4"),
     ),
     Breakage(
         "the flow loss forgets the average over context-parallel ranks",
-        "megatron_phf/train/step.py",
+        "megatron_phf/train/student_pass.py",
         "averaged = replicas * parallel.context_parallel_size()",
         "averaged = replicas",
         (CONTEXT, "-k", "test_gradient and cp2_full"),

@@ -48,6 +48,7 @@ from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.sources import ReplaySource
 from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
+from megatron_phf.train.batch import make_batch
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.loop import train
@@ -80,15 +81,15 @@ def complete_gradients(distiller: Distiller) -> None:
 
 def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
     """Forward and backward of one batch; export the gradients as if they were weights."""
-    batch = distiller._local_batch(source.rollouts(1))
-    outputs = distiller._forward_backward(batch, distiller._teacher_targets(batch))
+    batch = make_batch(source.rollouts(1), distiller.config, distiller.shards)
+    student = distiller.student_pass(batch, distiller.teacher_pass(batch))
     if distiller.config.parallel.use_distributed_optimizer:
         complete_gradients(distiller)
     parameters = [p for chunk in distiller.student for p in chunk.parameters() if p.requires_grad]
     weights = [p.data for p in parameters]
     for p in parameters:
         p.data = p.main_grad.to(p.dtype)
-    metrics = distiller.metrics(outputs, 0.0, 0.0)
+    metrics = distiller.metrics(student, 0.0, 0.0)
     export(distiller, path)
     for p, data in zip(parameters, weights, strict=True):
         p.data = data
@@ -163,7 +164,7 @@ def check_teacher_weights(distiller: Distiller) -> None:
 def check_offload(distiller: Distiller, counted: CountedDevice) -> None:
     """Every weight is on the device in the teacher's pass, its head in the student's, then none."""
     weights = sum(1 for chunk in distiller.teacher.chunks for _ in chunk.parameters())
-    forward_backward, update = distiller._forward_backward, distiller.teacher.update
+    forward_backward, update = distiller.student_pass, distiller.teacher.update
 
     def student_pass(batch, teacher):
         assert counted.most == weights
@@ -174,7 +175,7 @@ def check_offload(distiller: Distiller, counted: CountedDevice) -> None:
         update(student)
         assert counted.alive() == 0
 
-    distiller._forward_backward, distiller.teacher.update = student_pass, after
+    distiller.student_pass, distiller.teacher.update = student_pass, after
 
 
 def check_replicas(distiller: Distiller) -> None:
