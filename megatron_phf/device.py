@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_phf import cuda_names
+from megatron_phf import cuda_names, grad_norm
 from megatron_phf.rendezvous import store_of_this_start
 
 _CPU = torch.device("cpu")
@@ -162,3 +162,4 @@ def setup() -> None:
     """
     if not has_cuda():
         cuda_names.install()
+    grad_norm.install()

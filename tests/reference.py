@@ -394,7 +394,9 @@ def train(
         optimizer.zero_grad()
         loss, metrics = objective(student, teacher, samples[i * size : (i + 1) * size], o)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, clip_grad)
+        # In fp64: torch's own norm loses digits of large tensors.
+        norm = sum(p.grad.double().square().sum() for p in weights) ** 0.5
+        torch.nn.utils.clip_grads_with_norm_(weights, clip_grad, norm)
         optimizer.step()
         if teacher_kind == "ema":
             with torch.no_grad():

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+import torch
+
 from tests.launch import run
+from tools import parity
 
 COMMAND = ["python", "tools/parity.py", "--make-tiny-model"]
 
@@ -31,3 +37,15 @@ def test_mistakes() -> None:
     done = run(["python", "tools/parity.py", "--hf-model", "/nowhere", "--replay-file", "/none"])
     assert done.returncode == 2
     assert "/nowhere: no such directory" in done.stderr
+
+
+def test_the_norm_is_the_jobs_own() -> None:
+    """Not one of the gradients, which would be right where the job clips by a wrong one."""
+    metrics = dict.fromkeys((*parity._VALUES, *parity._OTHERS), 1.0)
+    metrics |= {key: [1.0] for key in parity._LISTS}
+    gradients = {"w": torch.tensor([3.0, 4.0])}
+    product = {**metrics, "grad_norm": 5.1}, gradients
+    expected = SimpleNamespace(metrics={**metrics, "grad_norm": 5.0}, gradients=gradients)
+    *others, norm = parity.compare(product, expected)
+    assert all(row[3] == 0 for row in others)
+    assert norm == ("gradient norm", 5.1, 5.0, pytest.approx(0.02))

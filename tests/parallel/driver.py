@@ -3,7 +3,8 @@
     torchrun --nproc-per-node N tests/parallel/driver.py CASES.json OUTPUT_DIR
 
 CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forward and backward
-pass of the first global batch; metrics, and gradients under HuggingFace names.  ``train``:
+pass of the first global batch; metrics, with the norm that the optimizer then clips by, and
+gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
 ``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
@@ -294,6 +295,8 @@ def distill_case(
         return steps(distiller, source, case["steps"], path)
     first = gradients(distiller, source, path.replace(".safetensors", ".gradient.safetensors"))
     if case["kind"] == "gradients":
+        _, first["grad_norm"] = distiller.optimizer.step()
+        distiller.optimizer.zero_grad()  # waits for weights that are under way
         return first
     return [first, *steps(distiller, source, case["steps"], path)]
 
