@@ -1,4 +1,4 @@
-"""Save a run and take it up again: weights, optimizer, teacher, random generators, position.
+"""Save a run and take it up again: weights, optimizer, teacher, position.
 
 The data position is the step's number: rollouts and their prompts depend on nothing else
 (``train.source``).  What a run reads (model, data, templates) is not copied into its checkpoints
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
@@ -23,7 +22,6 @@ from megatron_phf.model.sharded_weights import load_weights_state, weights_shard
 from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.checkpoint_inputs import check_compatible, copy_model_files, inputs
 from megatron_phf.train.logging import say
-from megatron_phf.train.rng import rng_state, set_rng_state
 from megatron_phf.train.run_files import versions
 from megatron_phf.train.step import Distiller
 
@@ -132,17 +130,11 @@ class Checkpointer:
         del layout["distributed_timeout_minutes"]
         return {"world_size": dist.get_world_size(), **layout}
 
-    def _state(self, loading: bool, generators: bool = True) -> dict[str, Any]:
+    def _state(self, loading: bool) -> dict[str, Any]:
         distiller = self._distiller
         state = weights_sharded_state_dict(distiller.student)
         state["optimizer"] = distiller.optimizer.sharded_state_dict(state, loading)
         state["teacher"] = distiller.teacher.sharded_state_dict()
-        if generators:
-            prefix = f"rng.rank{dist.get_rank()}."
-            state["rng"] = {
-                name: ShardedTensor.from_rank_offsets(prefix + name, value)
-                for name, value in rng_state().items()
-            }
         return state
 
     def resume(self) -> Progress:
@@ -180,15 +172,10 @@ class Checkpointer:
     def _take(self, path: str, manifest: dict[str, Any]) -> Progress:
         for change in check_compatible(path, manifest, self._manifest(Progress())):
             say(f"changed since the checkpoint: {change}")
-        same_layout = manifest["layout"] == self._layout()
-        if not same_layout:
-            say("another layout than the checkpoint's: random generators start anew")
-        state = torch_dist.read(self._state(True, same_layout), path, complete=False)
+        state = torch_dist.read(self._state(True), path, complete=False)
         load_weights_state(self._distiller.student, state)
         self._distiller.optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"])
         self._distiller.teacher.load_state_dict(state.get("teacher", {}))
-        if same_layout:
-            set_rng_state(state["rng"])
         fields = {f.name for f in dataclasses.fields(Progress)}
         progress = Progress(**{k: v for k, v in manifest["progress"].items() if k in fields})
         say(f"resumed from {path} after step {progress.iteration}")
