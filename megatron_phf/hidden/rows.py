@@ -79,9 +79,9 @@ class SequenceShards:
     def in_part(
         self, positions: Tensor, length: int, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absolute positions in rows of ``length`` -> (index in this context rank's part,
+        """Absolute positions in rows of ``length`` -> their index in this rank's part, and if there.
 
-        whether they are there); the index means nothing where they are not.
+        The index means nothing where they are not in this context rank's part.
         """
         if self.context is None:
             return positions, torch.ones_like(positions, dtype=torch.bool)

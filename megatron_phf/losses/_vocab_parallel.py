@@ -90,9 +90,10 @@ def _slope(log_s: Tensor, log_t: Tensor, beta: float, terms: Tensor) -> Tensor:
 def divergence_chunk(
     student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Tempered logits [c, v] (overwritten) -> values [3, c] (divergence, clipped, entropy), and
+    """Tempered logits [c, v] (overwritten) -> values [3, c] and the divergence's gradient [c, v].
 
-    the gradient of each token's divergence in its tempered student logits [c, v].
+    Values: divergence, clipped, entropy; the gradient is that of each token's divergence in its
+    tempered student logits.
     """
     absent = ~shard.top_k_mask(teacher, spec.top_k) if spec.top_k else None
     if absent is not None:

@@ -90,9 +90,9 @@ class LowRankAdapter(torch.nn.Module):
         return F.linear(low, self.lora_B) * self.scale
 
     def add_(self, x: Tensor, output: Tensor) -> None:
-        """The same, added to ``output`` [s, b, groups, channels]: without autograd and dropout, on
+        """The same, added to ``output`` [s, b, groups, channels].
 
-        whole sequences.
+        Without autograd and dropout, on whole sequences.
         """
         low = F.linear(x, self.lora_A)
         if not self.column and parallel.tensor_parallel_size() > 1:

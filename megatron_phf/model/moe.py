@@ -61,10 +61,10 @@ def reset_aux_loss() -> None:
 
 
 def mean_aux_loss(arch: Architecture, config: Config, microbatches: int) -> float | None:
-    """The load-balancing loss since :func:`reset_aux_loss`, without its coefficient: mean over
+    """The load-balancing loss since :func:`reset_aux_loss`, without its coefficient.
 
-    layers, a rank's ``microbatches`` and data-parallel ranks.  Collective; None where it is not
-    computed.
+    Mean over layers, a rank's ``microbatches`` and data-parallel ranks.  Collective; None where it
+    is not computed.
     """
     if aux_loss_coeff(arch, config) == 0:
         return None

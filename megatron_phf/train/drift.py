@@ -37,9 +37,9 @@ class DriftMeter:
             self._largest = torch.maximum(self._largest, difference.max())
 
     def take(self) -> dict[str, Any]:
-        """``rollout_drift``, ``rollout_drift_max`` and ``rollout_drift_warning`` of the tokens
+        """The metrics ``rollout_drift``, ``..._max``, ``..._warning`` since the last call.
 
-        since the last call.  Collective; warns where the mean is beyond the threshold.
+        Collective; warns where the mean is beyond the threshold.
         """
         if parallel.tensor_parallel_rank() > 0:  # they have the same tokens as rank 0
             self._sums.zero_()

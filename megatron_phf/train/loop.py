@@ -70,10 +70,7 @@ def train_steps(
     hooks: StepHooks,
     done: int = 0,
 ) -> list[StepMetrics]:
-    """Run the steps after ``done`` up to ``train_iters``; each reads as the method does
-
-    (see ``Distiller.step``).
-    """
+    """Run the steps after ``done`` up to ``train_iters`` (see ``Distiller.step``)."""
     history: list[StepMetrics] = []
     utilisation = Utilisation(distiller.config, distiller.arch)
     for iteration in range(done + 1, distiller.config.train.train_iters + 1):

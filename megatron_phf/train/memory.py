@@ -161,9 +161,9 @@ def activation_bytes(arch: Architecture, config: Config, machine: Machine, token
 
 
 def output_loss_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
-    """Temporaries of the output loss on the last stage: a chunk's logits of both models, blocks,
+    """Temporaries of the output loss on the last stage.
 
-    the head's fp32 gradient before it joins the others.
+    A chunk's logits of both models, blocks, the head's fp32 gradient before it joins the others.
     """
     tp = config.parallel.tensor_model_parallel_size
     entries = arch.padded_vocab_size(config.model.make_vocab_size_divisible_by, tp) / tp

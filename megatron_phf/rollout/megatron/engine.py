@@ -77,9 +77,9 @@ class MegatronRollouts:
         return [Response(ids, policy_version=self._step) for ids in responses]
 
     def forward(self, tokens: Tensor, positions: Tensor, cache: list[KVCache]) -> Tensor | None:
-        """tokens and positions [b, s] through all stages; this rank's part of the logits behind the
+        """tokens and positions [b, s] through all stages -> logits behind the last column.
 
-        last column, [b, padded vocabulary / TP], on the last stage, None elsewhere.
+        This rank's part of them, [b, padded vocabulary / TP], on the last stage, None elsewhere.
         """
         hidden: Tensor | None = None
         for index, chunk in enumerate(self._chunks):

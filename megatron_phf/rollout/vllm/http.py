@@ -38,9 +38,10 @@ class StatusError(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """``timeout``: seconds an attempt; ``retries`` after the first, ``backoff`` s before the first
+    """How long a request is tried.
 
-    of them, doubled each time up to a minute.
+    ``timeout``: seconds an attempt; ``retries`` after the first, ``backoff`` s before the first of
+    them, doubled each time up to a minute.
     """
 
     timeout: float

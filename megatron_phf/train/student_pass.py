@@ -1,0 +1,169 @@
+"""The student reads its rollouts: forward and backward, with both losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_phf import device, parallel
+from megatron_phf.config import Config
+from megatron_phf.data.batch import LocalBatch, SequenceBatch
+from megatron_phf.hidden.rows import SequenceShards, part_rows
+from megatron_phf.hidden.tap import FlowTap
+from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.gpt import FlowGPTModel, set_padding
+from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
+from megatron_phf.model.teacher_architecture import common_vocab_size
+from megatron_phf.train.batch import flow_windows
+from megatron_phf.train.drift import DriftMeter
+from megatron_phf.train.metrics import OutputLoss
+from megatron_phf.train.optimizer import StudentOptimizer
+from megatron_phf.train.pipeline import run_pipeline
+from megatron_phf.train.teacher_pass import TeacherOutput
+
+
+@dataclass(frozen=True)
+class StudentOutput:
+    """``outputs``: of each microbatch, on the last stage; ``extra``: metrics, already reduced."""
+
+    outputs: list[OutputLoss]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class StudentPass:
+    """Forward and backward through megatron's schedules; leaves gradients in DDP's buffers."""
+
+    def __init__(
+        self,
+        config: Config,
+        arch: Architecture,
+        student: list[FlowGPTModel],
+        optimizer: StudentOptimizer,
+        tap: FlowTap | None,
+        shards: SequenceShards,
+    ) -> None:
+        """``tap`` None: there is no flow loss."""
+        self._config, self._arch, self._student = config, arch, student
+        self._optimizer, self._tap, self._shards = optimizer, tap, shards
+        method = config.method
+        self._spec = DivergenceSpec(
+            beta=method.opsd_beta,
+            temperature=method.opsd_temperature,
+            clip_mode=method.opsd_clip_mode,
+            clip=method.opsd_clip,
+            top_k=method.opsd_top_k,
+        )
+        self._drift = DriftMeter(config)
+        self._vocab_size = common_vocab_size(arch, config)
+
+    def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
+        """Both losses' gradients over the microbatches; every rank calls it.
+
+        Raises:
+            ValueError: the global batch has no token to train on.
+        """
+        measured = sum(m.student.log_probs is not None for m in batch.microbatches)
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), measured]
+        totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
+        num_tokens, num_sequences, useful, computed, measured = totals.tolist()
+        if num_tokens == 0:
+            raise ValueError(
+                "all responses of a global batch are empty, or nothing in them is the student's: "
+                "nothing to train on"
+            )
+        batches = [m.student for m in batch.microbatches]
+        # Gradients are averaged over data-parallel ranks, and the schedule divides the output
+        # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
+        # averaged over context-parallel ranks too, for which the schedule makes up alike.
+        replicas = parallel.data_parallel_size()
+        token_weight = replicas * len(batches) / num_tokens
+        averaged = replicas * parallel.context_parallel_size()
+        flow_scale = self._config.method.phf_alpha * averaged / num_sequences
+        outputs = self._run(batches, teacher, token_weight, flow_scale)
+        extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
+        balance = mean_aux_loss(self._arch, self._config, len(batches))
+        extra |= {} if balance is None else {"moe_aux_loss": balance}
+        extra |= self._drift.take() if measured > 0 else {}
+        return StudentOutput(outputs, extra)
+
+    def _run(
+        self,
+        batches: Sequence[SequenceBatch],
+        teacher: TeacherOutput,
+        token_weight: float,
+        flow_scale: float,
+    ) -> list[OutputLoss]:
+        def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
+            assert teacher.head is not None, "the last stage computes the loss"
+            target = teacher.rows.pop(index), teacher.head
+            return self._output_loss(batches[index], hidden, target, token_weight)
+
+        self._optimizer.zero_grad()
+        if self._tap is not None:
+            self._tap.start_comparing(flow_windows(batches, flow_scale))
+        self._mask_padding(batches)
+        outputs = run_pipeline(
+            self._optimizer.wrapped, batches, loss, self._shards, forward_only=False
+        )
+        set_padding(self._student, None)
+        if self._tap is not None:
+            self._tap.stop()
+        return outputs
+
+    def _mask_padding(self, batches: Sequence[SequenceBatch]) -> None:
+        """Padding must not count in the routers' load-balancing loss.
+
+        The schedule gives that loss its share of the mean over microbatches.
+        """
+        if self._arch.experts is not None:
+            pieces = [self._shards.piece(b.padding, b.cu_seqlens) for b in batches]
+            set_padding(self._student, pieces)
+            reset_aux_loss()
+
+    def _output_loss(
+        self,
+        batch: SequenceBatch,
+        hidden: Tensor,
+        teacher: tuple[Tensor, Tensor],
+        token_weight: float,
+    ) -> tuple[Tensor, OutputLoss]:
+        """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
+
+        Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
+        weight.
+        """
+        rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
+        here, kept = batch.scored & mine, mine[batch.scored]
+        rows, weight = rows[here], self._student[-1].output_weight()
+        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        if batch.log_probs is not None:
+            self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
+        result = chunked_divergence(
+            rows,
+            teacher[0][kept],
+            weight,
+            teacher[1],
+            torch.full((rows.shape[0],), token_weight, device=rows.device),
+            self._spec,
+            target_ids=targets,
+            objective=self._config.method.opsd_objective,
+            **head,
+        )
+        sequence = here.nonzero()[:, 0]
+        report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
+        return result.loss, report
+
+    def _head_split(self, weight: Tensor) -> dict[str, Any]:
+        """Which rows of the output head this rank has, and how many tokens a chunk has."""
+        group = parallel.tensor_parallel_group()
+        return {
+            "group": group if parallel.tensor_parallel_size() > 1 else None,
+            "vocab_start": parallel.tensor_parallel_rank() * weight.shape[0],
+            "vocab_size": self._vocab_size,
+            "chunk_tokens": self._config.method.logits_chunk_tokens,
+        }

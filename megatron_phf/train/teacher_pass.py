@@ -1,0 +1,61 @@
+"""The teacher reads the rollouts: targets for every layer, and states for the output loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_phf.data.batch import LocalBatch
+from megatron_phf.hidden.rows import SequenceShards, gather_rows
+from megatron_phf.hidden.tap import FlowTap
+from megatron_phf.model.gpt import evaluating
+from megatron_phf.teacher import Teacher
+from megatron_phf.train.batch import flow_windows
+from megatron_phf.train.pipeline import run_pipeline
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the output loss needs of the teacher on the last stage, elsewhere empty.
+
+    ``rows``: final hidden states [n, h] of each microbatch; ``head``: its output weight, which an
+    offloaded teacher leaves on the device until the student's pass is over.
+    """
+
+    rows: dict[int, Tensor]
+    head: Tensor | None
+
+
+@dataclass(frozen=True)
+class TeacherPass:
+    """A forward-only pipeline over the microbatches; ``tap`` None: there is no flow loss."""
+
+    teacher: Teacher
+    tap: FlowTap | None
+    shards: SequenceShards
+
+    def __call__(self, batch: LocalBatch) -> TeacherOutput:
+        """Flow targets into the tap on every stage, and, on the last, final hidden states.
+
+        Never its logits.
+        """
+        batches = [m.teacher for m in batch.microbatches]
+        rows: dict[int, Tensor] = {}
+
+        def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
+            batch = batches[index]
+            # All of them on every context rank: the student's row may be elsewhere.
+            every = gather_rows(hidden, batch.predicting, self.shards, batch.cu_seqlens)
+            rows[index] = every[batch.scored]
+            return hidden.new_zeros(()), None
+
+        if self.tap is not None:
+            self.tap.start_recording(flow_windows(batches))
+        with self.teacher.active(), evaluating(self.teacher.chunks):
+            run_pipeline(self.teacher.chunks, batches, keep, self.shards, forward_only=True)
+            last = self.teacher.chunks[-1]
+            head = last.output_weight().detach() if last.post_process else None
+        if self.tap is not None:
+            self.tap.finish_recording()
+        return TeacherOutput(rows, head)
