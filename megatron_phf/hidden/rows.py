@@ -79,7 +79,7 @@ class SequenceShards:
     def in_part(
         self, positions: Tensor, length: int, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absolute positions in rows of ``length`` -> their index in this rank's part, and if there.
+        """Absolute positions in rows of ``length`` -> their index here, whether they are here.
 
         The index means nothing where they are not in this context rank's part.
         """

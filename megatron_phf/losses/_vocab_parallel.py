@@ -149,9 +149,9 @@ def policy_chunk(
     with_gradient: bool,
     supervised: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`divergence_chunk` for -A log p_S(y), A = log p_T(y) - log p_S(y) held constant,
+    """As :func:`divergence_chunk` for -A log p_S(y), A = log p_T(y) - log p_S(y) held constant.
 
-    or, ``supervised``, A = 1: cross-entropy.
+    Or, ``supervised``, A = 1: cross-entropy.
     """
     log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
     entropy = -(log_t.exp() * log_t).sum(-1)
