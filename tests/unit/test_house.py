@@ -12,6 +12,12 @@ from tests.launch import REPO
 
 PACKAGE = REPO / "megatron_phf"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# From the ground up: a folder imports those before it (a circle would need an arrow upwards).
+FOLDERS = (
+    "config", "runtime", "files", "hidden", "losses", "data", "model", "lora", "weights", "teacher",
+    "rollout", "evaluation", "estimate", "train", "report", "reference", "demo", "cli",
+)  # fmt: skip
+MOST_LINES, MOST_FLAT = 300, 6
 
 
 def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -23,9 +29,52 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
                 yield getattr(node, "name", "module"), text
 
 
+def imported(path: Path) -> Iterator[str]:
+    """Modules and names of the product that a file imports, wherever in it, without the first."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative imports hide where an arrow goes"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "megatron_phf" and rest:
+                yield rest
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(REPO)))
 def test_docstrings_begin_with_one_whole_sentence(path: Path) -> None:
     for name, text in documented(ast.parse(path.read_text())):
         first, _, rest = text.partition("\n")
         assert first.rstrip()[-1] in ".:;?", f"{path}: {name}: {first!r} ends in the midst"
         assert not rest or rest.startswith("\n"), f"{path}: {name}: a blank line after {first!r}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(REPO)))
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_downwards(folder: str) -> None:
+    """An independent reference is under nothing of the product, and only what compares uses it."""
+    below = {"reference"} if folder == "reference" else {*FOLDERS[: FOLDERS.index(folder) + 1]}
+    if folder not in ("cli", "reference"):
+        below -= {"reference"}
+    for path in sorted((PACKAGE / folder).rglob("*.py")):
+        for name in imported(path):
+            there = name.split(".")[0]
+            assert there in below or not (PACKAGE / there).is_dir(), (
+                f"{path.relative_to(REPO)} imports megatron_phf.{name}"
+            )
+
+
+def test_every_folder_says_what_lives_there() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(FOLDERS)
+    for folder in FOLDERS:
+        text = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
+        assert text and len(text.splitlines()) >= 3, folder
+    assert len([p for p in PACKAGE.glob("*.py")]) <= MOST_FLAT
