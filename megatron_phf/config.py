@@ -12,8 +12,6 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_phf.hidden.spec import PHF_TERMS, FlowSpec
-
 
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
@@ -170,7 +168,7 @@ class MethodConfig:
     phf_window_size: int = _flag(128, "positions a sequence in the flow loss")
     phf_window_rule: str = _flag("even", "choice of the positions", ("even", "contiguous"))
     phf_terms: str = _flag(
-        ",".join(PHF_TERMS),
+        "direction,geometry,adjacent",
         "terms of the hidden-state loss, comma separated: direction, geometry, adjacent (PHF), "
         "pointwise, cka, or package.module:Class of your own; name=weight for another weight",
     )
@@ -367,23 +365,6 @@ def _assign(config: Config, values: dict[str, Any]) -> Config:
             config, **{group: dataclasses.replace(getattr(config, group), **changed)}
         )
     return config
-
-
-def flow_spec(config: Config) -> FlowSpec:
-    """Which parts of the flow loss the flags choose.
-
-    Raises:
-        ValueError: names the flags that do not go together, or one with an unknown part.
-    """
-    method = config.method
-    try:
-        layers = method.phf_layers
-        return FlowSpec(
-            tuple(term.strip() for term in method.phf_terms.split(",")),
-            None if layers is None else tuple(int(word) for word in layers.split(",")),
-        )
-    except ValueError as error:
-        raise ValueError(f"--phf-terms, --phf-layers: {error}") from error
 
 
 def flag_of(name: str) -> str:

@@ -28,7 +28,7 @@ from megatron_phf.model.architecture import Architecture, check_split, read_arch
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
 from megatron_phf.output import write_json
-from megatron_phf.report import plot_demo
+from megatron_phf.report.demo import plot_demo
 from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
 from megatron_phf.rollout.sources import (
     OnPolicySource,

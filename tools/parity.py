@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_phf import preflight  # noqa: E402
-from megatron_phf.config import Config, flow_spec  # noqa: E402
+from megatron_phf.config import Config  # noqa: E402
 from megatron_phf.flags import parse_args  # noqa: E402
+from megatron_phf.hidden.spec import flow_spec  # noqa: E402
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture  # noqa: E402
 
 _OUTPUT = ("loss", "opsd")

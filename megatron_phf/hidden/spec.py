@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_phf.config import Config
 from megatron_phf.hidden.term import HiddenTerm, load_term
 
 PHF_TERMS = ("direction", "geometry", "adjacent")
@@ -120,3 +121,20 @@ def _term_weights(spec: FlowSpec, usable: Sequence[HiddenTerm]) -> Mapping[str, 
     half = 0.5 if len(set(over)) == 2 else 1.0
     shares = {term.name: half / over.count(term.over) for term in sharing}
     return {term.name: shares.get(term.name, given[term.name] or 0.0) for term in usable}
+
+
+def flow_spec(config: Config) -> FlowSpec:
+    """Which parts of the flow loss the flags choose.
+
+    Raises:
+        ValueError: names the flags that do not go together, or one with an unknown part.
+    """
+    method = config.method
+    try:
+        layers = method.phf_layers
+        return FlowSpec(
+            tuple(term.strip() for term in method.phf_terms.split(",")),
+            None if layers is None else tuple(int(word) for word in layers.split(",")),
+        )
+    except ValueError as error:
+        raise ValueError(f"--phf-terms, --phf-layers: {error}") from error

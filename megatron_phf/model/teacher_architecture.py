@@ -10,9 +10,9 @@ import json
 import os
 from typing import Any
 
-from megatron_phf.config import Config, flag_of, flow_spec
+from megatron_phf.config import Config, flag_of
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
-from megatron_phf.hidden.spec import flow_weights
+from megatron_phf.hidden.spec import flow_spec, flow_weights
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 
 TEACHER_FLAG = "--teacher-hf-model"

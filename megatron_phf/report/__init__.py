@@ -1,5 +1,4 @@
-"""The report of one or many runs: a page and its pictures.  No torch."""
+"""The report of one or many runs: a page and its pictures.
 
-from megatron_phf.report.demo import plot_demo
-
-__all__ = ["plot_demo"]
+No torch.  May import ``evaluation`` and what is below it; reads a run's files as foreign input.
+"""

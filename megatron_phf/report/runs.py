@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.config import Config, flow_spec
+from megatron_phf.config import Config
 from megatron_phf.data.hf_files import read_json_object, shown
 from megatron_phf.data.problems import read_jsonl
-from megatron_phf.hidden.spec import FlowSpec
+from megatron_phf.hidden.spec import FlowSpec, flow_spec
 
 RUN_FILE, METRICS_FILE, EVALUATIONS_FILE = "run.json", "metrics.jsonl", "evaluations.jsonl"
 _FIRST = ("base", "sft", "opsd", "phf")  # the rest are compared with them

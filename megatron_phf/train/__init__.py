@@ -1,1 +1,4 @@
-"""The training job: one step, the loop around it, and what it reports."""
+"""The training job: its step in four parts, the loop around it, checkpoints, metrics.
+
+``step`` reads as the method does.  May import all but ``report``, ``demo`` and ``cli``.
+"""

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 
 from megatron_phf import parallel
-from megatron_phf.config import Config, flow_spec
+from megatron_phf.config import Config
 from megatron_phf.data.replay_file import Rollout
+from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.hidden.tap import make_flow_tap, set_flow_tap
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
