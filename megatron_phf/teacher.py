@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -111,20 +112,46 @@ def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
     return chunks
 
 
+@dataclass(frozen=True)
+class TeacherKind:
+    """How a kind of teacher is made.
+
+    ``on_weights``: of chunks with weights of its own and where these are kept; ``on_adapters``: of
+    a student that trains adapters alone, whose base weights it shares; each None where the kind
+    has none of its own and is ``on_student``, the student's own weights.
+    """
+
+    on_weights: Callable[[list[FlowGPTModel], Config, Resident], Teacher] | None = None
+    on_adapters: Callable[[list[FlowGPTModel], Config], Teacher] | None = None
+    on_student: Callable[[list[FlowGPTModel]], Teacher] | None = None
+
+
+# --teacher; its choices stand in the settings, which import nothing.
+TEACHERS = {
+    "frozen": TeacherKind(
+        on_weights=lambda chunks, config, resident: StatelessTeacher(chunks, resident),
+        on_adapters=lambda student, config: BaseModelTeacher(student),
+    ),
+    "ema": TeacherKind(
+        on_weights=lambda chunks, config, resident: EmaTeacher(
+            chunks, config.method.ema_decay, resident
+        ),
+        on_adapters=lambda student, config: AdapterEmaTeacher(student, config.method.ema_decay),
+    ),
+    "live": TeacherKind(on_student=StatelessTeacher),
+}
+
+
 def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
     """The teacher of ``--teacher``, starting at the student's weights; or another model."""
-    kind = config.method.teacher
-    if kind == "live":
-        return StatelessTeacher(student)
-    if config.teacher.teacher_hf_model is not None:
-        copy = _other_model(arch, config)
-    elif config.lora.lora_rank:
-        if kind == "ema":
-            return AdapterEmaTeacher(student, config.method.ema_decay)
-        return BaseModelTeacher(student)
-    else:
-        copy = frozen_copy(student, arch, config)
-    resident = HostWeights(copy).on_device if config.teacher.teacher_offload else _always
-    if kind == "ema":
-        return EmaTeacher(copy, config.method.ema_decay, resident)
-    return StatelessTeacher(copy, resident)
+    kind = TEACHERS[config.method.teacher]
+    if kind.on_student is not None:
+        return kind.on_student(student)
+    other = config.teacher.teacher_hf_model is not None
+    if config.lora.lora_rank and not other:
+        assert kind.on_adapters is not None
+        return kind.on_adapters(student, config)
+    chunks = _other_model(arch, config) if other else frozen_copy(student, arch, config)
+    resident = HostWeights(chunks).on_device if config.teacher.teacher_offload else _always
+    assert kind.on_weights is not None
+    return kind.on_weights(chunks, config, resident)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from megatron_phf.average import WeightAverage
+from megatron_phf.config import MethodConfig
 from megatron_phf.model.gpt import evaluating
 from megatron_phf.offload import HostWeights
-from megatron_phf.teacher import EmaTeacher, StatelessTeacher
+from megatron_phf.teacher import TEACHERS, EmaTeacher, StatelessTeacher
 from tests.counted_device import CountedDevice
 
 
@@ -93,3 +95,8 @@ def test_a_pass_that_reads_weights_waits_for_them_once() -> None:
     for _ in range(2):
         with evaluating([chunk]):
             assert arrived == [True]  # before anything else
+
+
+def test_every_choice_of_a_teacher_has_a_row() -> None:
+    (field,) = [f for f in dataclasses.fields(MethodConfig) if f.name == "teacher"]
+    assert field.metadata["choices"] == tuple(TEACHERS)
