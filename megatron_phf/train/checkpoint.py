@@ -118,6 +118,7 @@ class Checkpointer:
             "format": files.FORMAT,
             "progress": asdict(progress),
             "schedule_steps": self._distiller.optimizer.schedule_steps,
+            "lr_decay_iters": self._distiller.optimizer.lr_decay_iters,
             "versions": versions(),
             "config": asdict(self._config),
             "architecture": asdict(self._distiller.arch),
@@ -185,7 +186,12 @@ class Checkpointer:
             say("another layout than the checkpoint's: random generators start anew")
         state = torch_dist.read(self._state(True, same_layout), path, complete=False)
         load_weights_state(self._distiller.student, state)
-        self._distiller.optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"])
+        # Checkpoints of older versions decay over all steps, and do not say so.
+        decay = manifest.get("lr_decay_iters", manifest["config"]["train"]["train_iters"])
+        optimizer, train = self._distiller.optimizer, self._config.train
+        optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"], decay)
+        if train.lr_decay_iters is None and decay != train.train_iters:
+            say(f"the learning rate goes on as it began, over {decay} steps (--lr-decay-iters)")
         self._distiller.teacher.load_state_dict(state.get("teacher", {}))
         if same_layout:
             set_rng_state(state["rng"])
