@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_phf", "megatron_phf.*"]),
-    package_data={"megatron_phf": ["report/*.jinja"]},
+    package_data={"megatron_phf": ["presets/*.args", "report/*.jinja"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

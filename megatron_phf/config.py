@@ -1,8 +1,9 @@
 """Every setting of a run, as frozen dataclasses.
 
 A field ``tensor_model_parallel_size`` is the flag ``--tensor-model-parallel-size`` (see
-:mod:`megatron_phf.flags`).  Defaults are the published recipe (PHF, arXiv:2606.29340).  No import
-of torch here: the checks before launch answer at once.
+:mod:`megatron_phf.flags`).  Defaults are this project's: a frozen teacher, all weights trained, and
+PHF's numbers otherwise.  The published recipes are presets (:mod:`megatron_phf.presets`).  No
+import of torch here: the checks before launch answer at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ from typing import Any
 
 def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    preset: str | None = _flag(
+        None,
+        "start from a published recipe (docs/recipes.md): phf, phf_8b, phf_as_written, opsd, "
+        "opsd_8b or opsd_first; any other flag wins, wherever it stands",
+    )
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,11 @@ class VllmConfig:
 class MethodConfig:
     phf_alpha: float = _flag(0.05, "weight of the flow loss; 0 is OPSD alone")
     phf_window_size: int = _flag(128, "positions a sequence in the flow loss")
-    phf_window_rule: str = _flag("even", "choice of the positions", ("even", "contiguous"))
+    phf_window_rule: str = _flag(
+        "even",
+        "choice of the positions: spread evenly, or (not the paper's) the first ones",
+        ("even", "contiguous"),
+    )
     phf_terms: str = _flag(
         "direction,geometry,adjacent",
         "terms of the hidden-state loss, comma separated: direction, geometry, adjacent (PHF), "
@@ -234,8 +248,22 @@ class TrainConfig:
     micro_batch_size: int = _flag(1, "rollouts a microbatch")
     lr: float = _flag(5e-6, "peak learning rate")
     min_lr: float = _flag(0.0, "final learning rate")
-    lr_decay_style: str = _flag("cosine", "schedule", ("cosine", "linear", "constant"))
+    lr_decay_style: str = _flag(
+        "cosine", "schedule", ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+    )
+    lr_decay_iters: int | None = _flag(
+        None, "steps that the rate decays over (None: --train-iters, as a run began with it)"
+    )
     lr_warmup_iters: int = _flag(0, "linear warm-up steps")
+    lr_warmup_fraction: float | None = _flag(
+        None, "warm-up as a fraction of --lr-decay-iters, in place of --lr-warmup-iters"
+    )
+    lr_wsd_decay_style: str = _flag(
+        "exponential",
+        "how WSD (warm-up, stable, decay) ends",
+        ("exponential", "linear", "cosine", "minus_sqrt"),
+    )
+    lr_wsd_decay_iters: int | None = _flag(None, "steps of that end, the last of --lr-decay-iters")
     weight_decay: float = _flag(0.0, "AdamW weight decay")
     adam_beta1: float = _flag(0.9, "AdamW")
     adam_beta2: float = _flag(0.999, "AdamW")
@@ -325,6 +353,7 @@ class EmbeddedConfig:
 
 @dataclass(frozen=True)
 class Config:
+    recipe: RecipeConfig = RecipeConfig()
     model: ModelConfig = ModelConfig()
     fp8: Fp8Config = Fp8Config()
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -12,6 +12,7 @@ import typing
 from typing import Any, NoReturn
 
 from megatron_phf.config import Config, config_groups, flag_of
+from megatron_phf.presets import preset_flags
 
 # The tiny model learns from scratch-sized steps; found in docs/experiments.md.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
@@ -34,6 +35,19 @@ EMBEDDED_DEFAULTS: dict[str, Any] = {
     "eval_seed": 10_001,
     "grader": "exact",
 }
+
+# What decides the numbers of a run, but for the places where they are computed.
+_RECIPE_GROUPS = ("data", "rollout", "method", "teacher", "lora", "train", "evaluation")
+_NO_RECIPE = frozenset(
+    {
+        *("data", "problem_field", "solution_field", "answer_field", "overlong_prompts"),
+        *("max_prompt_length", "max_teacher_prompt_length"),
+        *("rollout_batch_size", "record_rollouts", "logits_chunk_tokens", "micro_batch_size"),
+        *("teacher_offload", "teacher_num_layers_in_first_pipeline_stage"),
+        *("teacher_num_layers_in_last_pipeline_stage", "save_adapter", "seed"),
+        *("eval_data", "eval_interval", "eval_seed", "grader"),
+    }
+)
 
 
 def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
@@ -74,17 +88,46 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _given(argv: list[str] | None) -> dict[str, Any]:
+    """Field -> value of what a command line says; its preset's flags stand behind its own."""
+    given = vars(build_parser().parse_args(argv))
+    preset = given.get("preset")
+    return given if preset is None else {**_given(preset_flags(preset)), **given}
+
+
 def parse_args(argv: list[str] | None = None) -> Config:
-    """The configuration of a command line.
+    """The configuration of a command line; its flags win over --preset's wherever they stand.
 
     Raises:
-        ValueError: names an unknown or malformed flag.
+        ValueError: names an unknown or malformed flag, or preset.
     """
-    given = vars(build_parser().parse_args(argv))
+    given = _given(argv)
     config = Config().replaced(**given)
     if config.is_embedded:
-        config = Config().replaced(**{**EMBEDDED_DEFAULTS, **given})
+        defaults = dict(EMBEDDED_DEFAULTS)
+        if "lr_warmup_fraction" in given:
+            del defaults["lr_warmup_iters"]
+        config = Config().replaced(**{**defaults, **given})
     return config
+
+
+def departures(config: Config) -> list[str]:
+    """Where a run differs from its --preset, as ``--flag value (the preset's)``.
+
+    Groups that say where a run computes and writes, and which files it reads, are no part of a
+    recipe.
+    """
+    if config.recipe.preset is None:
+        return []
+    recipe = Config().replaced(**_given(preset_flags(config.recipe.preset)))
+    found = []
+    for group in _RECIPE_GROUPS:
+        published = vars(getattr(recipe, group))
+        for name, value in vars(getattr(config, group)).items():
+            same = value == published[name] or (name, value) == ("rollout_engine", "vllm")
+            if name not in _NO_RECIPE and not same:
+                found.append(f"{flag_of(name)} {value} ({published[name]})")
+    return found
 
 
 if __name__ == "__main__":

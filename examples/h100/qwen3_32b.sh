@@ -9,5 +9,5 @@ exec "${start[@]}" \
     --tensor-model-parallel-size 8 --pipeline-model-parallel-size 2 --sequence-parallel \
     --max-tokens-per-microbatch 3072 --pack-sequences \
     --recompute-granularity full --recompute-num-layers 1 \
-    --teacher-offload --opsd-clip 0.06 \
+    --preset phf_8b --lora-rank 0 --teacher-offload \
     --output-dir "runs/qwen3_32b" "$@"

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Qwen3-4B on H100s: 8 GPUs, data-parallel.  The paper's adapters.
+# Qwen3-4B on H100s: 8 GPUs, data-parallel.  The paper's recipe (--preset phf).
 #
 #   bash examples/h100/qwen3_4b.sh path/to/Qwen3-4B problems.jsonl [more flags]
 # With FP8: add --fp8-format hybrid --fp8-recipe tensorwise --first-last-layers-bf16
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 exec "${start[@]}" \
-    --lora-rank 64 --lora-alpha 128 --opsd-clip 0.05 --max-tokens-per-microbatch 6144 \
-    --pack-sequences \
+    --max-tokens-per-microbatch 6144 --pack-sequences \
     --output-dir "runs/qwen3_4b" "$@"

@@ -1,4 +1,4 @@
-"""OPSD + PHF in a TRL trainer (pip install "megatron_phf[integrations]").
+"""OPSD + PHF in a TRL trainer (in this repository: pip install ".[integrations]").
 
 Rows of the data set: ``student_prompt_ids`` and ``teacher_prompt_ids``, a problem without and with
 its reference solution.  LoRA, gradient accumulation, logging and saving are TRL's::

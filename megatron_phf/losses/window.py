@@ -13,9 +13,9 @@ WINDOW_RULES = ("even", "contiguous")
 def select_window(num_tokens: int, max_positions: int = 128, rule: str = "even") -> Tensor:
     """Generated positions W of one sequence, int64 [m], m <= ``max_positions``, sorted.
 
-    PHF (arXiv:2606.29340) says "at most 128 deterministically chosen valid generated positions";
-    the rule is this project's choice.  ``even``: all of them if they fit, else evenly spaced with
-    both ends included, rounded to nearest.  ``contiguous``: the first ones.
+    PHF (arXiv:2606.29340) has "a uniform 128-position window"; the rounding is this project's
+    choice.  ``even``: all of them if they fit, else evenly spaced with both ends included, rounded
+    to nearest.  ``contiguous``: the first ones; not the paper's.
 
     Raises:
         ValueError: an unknown rule, or fewer than two positions.

@@ -116,6 +116,7 @@ class Checkpointer:
             "format": files.FORMAT,
             "progress": asdict(progress),
             "schedule_steps": self._distiller.optimizer.schedule_steps,
+            "lr_decay_iters": self._distiller.optimizer.lr_decay_iters,
             "versions": versions(),
             "config": asdict(self._config),
             "architecture": asdict(self._distiller.arch),
@@ -174,7 +175,12 @@ class Checkpointer:
             say(f"changed since the checkpoint: {change}")
         state = torch_dist.read(self._state(True), path, complete=False)
         load_weights_state(self._distiller.student, state)
-        self._distiller.optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"])
+        # Checkpoints of older versions decay over all steps, and do not say so.
+        decay = manifest.get("lr_decay_iters", manifest["config"]["train"]["train_iters"])
+        optimizer, train = self._distiller.optimizer, self._config.train
+        optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"], decay)
+        if train.lr_decay_iters is None and decay != train.train_iters:
+            say(f"the learning rate goes on as it began, over {decay} steps (--lr-decay-iters)")
         self._distiller.teacher.load_state_dict(state.get("teacher", {}))
         fields = {f.name for f in dataclasses.fields(Progress)}
         progress = Progress(**{k: v for k, v in manifest["progress"].items() if k in fields})

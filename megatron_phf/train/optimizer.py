@@ -19,6 +19,10 @@ from megatron_phf import device
 from megatron_phf.config import Config, TrainConfig
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
+from megatron_phf.schedule_flags import decay_iters
+
+# Of a parameter group: this run's, whatever a checkpoint has.
+_OWN_SETTINGS = ("betas", "eps", "max_lr", "min_lr")
 
 
 class StudentOptimizer:
@@ -65,7 +69,10 @@ class StudentOptimizer:
         )
         with device.cuda_type_names():
             self.optimizer = get_megatron_optimizer(options, self.wrapped)
-        self._schedule = _schedule(self.optimizer, train)
+        self._train, self._batch = train, train.global_batch_size
+        #: Steps that the learning rate decays over.
+        self.lr_decay_iters = decay_iters(train)
+        self._schedule = _schedule(self.optimizer, train, self.lr_decay_iters)
 
     def zero_grad(self) -> None:
         """Before the first microbatch of a step."""
@@ -88,7 +95,7 @@ class StudentOptimizer:
             for chunk, wrapped in zip(self._chunks, self.wrapped, strict=True):
                 wrapped.start_param_sync()
                 chunk.arriving = functools.partial(_finish_param_sync, wrapped)
-        self._schedule.step(increment=1)
+        self._schedule.step(increment=self._batch)
         return learning_rate, float(grad_norm)
 
     @property
@@ -99,7 +106,7 @@ class StudentOptimizer:
     @property
     def schedule_steps(self) -> int:
         """Steps that changed the weights."""
-        return self._schedule.num_steps
+        return self._schedule.num_steps // self._batch
 
     def sharded_state_dict(self, weights: dict[str, Any], loading: bool) -> dict[str, Any]:
         """Moments and fp32 weights for dist_checkpointing; ``weights``: the student's.
@@ -117,9 +124,15 @@ class StudentOptimizer:
         with device.cuda_type_names():
             return self.optimizer.sharded_state_dict(weights, loading, metadata=metadata)
 
-    def load_state_dict(self, state: dict[str, Any], schedule_steps: int) -> None:
-        """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's."""
-        kept = [{k: g[k] for k in ("betas", "eps")} for g in self.optimizer.param_groups]
+    def load_state_dict(
+        self, state: dict[str, Any], schedule_steps: int, lr_decay_iters: int
+    ) -> None:
+        """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's.
+
+        Without --lr-decay-iters the rate goes on over ``lr_decay_iters``, as it began, so that
+        another --train-iters makes it no jump.
+        """
+        kept = [{k: g[k] for k in _OWN_SETTINGS} for g in self.optimizer.param_groups]
         each = self.optimizer.chained_optimizers
         states = [state] if len(each) == 1 else [part for _, part in sorted(state.items())]
         with device.cuda_type_names():
@@ -127,8 +140,10 @@ class StudentOptimizer:
                 _load(optimizer, part)
         for group, values in zip(self.optimizer.param_groups, kept, strict=True):
             group.update(values)
-        self._schedule.num_steps = 0
-        self._schedule.step(increment=schedule_steps)
+        if self._train.lr_decay_iters is None:
+            self.lr_decay_iters = lr_decay_iters
+        self._schedule = _schedule(self.optimizer, self._train, self.lr_decay_iters)
+        self._schedule.step(increment=schedule_steps * self._batch)
 
 
 def _buffers(chunk: DistributedDataParallel) -> list:
@@ -172,17 +187,26 @@ def _load(optimizer: Any, state: dict[str, Any]) -> None:
         per_parameter[parameter]["step"] = step
 
 
-def _schedule(optimizer: object, train: TrainConfig) -> OptimizerParamScheduler:
+def _schedule(optimizer: object, train: TrainConfig, decay: int) -> OptimizerParamScheduler:
+    """Megatron-LM's schedule, which counts samples: only the inverse square root can tell.
+
+    Warm-up of the embedded task may be longer than its steps; elsewhere that is refused.
+    """
+    batch, fraction = train.global_batch_size, train.lr_warmup_fraction
+    warmup = train.lr_warmup_iters if fraction is None else fraction * decay
+    wsd = train.lr_wsd_decay_iters
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=train.lr_warmup_iters,
-        lr_decay_steps=max(train.train_iters, train.lr_warmup_iters + 1),
+        lr_warmup_steps=warmup * batch,
+        lr_decay_steps=max(decay, train.lr_warmup_iters + 1) * batch,
         lr_decay_style=train.lr_decay_style,
         start_wd=train.weight_decay,
         end_wd=train.weight_decay,
-        wd_incr_steps=train.train_iters,
+        wd_incr_steps=train.train_iters * batch,
         wd_incr_style="constant",
+        wsd_decay_steps=None if wsd is None else wsd * batch,
+        lr_wsd_decay_style=train.lr_wsd_decay_style,
     )

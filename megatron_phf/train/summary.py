@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config import Config, TrainConfig
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.data.tokenizer import Tokenizer
+from megatron_phf.flags import departures
 from megatron_phf.fused import feature_table
 from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt_config import model_dtype, transformer_impl
 from megatron_phf.model.teacher_architecture import layer_map, read_teacher
+from megatron_phf.schedule_flags import decay_iters
 from megatron_phf.train.memory import Machine, memory_estimate
 
 _SHOWN_TOKENS = 12
@@ -44,6 +46,26 @@ def _trainable(arch: Architecture, config: Config) -> str:
     )
 
 
+def _recipe_line(config: Config) -> str:
+    """Which preset a run started from, and each flag that departs from it."""
+    preset = config.recipe.preset
+    if preset is None:
+        return "recipe   no preset (--preset phf is the published one)"
+    changed = departures(config)
+    return f"recipe   preset {preset}; " + (
+        f"departs from it: {', '.join(changed)}" if changed else "as it stands"
+    )
+
+
+def _rate(train: TrainConfig) -> str:
+    if train.lr_decay_style == "constant":
+        return f"{train.lr:g}, constant"
+    return (
+        f"{train.lr:g}, {train.lr_decay_style} to {train.min_lr:g} over {decay_iters(train)} steps "
+        f"({train.train_iters} are run)"
+    )
+
+
 def run_summary(arch: Architecture, config: Config) -> str:
     """The block printed before the first step."""
     p, t, m = config.parallel, config.train, config.method
@@ -58,6 +80,7 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
             f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
             *_teacher_lines(arch, config),
+            *([] if config.is_embedded else [_recipe_line(config)]),
             f"trained  {_trainable(arch, config)}",
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"
             f" (virtual {virtual}){context} x DP {parallel.data_parallel_size()}{expert}, "
@@ -65,6 +88,7 @@ def run_summary(arch: Architecture, config: Config) -> str:
             f"distributed optimizer {'on' if p.use_distributed_optimizer else 'off'}",
             f"device   {device.describe()}",
             feature_table(config, transformer_impl(config)),
+            f"rate     {_rate(t)}",
             f"batch    {t.global_batch_size} rollouts a step, {_microbatches(config)}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
             f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, clip "

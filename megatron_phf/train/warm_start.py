@@ -93,7 +93,9 @@ def warm_start(
     recipe = config.replaced(
         lr=settings.warm_start_lr,
         train_iters=settings.warm_start_iters,
+        lr_decay_iters=None,
         lr_warmup_iters=min(50, settings.warm_start_iters // 2),
+        lr_warmup_fraction=None,
         clip_grad=1.0,
     )
     optimizer = StudentOptimizer(student, recipe)

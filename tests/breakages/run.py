@@ -101,7 +101,7 @@ RUN = (
     Breakage(
         "a resumed run starts its schedule anew",
         "megatron_phf/train/optimizer.py",
-        "self._schedule.step(increment=schedule_steps)",
+        "self._schedule.step(increment=schedule_steps * self._batch)",
         "self._schedule.step(increment=0)",
         (RESUME, "-k", "frozen_tp2"),
     ),

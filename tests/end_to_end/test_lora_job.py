@@ -40,12 +40,25 @@ def job(files: dict[str, str], *more: str):
 
 
 def test_exports_check(files: dict[str, str], tmp_path: Path) -> None:
-    """New adapters, trained; both exports compute what the student does, and not the base."""
+    """New adapters, trained; both exports compute what the student does, and not the base.
+
+    A preset, and the job's own flags before it: the summary says where they depart from it.
+    """
     adapter, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
-    done = job(
-        files, "--save-adapter", adapter, "--save-hf", merged, "--output-dir", str(tmp_path / "out")
-    )
+    outputs = ["--save-adapter", adapter, "--save-hf", merged, "--output-dir"]
+    done = job(files, *outputs, str(tmp_path / "out"), "--preset", "phf")
     assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("recipe "))
+    assert line.startswith(
+        "recipe   preset phf; departs from it: --rollout-engine replay (megatron)"
+    )
+    assert "--lora-rank 8 (64), --lora-alpha 12.0 (128.0), --train-iters 2 (100)" in line
+    assert "teacher ema" in done.stdout and "dropout 0.05" in done.stdout
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["config"]["recipe"] == {"preset": "phf"}
+    metrics = (tmp_path / "out" / "metrics.jsonl").read_text()
+    rates = [json.loads(row)["learning_rate"] for row in metrics.splitlines()]
+    assert rates == pytest.approx([1e-3, 1e-3], rel=1e-8)  # flat: 27,594 steps of decay
     # 4 layers x rank 8 x (in + out) of q, k, v, o, gate, up, down
     widths = (64 + 128) + 2 * (64 + 64) + (128 + 64) + 3 * (64 + 128)
     assert f"{4 * 8 * widths / 1e6:.2f} M trainable of " in done.stdout

@@ -46,6 +46,21 @@ def job(name: str, directory: Path, argv: list[str], **more: str) -> dict:
     return {"name": name, "kind": "job", "argv": [*TRAIN, *argv, *given]}
 
 
+def _schedule_cases(d: Path, sampled: list[str]) -> list[dict]:
+    """A cosine over 4 steps, stopped after 2: resumed for 6 steps, that again, and changed."""
+    argv = [*sampled, "--phf-alpha", "0", "--min-lr", "1e-5"]
+    steps = {"first": ("4", "2"), "longer": ("6", "4"), "again": ("5", "5"), "other": ("3", "3")}
+    before = {"longer": "first", "again": "longer", "other": "first"}
+    more = {"other": ["--lr", "2e-3", "--min-lr", "1e-4", "--lr-decay-iters", "10"]}
+    cases = []
+    for name, (total, end) in steps.items():
+        own = ["--train-iters", total, "--exit-interval", end, *more.get(name, [])]
+        load = {"load": str(d / f"rate-{before[name]}.ckpt")} if name in before else {}
+        save = str(d / f"rate-{name}.ckpt")
+        cases.append(job(f"rate-{name}", d, [*argv, *own], save=save, **load))
+    return cases
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     d = tmp_path_factory.mktemp("resume")
@@ -72,6 +87,7 @@ def files(tmp_path_factory) -> Path:
         first = job(name, d, [*argv, *half], save=save, **record)
         second = job(name, d, plain, load=save, **record, **{"save-hf": str(d / f"{name}-resumed")})
         cases += [straight, first, second]
+    cases += _schedule_cases(d, sampled)
     replayed = ["--hf-model", str(d / "model"), "--rollout-engine", "replay", "--teacher", "ema"]
     replayed += ["--replay-file", str(d / "replay.jsonl"), "--dtype", "fp32", "--adam-eps", "1e-4"]
     save = str(d / "reshard.ckpt")
@@ -114,6 +130,20 @@ def test_resharded_run_continues(files: Path, name: str) -> None:
         load_file(files / f"reshard-{n}" / "model.safetensors") for n in ("straight", name)
     )
     compare_tensors(found, expected, 1e-5)
+
+
+def test_another_number_of_steps_makes_the_rate_no_jump(files: Path) -> None:
+    """Warm-up of 2 steps to 1e-3, then half of a cosine to 1e-5 a step."""
+
+    def rates(name: str) -> dict[int, float]:
+        return {line["step"]: line["learning_rate"] for line in lines(files / f"rate-{name}.jsonl")}
+
+    half = (1e-3 + 1e-5) / 2
+    assert rates("first") == pytest.approx({1: 0.0, 2: 5e-4})
+    assert rates("longer") == pytest.approx({3: 1e-3, 4: half})
+    assert rates("again") == pytest.approx({5: 1e-5})
+    # Rates that are asked for are taken: the peak, at the end of the warm-up.
+    assert rates("other") == pytest.approx({3: 2e-3})
 
 
 def test_what_is_on_the_disk(files: Path) -> None:

@@ -122,3 +122,24 @@ def test_command_line_without_torch(tmp_path) -> None:
         [*command[:-1], "0"], cwd=REPO, capture_output=True, text=True, check=False
     )
     assert (bad.returncode, bad.stderr) == (2, "error: --gpus: need more than 0\n")
+
+
+def test_a_preset_is_its_flags(tmp_path, capsys) -> None:
+    """And what is given beside it wins; a word that is no number, or no preset, is one error."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(MODELS["1.7B"][0]))
+
+    def shown(*words: str) -> str:
+        assert plan.main(["--hf-config", str(path), "--gpus", "8", *words]) == 0
+        return capsys.readouterr().out
+
+    by_hand = shown("--teacher", "ema", "--lora-rank", "64")
+    assert shown("--preset", "phf") == by_hand != shown()
+    assert shown("--preset", "phf", "--lora-rank", "0", "--teacher", "frozen") == shown()
+    for words, message in (
+        (["--preset", "phg"], "error: --preset phg: no such preset; choose one of opsd,"),
+        (["--global-batch-size", "x"], "error: argument --global-batch-size: invalid int value"),
+        (["--global-batch-size", "0"], "error: --global-batch-size: need more than 0"),
+    ):
+        assert plan.main(["--hf-config", str(path), "--gpus", "8", *words]) == 2
+        assert capsys.readouterr().err.startswith(message)

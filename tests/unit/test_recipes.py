@@ -12,7 +12,7 @@ import pytest
 
 from megatron_phf import preflight
 from megatron_phf.config import Config
-from megatron_phf.flags import parse_args
+from megatron_phf.flags import departures, parse_args
 from megatron_phf.model.architecture import read_architecture
 from tests.launch import REPO
 
@@ -94,12 +94,14 @@ def test_a_recipe_passes_all_checks(
     published = (100, 32, 5e-6, "cosine", 0.1)
     assert published == (train.train_iters, train.global_batch_size, train.lr,
                          train.lr_decay_style, train.clip_grad)  # fmt: skip
+    assert train.lr_decay_iters == 27594  # so that 100 steps of the cosine are flat
     assert (method.teacher, method.ema_decay, method.phf_alpha) == ("ema", 0.999, 0.05)
     assert (rollout.rollout_temperature, rollout.rollout_top_p, rollout.rollout_top_k) == (
         1.1, 0.95, 20)  # fmt: skip
     if name in ("1.7b", "4b", "8b"):
         assert (config.lora.lora_rank, config.lora.lora_alpha) == (64, 128)
         assert method.opsd_clip == (0.06 if name == "8b" else 0.05)
+        assert departures(config) == []
 
 
 def test_every_recipe_is_tested() -> None:
