@@ -35,6 +35,7 @@ from megatron_phf.model.teacher_architecture import (
     read_teacher,
 )
 from megatron_phf.model.weight_files import check_hf_weights
+from megatron_phf.replay_check import check_replay
 from megatron_phf.vllm_flags import check_vllm
 
 _AT_LEAST_ONE = {
@@ -308,6 +309,7 @@ def check(config: Config) -> None:
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
+    check_replay(arch, config)
     prompt_templates(data)
 
 

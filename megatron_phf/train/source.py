@@ -140,25 +140,11 @@ class ServedSource(OnPolicySource):
         return ((tuple(r.token_ids), tuple(r.log_probs)) for r in responses)
 
 
-def _check_row_length(path: str, rollouts: Sequence[Rollout], config: Config) -> None:
-    """All rows have one length with --tp-comm-overlap."""
-    budget = config.batching.max_tokens_per_microbatch
-    for number, r in enumerate(rollouts if config.parallel.tp_comm_overlap else [], 1):
-        prompt = max(len(r.student_prompt_ids), len(r.teacher_prompt_ids))
-        if prompt + len(r.response_ids) > budget:
-            raise ValueError(
-                f"--replay-file {path}: line {number} has {prompt + len(r.response_ids)} tokens, "
-                f"which a row of --max-tokens-per-microbatch {budget} must hold for "
-                "--tp-comm-overlap; raise it"
-            )
-
-
 class ReplaySource:
     """Recorded rollouts, in file order: step i trains on the i-th global batch of the file."""
 
     def __init__(self, path: str, vocab_size: int, config: Config) -> None:
         self._rollouts = read_rollouts(path, vocab_size)
-        _check_row_length(path, self._rollouts, config)
         self._batch = config.train.global_batch_size
         steps = len(self._rollouts) // self._batch
         if config.train.train_iters > steps:

@@ -185,9 +185,7 @@ def test_chat_templates_of_a_directory(tmp_path: Path, template: object) -> None
 def test_named_templates_without_a_default_and_empty_prompts() -> None:
     library = make_tokenizer()
     library.chat_template = {"rag": "a", "tool_use": "b"}
-    with pytest.raises(
-        ValueError, match=r"template fails .*'rag', 'tool_use'.*; correct"
-    ):
+    with pytest.raises(ValueError, match=r"template fails .*'rag', 'tool_use'.*; correct"):
         HFTokenizer(library).prompt("1", False)
     library.chat_template = "{% for m in messages if m.role == 'system' %}x{% endfor %}"
     with pytest.raises(ValueError, match="--hf-model: its chat template makes an empty prompt"):
