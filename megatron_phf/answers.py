@@ -34,7 +34,7 @@ _SPACE = re.compile(
 )
 # A dash where only a sign can stand; between two numbers it is a range.
 _SIGN = re.compile(
-    r"(^|[(\[{,=^_<>]|\\(?:approx|times|cdot)(?![A-Za-z]))(\s*)[\u2010-\u2015](?=\s*[\d.\\])"
+    r"(^|[(\[{,=^_<>]|\\(?:approx|times|cdot)(?![A-Za-z]))(\s*)[\u2010-\u2015](?=\s*[\w.\\(])"
 )
 _RELATION = re.compile(r"(?:=|\u2248|\\(?:approx|simeq|sim|cong|doteq)(?![A-Za-z]))\s*")
 _DEGREES = re.compile(
@@ -248,7 +248,7 @@ def same_answer(found: str, answer: str) -> bool | None:
 
 def _compact(text: str) -> str:
     """Without spaces that separate no two numbers or words."""
-    return re.sub(r" ?([^\w ]) ?", r"\1", text)
+    return re.sub(r" ?([^\w .]) ?", r"\1", text)
 
 
 def canonical_answer(generation: str) -> str | None:

@@ -23,10 +23,10 @@ __all__ = [
     "average_at_k",
     "bootstrap_interval",
     "canonical_answer",
+    "check_grader",
     "extract_answer",
     "is_correct",
     "make_grader",
-    "check_grader",
 ]
 _MATH = "megatron_phf.math_grader:same_value"
 

@@ -11,7 +11,6 @@ import re
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-
 from sympy import N
 
 from megatron_phf.answers import readable

@@ -177,7 +177,7 @@ MISTAKES = {
     RECORDED
     + "REPLAY --global-batch-size 2 "
     + PACKED
-    + "16": "rollout 1 has 24 tokens, padded to a multiple of 2 x --context-parallel-size 2, which a",
+    + "16": "rollout 1 has 24 tokens, padded to a multiple of 2 x --context-parallel-size 2, ",
 }
 
 
