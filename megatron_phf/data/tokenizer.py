@@ -237,7 +237,8 @@ def check_token_ids(tokenizer: Tokenizer, stop_ids: Sequence[int], vocab_size: i
     """Raise ValueError where a token, added ones too, or a stop id has no row in the embedding."""
     largest = max(tokenizer.largest_id, *stop_ids)
     if largest >= vocab_size:
-        what = "a tokenizer" if largest == tokenizer.largest_id else "generation_config.json"
+        files = "config.json or generation_config.json"
+        what = "a tokenizer" if largest == tokenizer.largest_id else files
         raise ValueError(
             f"{tokenizer.source}: {what} with token ids up to {largest}, but the model's embedding "
             f"has {vocab_size} rows (ids 0 to {vocab_size - 1}); tokenizer and weights are of "

@@ -151,7 +151,8 @@ def _make_source(
         room = response_room(config, arch)
         sampling = sampling_params(config, prompts.stop_ids)
         if rollout.rollout_engine == "reference":
-            encode, stop = prompts.tokenizer.encode, prompts.stop_ids[0]
+            encode, stop = prompts.tokenizer.encode, prompts.tokenizer.eos_id
+            stop = prompts.stop_ids[0] if stop is None else stop
             source = ReferenceSource(encode, stop, order, room)
         elif servers is None:
             source = OnPolicySource(make_engine(config, arch, student), order, sampling, room)

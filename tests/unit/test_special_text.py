@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_phf.config import Config
-from megatron_phf.data.arithmetic import make_tokenizer
+from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES, make_tokenizer
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptTemplates, build_prompt_pairs, fill
 from megatron_phf.data.tokenizer import HFTokenizer, load_tokenizer, stop_token_ids
 from megatron_phf.data.unknown import unknown_tokens
-from megatron_phf.evaluate import make_test_set
+from megatron_phf.evaluate import make_test_set, read_test_set
+from megatron_phf.train import build
 from tests.models import make_model, make_sentencepiece
 
 CHATML = (
@@ -238,6 +239,24 @@ def test_unknown_characters_are_counted_with_an_example() -> None:
         r"the tokenizer does not know '\n' in '1+1\n': 2 unknown tokens in 2 of 2 prompts, "
         "1 characters in all"
     )
+
+
+def test_the_job_says_what_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"problem": "1+1", "solution": "1+1=2", "answer": "2"}\n')
+    said: list[str] = []
+    monkeypatch.setattr(build, "say", said.append)
+    config, hf = Config().replaced(data=str(path)), HFTokenizer(make_tokenizer())
+    build.read_prompts(config, hf)
+    (line,) = (text for text in said if text.startswith("warning"))
+    assert line.startswith(f"warning  --data {path}: the tokenizer does not know 'P' in 'Problem:")
+    assert "in 2 of 2 prompts" in line
+    unknown = read_test_set(str(path), "--eval-data", config, hf).unknown
+    assert unknown is not None and unknown.startswith(f"--eval-data {path}: the tokenizer does not")
+    said.clear()
+    monkeypatch.setattr(build, "prompt_templates", lambda _: ARITHMETIC_TEMPLATES)
+    build.read_prompts(config, hf)
+    assert not any("warning" in text for text in said)
 
 
 def test_unknown_words_dropped_characters_and_tokenizers_that_spell_everything() -> None:
