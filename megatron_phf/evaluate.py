@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from typing import Any
 from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import Problem, field_names, read_test_problems
-from megatron_phf.data.prompts import PromptTemplates, fill, prompt_templates
+from megatron_phf.data.prompts import PromptTemplates, fill, problem_prompt, prompt_templates
 from megatron_phf.data.replay_file import written_stop
 from megatron_phf.data.tokenizer import Tokenizer
+from megatron_phf.data.unknown import unknown_tokens
 from megatron_phf.grading import Grader, average_at_k, bootstrap_interval, canonical_answer
 from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
@@ -120,10 +122,11 @@ def majority(answers: Sequence[str | None]) -> int | None:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Problems with answers, and how each is asked."""
+    """Problems with answers, and how each is asked; ``unknown``: a warning about the prompts."""
 
     problems: list[Problem]
     prompts: list[list[int]]
+    unknown: str | None = None
 
     @property
     def longest_prompt(self) -> int:
@@ -146,7 +149,7 @@ def make_test_set(
     """
     prompts = []
     for problem in problems:
-        prompts.append(tokenizer.prompt(fill(templates.student, problem), thinking))
+        prompts.append(problem_prompt(tokenizer, templates.student, problem, thinking))
         if len(prompts[-1]) > max_prompt_length:
             raise ValueError(
                 f"{name}: problem {problem.index + 1} has {len(prompts[-1])} tokens, over "
@@ -157,16 +160,18 @@ def make_test_set(
 
 def read_test_set(path: str, flag: str, config: Config, tokenizer: Tokenizer) -> TestSet:
     """The test set in a file named by ``flag``; ValueError names what is wrong with it."""
-    data = config.data
-    fields = field_names(data)
-    return make_test_set(
-        read_test_problems(path, fields, flag),
+    data, templates = config.data, prompt_templates(config.data)
+    tests = make_test_set(
+        read_test_problems(path, field_names(data), flag),
         tokenizer,
-        prompt_templates(data),
+        templates,
         config.evaluation.eval_thinking,
         data.max_prompt_length,
         f"{flag} {path}",
     )
+    messages = (fill(templates.student, problem) for problem in tests.problems)
+    unknown = unknown_tokens(tokenizer, messages, tests.prompts)
+    return dataclasses.replace(tests, unknown=unknown and f"{flag} {path}: {unknown}")
 
 
 def evaluation_sampling(

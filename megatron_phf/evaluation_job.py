@@ -120,6 +120,8 @@ class _Student:
         """One test set, part by part, from where an earlier start ended."""
         config = self._config
         tests = read_test_set(file, "--eval-data", config, self._tokenizer)
+        if tests.unknown is not None:
+            say(f"warning  {tests.unknown}")
         room = self._arch.max_position_embeddings - tests.longest_prompt
         sampling = evaluation_sampling(config, self._stop_ids, room)
         store, parts = _open_store(name, _settings(config, file, sampling), config, tests)

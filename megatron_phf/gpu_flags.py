@@ -107,6 +107,8 @@ def _check_overlap(config: Config) -> None:
 
 def check_row(config: Config, flag: str) -> None:
     """Raise ValueError, naming ``flag``, where a packed row cannot hold the longest rollout."""
+    if config.rollout.rollout_engine == "replay":  # by their own lengths: check_replay
+        return
     data, cp = config.data, config.parallel.context_parallel_size
     prompt = max(data.max_prompt_length, data.max_teacher_prompt_length)
     longest = round_up(prompt + config.rollout.max_new_tokens, 2 * cp if cp > 1 else 1)

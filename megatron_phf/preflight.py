@@ -35,6 +35,7 @@ from megatron_phf.model.teacher_architecture import (
     read_teacher,
 )
 from megatron_phf.model.weight_files import check_hf_weights
+from megatron_phf.replay_check import check_replay
 from megatron_phf.rollout.engines import check_engine
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.schedule_flags import check_schedule
@@ -315,6 +316,7 @@ def check(config: Config) -> None:
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
+    check_replay(arch, config)
     prompt_templates(data)
 
 

@@ -44,6 +44,11 @@ def read_jsonl(path: str, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:
         ValueError: the file cannot be read (names ``flag``), or a line is no JSON object (names
             ``path:line``).
     """
+    for number, line in _lines(path, flag):
+        yield number, _parse(line, number, path)
+
+
+def _lines(path: str, flag: str) -> Iterator[tuple[int, bytes]]:
     try:
         file = open(path, "rb")  # noqa: SIM115
     except (OSError, ValueError) as error:  # ValueError: no possible path
@@ -54,7 +59,7 @@ def read_jsonl(path: str, flag: str) -> Iterator[tuple[int, dict[str, Any]]]:
         while line := _next_line(file, f"{flag} {path}"):
             number += 1
             if line.strip():
-                yield number, _parse(line, number, path)
+                yield number, line
 
 
 def _next_line(file: BinaryIO, name: str) -> bytes:
@@ -103,7 +108,7 @@ def _text(content: dict[str, Any], role: str, name: str, where: str) -> str:
     return _check_unicode(value, name, where)
 
 
-def _answer(content: dict[str, Any], name: str, where: str) -> str | None:
+def _answer(content: dict[str, Any], line: bytes, name: str, where: str) -> str | None:
     value = content.get(name)
     if value is None:
         return None
@@ -112,10 +117,16 @@ def _answer(content: dict[str, Any], name: str, where: str) -> str | None:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if value in (math.inf, -math.inf):
             raise ValueError(f"{where}: field {name!r} is too large a number; write it as a string")
-        return str(value)
+        return _as_written(line, name)
     raise ValueError(
         f"{where}: field {name!r} is neither string nor number but {type(value).__name__}"
     )
+
+
+def _as_written(line: bytes, name: str) -> str:
+    """A number as it stands in the line: 0.00001, which Python would print as 1e-05."""
+    content = json.loads(line.decode("utf-8-sig"), parse_float=str, parse_int=str)
+    return str(content[name])
 
 
 def read_problems(
@@ -123,24 +134,33 @@ def read_problems(
     fields: FieldNames | None = None,
     flag: str = "--data",
     needs_solution: bool = True,
+    needs_answer: bool = False,
 ) -> list[Problem]:
     """All problems of a JSONL file (UTF-8, blank lines skipped); the answer is optional.
 
-    ``needs_solution`` False: a line without one gets an empty text.
+    ``needs_solution`` False: a line without one gets an empty text.  ``needs_answer``: a line
+    without one, or with an empty one, is a mistake.
 
     Raises:
         ValueError: names the file and line of the first mistake, and the remedy.
     """
     names = fields or FieldNames()
     problems: list[Problem] = []
-    for number, content in read_jsonl(path, flag):
-        where, name = f"{path}:{number}", names.solution
+    for number, line in _lines(path, flag):
+        content, where, name = _parse(line, number, path), f"{path}:{number}", names.solution
         given = needs_solution or name in content
+        answer = _answer(content, line, names.answer, where)
+        if needs_answer and not (answer or "").strip(" \t\r\n$"):
+            state = "no" if answer is None else "an empty"
+            raise ValueError(
+                f"{where}: problem {len(problems) + 1} has {state} {names.answer!r}; see "
+                "--answer-field"
+            )
         problems.append(
             Problem(
                 problem=_text(content, "problem", names.problem, where),
                 solution=_text(content, "solution", name, where) if given else "",
-                answer=_answer(content, names.answer, where),
+                answer=answer,
                 index=len(problems),
             )
         )
@@ -151,14 +171,7 @@ def read_problems(
 
 def read_test_problems(path: str, fields: FieldNames, flag: str) -> list[Problem]:
     """Problems to evaluate on: each has an answer, none needs a solution; ValueError as above."""
-    problems = read_problems(path, fields, flag, needs_solution=False)
-    for problem in problems:
-        if problem.answer is None:
-            raise ValueError(
-                f"{flag} {path}: problem {problem.index + 1} has no {fields.answer!r}; "
-                "see --answer-field"
-            )
-    return problems
+    return read_problems(path, fields, flag, needs_solution=False, needs_answer=True)
 
 
 def write_jsonl(path: str, objects: Iterable[dict[str, Any]]) -> None:

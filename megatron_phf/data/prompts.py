@@ -7,7 +7,7 @@ can be replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_phf.config import DataConfig
@@ -73,10 +73,27 @@ def prompt_templates(config: DataConfig) -> PromptTemplates:
     )
 
 
-def fill(template: str, problem: Problem) -> str:
-    """Replace the placeholders in one pass: a problem that itself says "{solution}" stays so."""
+def fill(template: str, problem: Problem, protect: Callable[[str], str] = str) -> str:
+    """Replace the placeholders in one pass: a problem that itself says "{solution}" stays so.
+
+    ``protect``: the tokenizer's, applied to the problem's texts but not to the template.
+    """
     values = {"problem": problem.problem, "solution": problem.solution}
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+    return _PLACEHOLDER.sub(lambda match: protect(values[match[1]]), template)
+
+
+def problem_prompt(
+    tokenizer: Tokenizer, template: str, problem: Problem, thinking: bool
+) -> list[int]:
+    """Token ids of the problem in the template; its own text is text, whatever it says.
+
+    Raises:
+        ValueError: the tokenizer cannot do that, or its chat template fails; names the problem.
+    """
+    try:
+        return tokenizer.prompt(fill(template, problem, tokenizer.protect), thinking)
+    except ValueError as error:
+        raise ValueError(f"problem {problem.index}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -103,8 +120,13 @@ def build_prompt_pairs(
     """
     pairs, dropped = [], 0
     for problem in problems:
-        student = tokenizer.prompt(fill(templates.student, problem), templates.student_thinking)
-        teacher = tokenizer.prompt(fill(templates.teacher, problem), templates.teacher_thinking)
+        student, teacher = (
+            problem_prompt(tokenizer, template, problem, thinking)
+            for template, thinking in (
+                (templates.student, templates.student_thinking),
+                (templates.teacher, templates.teacher_thinking),
+            )
+        )
         sides = (
             (student, max_student_tokens, "student", "--max-prompt-length"),
             (teacher, max_teacher_tokens, "teacher", "--max-teacher-prompt-length"),

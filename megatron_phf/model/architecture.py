@@ -238,13 +238,21 @@ def check_split(arch: Architecture, config: Config) -> None:
         )
     _check_experts(arch, config)
     _check_stages(arch.num_layers, config)
-    longest = max(config.data.max_prompt_length, config.data.max_teacher_prompt_length)
+    longest = _longest_prompt(config)
     if longest >= arch.max_position_embeddings:
         raise ValueError(
             f"a prompt of {longest} tokens leaves no room for a rollout in the model's "
             f"{arch.max_position_embeddings} positions; lower --max-prompt-length and "
             "--max-teacher-prompt-length"
         )
+
+
+def _longest_prompt(config: Config) -> int:
+    """Tokens of a prompt that leaves room for an answer; recorded ones are what they are."""
+    data = config.data
+    if config.rollout.rollout_engine != "replay":
+        return max(data.max_prompt_length, data.max_teacher_prompt_length)
+    return 0 if config.evaluation.eval_data is None else data.max_prompt_length
 
 
 def _check_experts(arch: Architecture, config: Config) -> None:

@@ -32,6 +32,7 @@ def teacher_config(config: Config) -> Config:
         account_for_loss_in_pipeline_split=False,
         recompute_granularity=None,
         max_prompt_length=config.data.max_teacher_prompt_length,
+        eval_data=None,
         lora_rank=0,
         lora_adapter=None,
     )

@@ -33,6 +33,11 @@ class SamplingParams:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens}: need at least 1")
 
+    @property
+    def divisor(self) -> float:
+        """The temperature, where logits of fp32 divided by it stay numbers."""
+        return min(max(self.temperature, 1e-30), 1e30)
+
 
 def uniforms(seed: int, sample_ids: Sequence[int], count: int) -> Tensor:
     """Uniform numbers in [0, 1), [b, count] float64: row i is a function of (seed, sample_ids[i]).
@@ -73,6 +78,8 @@ def _largest(logits: Tensor, k: int, shard: VocabularyShard) -> tuple[Tensor, Te
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Probabilities in falling order, those behind the nucleus 0."""
+    if top_p == 1:  # off: sums of rounded numbers reach 1 before the end
+        return probabilities
     before = probabilities.cumsum(-1) - probabilities
     # The token that crosses top_p stays, so that at least one does.
     return probabilities.masked_fill(before >= top_p, 0.0)
@@ -88,10 +95,10 @@ def filtered_probabilities(
     """
     if params.top_k:
         values, ids = _largest(logits, params.top_k, shard)
-        return _nucleus((values / params.temperature).softmax(-1), params.top_p), ids
-    scaled = logits.float() / params.temperature
+        return _nucleus((values / params.divisor).softmax(-1), params.top_p), ids
+    scaled = logits.float() / params.divisor
     total = torch.stack(shard.gather(scaled.logsumexp(-1))).logsumexp(0)[:, None]
-    k = _NUCLEUS_GUESS
+    k = _NUCLEUS_GUESS if params.top_p < 1 else 2**62
     while True:
         values, ids = _largest(scaled, k, shard)
         probabilities = (values - total).exp()
@@ -135,7 +142,7 @@ def sample(
         return _largest(logits, 1, shard)[1].squeeze(-1)
     uniform = uniform.to(logits.device)
     if params.top_k == 0 and params.top_p == 1:
-        return _unfiltered(logits, uniform, params.temperature, shard)
+        return _unfiltered(logits, uniform, params.divisor, shard)
     probabilities, ids = filtered_probabilities(logits, params, shard)
     weights = probabilities.double()
     index = _invert(weights, uniform * weights.sum(-1))

@@ -144,25 +144,11 @@ class ReferenceSource:
         ]
 
 
-def _check_row_length(path: str, rollouts: Sequence[Rollout], config: Config) -> None:
-    """All rows have one length with --tp-comm-overlap."""
-    budget = config.batching.max_tokens_per_microbatch
-    for number, r in enumerate(rollouts if config.parallel.tp_comm_overlap else [], 1):
-        prompt = max(len(r.student_prompt_ids), len(r.teacher_prompt_ids))
-        if prompt + len(r.response_ids) > budget:
-            raise ValueError(
-                f"--replay-file {path}: line {number} has {prompt + len(r.response_ids)} tokens, "
-                f"which a row of --max-tokens-per-microbatch {budget} must hold for "
-                "--tp-comm-overlap; raise it"
-            )
-
-
 class ReplaySource:
     """Recorded rollouts, in file order: step i trains on the i-th global batch of the file."""
 
     def __init__(self, path: str, vocab_size: int, config: Config) -> None:
         self._rollouts = read_rollouts(path, vocab_size)
-        _check_row_length(path, self._rollouts, config)
         self._batch = config.train.global_batch_size
         steps = len(self._rollouts) // self._batch
         if config.train.train_iters > steps:
@@ -186,7 +172,9 @@ def _order(context: RolloutContext) -> ProblemOrder:
 def reference_source(context: RolloutContext) -> ReferenceSource:
     """``--rollout-engine reference``."""
     prompts, room = context.prompts, response_room(context.config, context.arch)
-    return ReferenceSource(prompts.tokenizer.encode, prompts.stop_ids[0], _order(context), room)
+    end = prompts.tokenizer.eos_id
+    stop = prompts.stop_ids[0] if end is None else end
+    return ReferenceSource(prompts.tokenizer.encode, stop, _order(context), room)
 
 
 def replay_source(context: RolloutContext) -> ReplaySource:

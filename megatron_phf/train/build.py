@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from megatron_phf.config import Config
 from megatron_phf.data.problems import field_names, read_problems
-from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, prompt_templates
+from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, fill, prompt_templates
 from megatron_phf.data.tokenizer import Tokenizer
+from megatron_phf.data.unknown import unknown_tokens
 from megatron_phf.model.adapter_io import load_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
@@ -48,11 +49,11 @@ def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     data = config.data
     assert data.data is not None
     fields = field_names(data)
-    problems = read_problems(data.data, fields)
+    problems, templates = read_problems(data.data, fields), prompt_templates(data)
     pairs, dropped = build_prompt_pairs(
         tokenizer,
         problems,
-        prompt_templates(data),
+        templates,
         data.max_prompt_length,
         data.max_teacher_prompt_length,
         data.overlong_prompts,
@@ -60,4 +61,9 @@ def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     say(f"data     {len(pairs)} problems from {data.data}, {dropped} dropped as too long")
     if not tokenizer.has_chat_template:
         say("prompts  the tokenizer has no chat template: plain text and a newline")
+    messages = (fill(t, p.problem) for p in pairs for t in (templates.student, templates.teacher))
+    prompts = [ids for pair in pairs for ids in (pair.student_ids, pair.teacher_ids)]
+    unknown = unknown_tokens(tokenizer, messages, prompts)
+    if unknown is not None:
+        say(f"warning  --data {data.data}: {unknown}")
     return pairs

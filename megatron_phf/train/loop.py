@@ -101,7 +101,12 @@ def _read_prompts(config: Config, arch: Architecture, directory: str) -> Prompts
     tokenizer = load_tokenizer(config)
     stop_ids = stop_token_ids(tokenizer, directory)
     check_token_ids(tokenizer, stop_ids, common_vocab_size(arch, config))
-    return Prompts(tokenizer, read_prompts(config, tokenizer), stop_ids)
+    pairs = read_prompts(config, tokenizer)
+    ends = {pairs[0].student_ids[-1], pairs[0].teacher_ids[-1]} & set(stop_ids)
+    if ends:  # as some models' templates do
+        name = tokenizer.decode(sorted(ends), skip_special_tokens=False)
+        say(f"warning  prompts end with the stop token {name}; does the chat template mean that?")
+    return Prompts(tokenizer, pairs, stop_ids)
 
 
 def _recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
@@ -144,6 +149,8 @@ def _evaluation(
     tokenizer = load_tokenizer(config)
     stop_ids = stop_token_ids(tokenizer, config.model.hf_model)
     tests = read_test_set(path, "--eval-data", config, tokenizer)
+    if tests.unknown is not None:
+        say(f"warning  {tests.unknown}")
     room = arch.max_position_embeddings - tests.longest_prompt
     log = EvaluationLog(config.output.output_dir, done)
     with make_grader(config.evaluation.grader) as grader:

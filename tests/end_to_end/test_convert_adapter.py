@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from tests.end_to_end.test_bad_input import fails_once
 from tests.end_to_end.test_convert_tool import TOOL, TP2
 from tests.launch import run
-from tests.models import make_adapter, make_model
+from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import launch
 
 
@@ -25,10 +25,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("adapter")
     model = make_model(str(directory / "model"))
     adapter = make_adapter(str(directory / "adapter"), model)
+    replay = make_replay(str(directory / "replay.jsonl"), [3])
     lora = {"lora-rank": 8, "lora-alpha": 12, "lora-adapter": adapter}
     argv = [f"--{k}={v}" for k, v in lora.items()]
     argv += ["--hf-model", model, *TP2, "--dtype", "fp32", "--rollout-engine", "replay"]
-    argv += ["--replay-file", __file__, "--max-prompt-length", "32", "--global-batch-size", "4"]
+    argv += ["--replay-file", replay, "--max-prompt-length", "32", "--global-batch-size", "4"]
     argv += ["--max-teacher-prompt-length", "32"]
     saved = directory / "run" / "iter_0000007"
     launch(2, [{"kind": "reshard", "name": "save", "argv": argv, "save": str(saved)}], directory)

@@ -102,6 +102,8 @@ def files(tmp_path_factory) -> dict[str, str]:
         "SCALED": scaled,
         "EMPTY": str(tmp_path_factory.mktemp("empty")),
         "REPLAY": make_replay(str(directory / "replay.jsonl"), [2, 3]),
+        "LONG": make_replay(str(directory / "long.jsonl"), [3, 520]),
+        "MIDDLE": make_replay(str(directory / "middle.jsonl"), [97]),
     }
 
 
@@ -109,6 +111,8 @@ SHORT = "--max-new-tokens 64 --max-prompt-length 64 --max-teacher-prompt-length 
 DATA = "--data DATA " + SHORT
 REAL = "--hf-model MODEL " + DATA
 TWO = "--hf-model TWO " + DATA
+RECORDED = "--hf-model MODEL --rollout-engine replay --replay-file "
+PACKED = "--pack-sequences --context-parallel-size 2 --max-tokens-per-microbatch "
 MISTAKES = {
     "--train-iters 0": "--train-iters 0: need at least 1",
     "--opsd-beta 1.5": "--opsd-beta 1.5: need 0 to 1",
@@ -167,6 +171,14 @@ MISTAKES = {
     REAL
     + "--tokenizer-model DATA": "no such directory (for a SentencePiece file: --tokenizer-type",
     "--tokenizer-model MODEL": "--tokenizer-model needs --hf-model",
+    RECORDED + "LONG": "rollout 2 has 529 tokens for the student, whose positions end at 512; was",
+    RECORDED + "MIDDLE --teacher-hf-model SHORT": "rollout 1 has 116 tokens for the teacher, whose",
+    RECORDED + "DATA": "data.jsonl:1: no field 'student_prompt_ids'",
+    RECORDED + "REPLAY --eval-data DATA --max-prompt-length 512": "no room for a rollout in the",
+    RECORDED
+    + "REPLAY --global-batch-size 2 "
+    + PACKED
+    + "16": "rollout 1 has 24 tokens, padded to a multiple of 2 x --context-parallel-size 2, ",
 }
 
 
@@ -184,6 +196,14 @@ def test_a_good_command_line_gives_the_process_count(files: dict[str, str], caps
     words = [files.get(word, word) for word in REAL.split()]
     assert preflight.main([*words, "--tensor-model-parallel-size", "4"]) == 0
     assert capsys.readouterr().out == f"4 {max(1, (os.cpu_count() or 1) // 4)}\n"
+
+
+@pytest.mark.parametrize("more", ["", PACKED + "24", "--teacher-hf-model SHORT"])
+def test_a_replay_is_as_long_as_its_rollouts(files: dict[str, str], capsys, more: str) -> None:
+    """2,048 tokens of a teacher's prompt, the default, and 1,024 new ones are no limits of it."""
+    words = [files.get(word, word) for word in (RECORDED + "REPLAY " + more).split()]
+    assert preflight.main([*words, "--global-batch-size", "2", "--train-iters", "1"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ import torch
 
 from megatron_phf.data.arithmetic import make_problems, make_tokenizer
 from megatron_phf.data.batch import flow_window, make_local_batch
-from megatron_phf.data.problems import FieldNames, Problem, read_problems, write_jsonl
+from megatron_phf.data.problems import (
+    FieldNames,
+    Problem,
+    read_problems,
+    read_test_problems,
+    write_jsonl,
+)
 from megatron_phf.data.prompts import PromptTemplates, build_prompt_pairs, fill
 from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
 from megatron_phf.data.tokenizer import HFTokenizer
@@ -31,6 +37,28 @@ def test_read_problems(tmp_path: Path) -> None:
     assert first == Problem("1+1?", "It is 2.", "2", 0)
     assert (second.problem, second.answer, second.index) == ("né?", "3.5", 1)
     assert third.answer is None
+
+
+@pytest.mark.parametrize(
+    "number",
+    ["0.00001", "1e-05", "1.0", "-0.0", "1E5", "0.10", "12345678901234567890123", "5e-324"],
+)
+def test_an_answer_is_kept_as_written(tmp_path: Path, number: str) -> None:
+    """Python prints 0.00001 as 1e-05, and 0.1234567890123456789 as another number."""
+    line = f'{{"problem": "p", "solution": "s", "answer": {number}, "other": 1e-05}}'
+    path = write(tmp_path / "d.jsonl", line)
+    assert [p.answer for p in read_problems(path)] == [number]
+    assert is_correct(f"\\boxed{{{number}}}", number)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"), [("", "an empty"), ("  ", "an empty"), ("$$", "an empty"), (None, "no")]
+)
+def test_a_test_problem_has_an_answer(tmp_path: Path, answer: str | None, state: str) -> None:
+    path = write(tmp_path / "d.jsonl", GOOD, "", {**GOOD, "answer": answer})
+    with pytest.raises(ValueError, match=rf"d\.jsonl:3: problem 2 has {state} 'answer'; see"):
+        read_test_problems(path, FieldNames(), "--eval-data")
+    assert len(read_problems(path)) == 2  # training needs none
 
 
 def test_read_problems_with_other_field_names(tmp_path: Path) -> None:

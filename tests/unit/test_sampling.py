@@ -64,6 +64,30 @@ def test_a_wide_nucleus_is_found_in_a_large_vocabulary() -> None:
         assert torch.allclose(found / found.sum(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [0, 3, 60, 10**6])
+def test_top_p_of_one_is_off(top_k: int) -> None:
+    """Sums of fp32 numbers reach 1 before the end: the tail of 4e-7 is as probable as it was."""
+    logits = torch.cat([torch.zeros(1, 3), torch.full((1, 57), -19.0)], -1)
+    probabilities, ids = filtered_probabilities(logits, params(top_k=top_k))
+    expected = exact(logits[0], params(top_k=top_k))
+    found = torch.zeros_like(expected).index_copy(0, ids[0], probabilities[0].double())
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
+    assert (found > 0).sum() == (top_k or 60 if top_k < 60 else 60)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_k": 8, "top_p": 0.9}, {"top_p": 0.9}])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-6, 1e40, 1e300])
+def test_extreme_temperatures(temperature: float, filters: dict) -> None:
+    """The largest logit, or any that the filters leave; never an entry of padding."""
+    logits = torch.cat([LOGITS, torch.full((1, 2), -torch.inf)], -1).expand(500, -1)
+    chosen = sample(logits, uniforms(5, [0], 500)[0], params(temperature=temperature, **filters))
+    if temperature < 1:
+        assert set(chosen.tolist()) == {2}
+    else:
+        most = filters.get("top_k", 8)
+        assert len(set(chosen.tolist())) == most and chosen.max() < 8
+
+
 def test_greedy_and_the_ends_of_the_unit_interval() -> None:
     assert sample(LOGITS, torch.tensor([0.3]), params(temperature=0.0)).tolist() == [2]
     both = sample(LOGITS.expand(2, -1), torch.tensor([0.0, 1 - 1e-16]).double(), params(top_k=3))
