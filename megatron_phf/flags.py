@@ -12,6 +12,7 @@ import typing
 from typing import Any, NoReturn
 
 from megatron_phf.config import Config, config_groups, flag_of
+from megatron_phf.console import print_anything
 
 # The tiny model learns from scratch-sized steps; found in docs/experiments.md.
 EMBEDDED_DEFAULTS: dict[str, Any] = {
@@ -88,4 +89,5 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
+    print_anything()
     build_parser().print_help()

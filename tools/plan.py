@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_phf.config import Config
+from megatron_phf.console import print_anything
 from megatron_phf.data.hf_files import read_json_object
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
 from megatron_phf.model.flops import forward_flops, student_flops
@@ -242,4 +243,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

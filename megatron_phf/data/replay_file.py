@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,3 +60,11 @@ def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
 def rollout_to_json(rollout: Rollout) -> dict[str, list[int]]:
     """The line of a replay file."""
     return {name: list(getattr(rollout, name)) for name in _FIELDS}
+
+
+def is_rollout(line: str) -> bool:
+    """Whether a line is one of a replay file."""
+    try:
+        return set(_FIELDS) <= set(json.loads(line))
+    except (ValueError, TypeError):
+        return False
