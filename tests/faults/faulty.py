@@ -7,8 +7,8 @@ restarts: it leaves a file PLAN.json.N.  ``where``: a phase (rollout, teacher, s
 ``backward``, ``save_files`` (a checkpoint is about to be written), ``write`` (its files are there,
 not yet visible), ``publish`` (it is renamed, not yet the latest).
 ``action``: KILL, STOP, USR1, TERM; CTRL_C: SIGINT to torchrun; FSIZE: no file may grow any
-longer, as on a full disk; "BLOCK PATH": somebody puts a file into a directory PATH.  {"seconds": [low, high], "count": n, "seed": s} kills a random rank
-after a random time, n times.
+longer, as on a full disk; "BLOCK PATH": somebody puts a file into a directory PATH.
+{"seconds": [low, high], "count": n, "seed": s} kills a random rank after a random time, n times.
 """
 
 from __future__ import annotations

@@ -155,6 +155,15 @@ def test_a_mounted_target_is_refused(there: Path, monkeypatch: pytest.MonkeyPatc
         check(config_of(there, save_hf="{d}/empty"))
 
 
+@pytest.mark.parametrize("name", ["initial_model", "base_model"])
+def test_the_embedded_task_replaces_its_own_models(there: Path, name: str) -> None:
+    config = parse_args(["--output-dir", str(there / "parent")])
+    check(config)
+    (there / "mine").rename(there / "parent" / name)
+    with pytest.raises(ValueError, match=rf"--output-dir \(its {name}\) .*is not empty, and no"):
+        check(config)
+
+
 def test_an_evaluation_writes_its_output_alone(there: Path) -> None:
     """Flags of training have no effect there; --output-dir has."""
     config = config_of(there, save_hf="{d}/mine")
