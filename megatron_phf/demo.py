@@ -13,21 +13,20 @@ import os
 import time
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
-from megatron_phf.data.problems import write_jsonl
+from megatron_phf.data.problems import jsonl
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs
 from megatron_phf.data.replay_file import Rollout
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_phf.evaluate import Evaluation, evaluation_sampling, make_test_set
 from megatron_phf.grading import Grader, make_grader
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
+from megatron_phf.model.directories import write_directory
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
-from megatron_phf.output import write_json
+from megatron_phf.output import write_json, write_new_text
 from megatron_phf.report.demo import plot_demo
 from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
 from megatron_phf.rollout.sources import (
@@ -40,12 +39,13 @@ from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.loop import StepHooks, train_steps
-from megatron_phf.train.run_files import write_run_file
+from megatron_phf.train.run_files import keep_earlier_files, write_run_file
 from megatron_phf.train.summary import run_summary
 from megatron_phf.train.warm_start import warm_start
 
 _TRAIN_PROBLEMS = 20_000
 _EVAL_BATCH = 512
+_SUMMARY, _PLOT = "summary.json", "report.png"
 
 
 class _Demo:
@@ -55,10 +55,11 @@ class _Demo:
         self.config = config
         self.directory = config.output.output_dir
         initial = os.path.join(self.directory, "initial_model")
-        if parallel.is_first_rank():
-            os.makedirs(self.directory, exist_ok=True)
-            make_hf_directory(initial, seed=config.train.seed)
-        dist.barrier()
+        parallel.raise_together(
+            write_directory(
+                *(initial, "--output-dir"), lambda d: make_hf_directory(d, seed=config.train.seed)
+            )
+        )
         self.arch = read_architecture(initial)
         check_split(self.arch, config)
         self.initial = initial
@@ -96,7 +97,7 @@ class _Demo:
         losses = warm_start(student, self.arch, self.config, examples)
         if losses:
             say(f"warm start: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-        save_hf(student, self.arch, self.config, self.initial, self.base)
+        save_hf(student, self.arch, self.config, self.initial, self.base, flag="--output-dir")
         return student, len(losses)
 
     def _solution(self, pair: PromptPair) -> list[int]:
@@ -128,8 +129,8 @@ class _Demo:
             response_room(config, self.arch),
         )
         distiller = make_distiller(self.arch, config, student)
-        evaluator = self.evaluator(student, config, grader)
         write_run_file(config, self.arch)
+        evaluator = self.evaluator(student, config, grader)
         evaluator.log.add(0, base)
         logger = RunLogger(config, train.train_iters, config.output.run_name)
         hooks = StepHooks(self.tokenizer, show_example, self.stop_ids)
@@ -153,10 +154,10 @@ def write_task(config: Config, directory: str, templates: str) -> None:
         lines = [dataclasses.asdict(p) for p in split]
         for line in lines:
             del line["index"]
-        write_jsonl(os.path.join(directory, f"{name}.jsonl"), lines)
+        write_new_text(os.path.join(directory, f"{name}.jsonl"), jsonl(lines))
     for side in ("student", "teacher"):
-        with open(os.path.join(templates, f"{side}.txt"), "w", encoding="utf-8") as f:
-            f.write(getattr(ARITHMETIC_TEMPLATES, side))
+        path = os.path.join(templates, f"{side}.txt")
+        write_new_text(path, getattr(ARITHMETIC_TEMPLATES, side))
 
 
 def _record(evaluation: Evaluation, seconds: float) -> dict[str, Any]:
@@ -174,6 +175,9 @@ def _mean(runs: list[dict[str, Any]]) -> float:
 def run(config: Config) -> dict[str, Any]:
     """Warm start, both methods over the seeds, evaluations; writes summary and plot."""
     begin = time.perf_counter()
+    if parallel.is_first_rank():
+        own = config.replaced(metrics_file=None, record_rollouts=None)  # of no run here
+        keep_earlier_files(own, ("evaluations.jsonl", _SUMMARY, _PLOT))
     demo = _Demo(config)
     say(run_summary(demo.arch, config))
     student, warm_steps = demo.warm_started()
@@ -259,5 +263,5 @@ def _verdict(summary: dict[str, Any]) -> str:
 
 
 def _write(directory: str, summary: dict[str, Any], curves: dict[str, list[list[Any]]]) -> None:
-    write_json(os.path.join(directory, "summary.json"), summary)
-    plot_demo(os.path.join(directory, "report.png"), summary, curves)
+    write_json(os.path.join(directory, _SUMMARY), summary)
+    plot_demo(os.path.join(directory, _PLOT), summary, curves)

@@ -16,6 +16,8 @@ from megatron_phf.data.problems import Problem, keep_lines, read_jsonl
 from megatron_phf.evaluate import Answer, Evaluation
 from megatron_phf.output import write_json
 
+_GENERATIONS, _SUMMARY = "generations.jsonl", "summary.json"
+
 
 def read_generations(path: str, flag: str) -> list[tuple[str, list[Answer]]]:
     """(problem's text, its answers) of each line; ValueError names file and line of a mistake."""
@@ -41,7 +43,7 @@ class GenerationStore:
             ValueError: the directory belongs to another evaluation, or cannot be written.
         """
         self._directory = directory
-        self._path = os.path.join(directory, "generations.jsonl")
+        self._path = os.path.join(directory, _GENERATIONS)
         try:
             os.makedirs(directory, exist_ok=True)
             self._check_settings(settings)
@@ -53,6 +55,12 @@ class GenerationStore:
         path = os.path.join(self._directory, "settings.json")
         settings = json.loads(json.dumps(settings))
         if not os.path.exists(path):
+            for name in (_GENERATIONS, _SUMMARY):
+                if os.path.lexists(os.path.join(self._directory, name)):
+                    raise ValueError(
+                        f"--output-dir {self._directory}: its {name} is of no evaluation (there "
+                        "is no settings.json); name another directory"
+                    )
             write_json(path, settings)
             return
         with open(path, encoding="utf-8") as f:
@@ -98,4 +106,4 @@ class GenerationStore:
         """Write the summary."""
         record = whole.record(shown=0)
         del record["samples"]
-        write_json(os.path.join(self._directory, "summary.json"), record)
+        write_json(os.path.join(self._directory, _SUMMARY), record)

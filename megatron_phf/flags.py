@@ -12,6 +12,7 @@ import typing
 from typing import Any, NoReturn
 
 from megatron_phf.config import Config, config_groups, flag_of
+from megatron_phf.console import print_anything
 from megatron_phf.presets import preset_flags
 
 # The tiny model learns from scratch-sized steps; found in docs/experiments.md.
@@ -131,4 +132,5 @@ def departures(config: Config) -> list[str]:
 
 
 if __name__ == "__main__":
+    print_anything()
     build_parser().print_help()

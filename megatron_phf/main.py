@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_phf import preflight
 from megatron_phf.config import Config
+from megatron_phf.console import print_anything
 from megatron_phf.flags import parse_args
+from megatron_phf.job_paths import JobPath, check_paths, training_paths
 from megatron_phf.signals import StopSignals
 from megatron_phf.train.run_lock import RunLock
 
@@ -54,7 +57,7 @@ def _first_to_fail() -> bool:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return _is_first_rank()
     with contextlib.suppress(RuntimeError):  # the store itself may be gone with its rank
         return dist.distributed_c10d._get_default_store().add("megatron_phf/failures", 1) == 1
     return False
@@ -62,6 +65,7 @@ def _first_to_fail() -> bool:
 
 def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) -> None:
     """Run a rank's work; of an error the first rank to fail says what it is, and all leave."""
+    print_anything()
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message, category=UserWarning)
     try:
@@ -107,7 +111,7 @@ def _run(config: Config, job: Job, signals: StopSignals) -> None:
 def _locked(config: Config) -> list[RunLock]:
     """Rank 0 keeps other runs out of the directories that this one writes."""
     directories = {"--output-dir": config.output.output_dir, "--save": config.checkpoint.save}
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first_rank():
         return []
     return [RunLock(path, flag) for flag, path in directories.items() if path is not None]
 
@@ -125,19 +129,35 @@ def _train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
         lock.release()
 
 
-def run_rank(read: Callable[[], Config], job: Job) -> None:
+def _leave_silently_at_sigint() -> None:
+    """Until a job listens to it: without a traceback of each rank."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_rank(
+    read: Callable[[], Config], job: Job, paths: Callable[[Config], list[JobPath]] = training_paths
+) -> None:
     """Check what ``read`` gives, join the other ranks, run ``job``.
 
-    torchrun's environment says who we are.  Leaves with status 1, and one message from one rank,
-    where anything fails.
+    ``paths``: what the job reads and writes.  torchrun's environment says who we are.  Leaves with
+    status 1, and one message from one rank, where anything fails.
     """
+    print_anything()
+    _leave_silently_at_sigint()
     try:
         config = read()
         preflight.check(config)
         preflight.check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+        if _is_first_rank():  # which writes them
+            check_paths(paths(config), config)
     except ValueError as error:
-        # Every rank finds the same; one says so.
-        _fail(f"error: {error}" if os.environ.get("RANK", "0") == "0" else "")
+        # Every rank finds the same, or waits for the first; one says so.
+        _fail(f"error: {error}" if _is_first_rank() else "")
     signals = StopSignals()
     leave_on_error(lambda: _run(config, job, signals), signals)
 

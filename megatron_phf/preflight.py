@@ -14,12 +14,14 @@ import subprocess
 import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
+from megatron_phf.console import print_anything
 from megatron_phf.data.arithmetic import MODEL_CONFIG
 from megatron_phf.data.problems import field_names, read_problems, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.flags import parse_args
 from megatron_phf.gpu_flags import check_fp8_model, check_gpu, check_row
 from megatron_phf.grader_process import check_grader
+from megatron_phf.job_paths import check_paths, training_paths
 from megatron_phf.model.adapter_config import check_lora, target_modules
 from megatron_phf.model.architecture import (
     Architecture,
@@ -323,8 +325,8 @@ def check(config: Config) -> None:
 def _num_gpus() -> int:
     if shutil.which("nvidia-smi") is None:
         return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
+    return listing.stdout.count(b"GPU ") if listing.returncode == 0 else 0
 
 
 def process_count(config: Config, num_gpus: int) -> int:
@@ -347,6 +349,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_args(argv)
         check(config)
+        check_paths(training_paths(config), config)
         count = process_count(config, _num_gpus())
         check_world_size(config, count)
     except ValueError as error:
@@ -357,4 +360,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: the first asks for an orderly end, the second ends the process at once."""
+"""Signals that ask for an orderly end; the second of them ends the process at once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import os
 import signal
 import socket
 import threading
+import time
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# What schedulers send, Ctrl-C, and a terminal that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# Ctrl-C may reach a rank twice: from the terminal, and handed on by torchrun.
+_SAME_SECONDS = 1.0
 
 
 class StopSignals:
@@ -25,7 +29,8 @@ class StopSignals:
     def install(self) -> None:
         """From now on a signal waits for the end of the step."""
         for number in STOP_SIGNALS:
-            signal.signal(number, lambda number, frame: None)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="stop-signals", daemon=True).start()
 
@@ -33,12 +38,18 @@ class StopSignals:
         """Signals end the process again; at once where one has come before."""
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
 
     def _watch(self) -> None:
+        first = 0.0
         while received := self._reader.recv(1):
-            if received[0] not in STOP_SIGNALS:
+            number = received[0]
+            if number not in STOP_SIGNALS:
+                continue
+            again = number == self.received == signal.SIGINT
+            if again and time.monotonic() - first < _SAME_SECONDS:
                 continue
             if self.received is not None:
-                os._exit(128 + received[0])
-            self.received = received[0]
+                os._exit(128 + number)
+            self.received, first = number, time.monotonic()

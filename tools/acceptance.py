@@ -24,6 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from megatron_phf.console import print_anything  # noqa: E402
+
 # (largest deviation of a value, of a gradient): rounding of the weights' dtype, and of FP8; packed
 # rows, those with userbuffers and those cut over context ranks, are in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (3e-2, 2e-1), "fp8": (1e-1, 5e-1)}
@@ -174,7 +176,8 @@ def launch(plan: Plan, cases: list[dict[str, Any]]) -> str | None:
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(
         [*command, path, plan.directory],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=environment, capture_output=True, check=False,
+        encoding="utf-8", errors="backslashreplace",
     )  # fmt: skip
     for case in cases:
         Path(plan.directory, f"{case['name']}.log").write_text(done.stdout, encoding="utf-8")
@@ -355,4 +358,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -13,7 +13,12 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_phf.console import print_anything
 
 
 def load_export(directory: str, base: str | None = None) -> Any:
@@ -56,8 +61,10 @@ def write_probe(directory: str, probe_file: str, base: str | None = None) -> Non
     """Write what transformers (and peft) compute in fp32, for comparison with another model.
 
     Raises:
-        ValueError: the model cannot be loaded.
+        ValueError: the model cannot be loaded, or the file is there already.
     """
+    if os.path.lexists(probe_file):
+        raise ValueError(f"{probe_file}: is there already; name another file")
     import torch
     from safetensors.torch import save_file
 
@@ -131,4 +138,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

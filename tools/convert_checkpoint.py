@@ -25,10 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_phf.config import Config  # noqa: E402
+from megatron_phf.console import print_anything  # noqa: E402
+from megatron_phf.job_paths import JobPath, Role, check_paths  # noqa: E402
 from megatron_phf.model.adapter_config import read_adapter_config  # noqa: E402
 from megatron_phf.model.architecture import check_split, read_architecture  # noqa: E402
 from megatron_phf.model.weight_files import check_hf_weights  # noqa: E402
-from megatron_phf.output import remove, replace_directory  # noqa: E402
+from megatron_phf.output import (  # noqa: E402
+    PARTIAL,
+    mark,
+    not_ours,
+    remove,
+    replace_directory,
+    set_aside,
+)
 from megatron_phf.train.checkpoint_files import (  # noqa: E402
     MANIFEST,
     TRACKER,
@@ -78,19 +87,31 @@ def _kept_dtype(directory: str, found: set[str]) -> str:
     return _DTYPES[found.pop()]
 
 
+def _check_target(args: argparse.Namespace) -> None:
+    """Raise ValueError where the target is there, meets a source, or cannot be written."""
+    if os.path.lexists(args.target) and not args.overwrite:
+        raise ValueError(f"{args.target}: is there already; pass --overwrite to replace it")
+    from_hf = args.action in ("hf-to-megatron", "merge-adapter")
+    paths = [JobPath("SOURCE", args.source, Role.MODEL if from_hf else Role.CHECKPOINTS)]
+    more = {
+        "ADAPTER": getattr(args, "adapter", None),
+        "--hf-model": getattr(args, "hf_model", None),
+    }
+    paths += [JobPath(name, path, Role.MODEL) for name, path in more.items() if path is not None]
+    check_paths([*paths, JobPath("TARGET", args.target, Role.WHOLE)], Config())
+
+
 def plan_job(args: argparse.Namespace) -> dict[str, Any]:
     """The job for ``megatron_phf.convert``, every check without torch done.
 
     Raises:
         ValueError: source, target or sizes do not fit; names the remedy.
     """
-    target = os.path.abspath(args.target)
-    if os.path.lexists(target) and not args.overwrite:
-        raise ValueError(f"{args.target}: is there already; pass --overwrite to replace it")
+    _check_target(args)
     job = {
         "action": args.action,
         "source": os.path.abspath(args.source),
-        "target": target + ".partial",
+        "target": os.path.realpath(args.target) + PARTIAL,
         "dtype": None if args.dtype == "keep" else args.dtype,
         "max_shard_bytes": parse_size(args.max_shard_size),
     }
@@ -163,7 +184,8 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         [sys.executable, *command],
         env={"OMP_NUM_THREADS": "1", **os.environ, **fixed, **environment},
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="backslashreplace",
         check=False,
     )
     if done.returncode:
@@ -214,7 +236,7 @@ def convert(args: argparse.Namespace) -> None:
         ValueError: anything went wrong; the target is as it was.
     """
     job = plan_job(args)
-    partial, target = job["target"], job["target"].removesuffix(".partial")
+    partial, target = job["target"], job["target"].removesuffix(PARTIAL)
     remove(partial)
     try:
         with tempfile.TemporaryDirectory() as directory:
@@ -223,11 +245,14 @@ def convert(args: argparse.Namespace) -> None:
             _start_ranks(job, directory)
             if args.verify:
                 _verify(job, args.tolerance)
+        mark(partial)
+        if not_ours(target) is not None:  # --overwrite, but not a word of throwing it away
+            print(f"what was in {target} is in {set_aside([target])[0]} now")
         replace_directory(partial, target)
     except OSError as error:
         raise ValueError(f"{target}: cannot be written ({error})") from error
     finally:
-        for path in (partial, partial + ".partial"):
+        for path in (partial, partial + PARTIAL):
             remove(path)
 
 
@@ -282,4 +307,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

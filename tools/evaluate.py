@@ -23,8 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf.config import Config
+from megatron_phf.console import print_anything
 from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.flags import parse_args
+from megatron_phf.job_paths import evaluation_paths
 from megatron_phf.main import run_rank
 
 _DEFAULTS = ["--eval-max-new-tokens", "38912", "--max-prompt-length", "2048"]
@@ -118,8 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     if "replay" in given:
         _regrade(given, args)
     else:
-        run_rank(read, job)
+        run_rank(read, job, evaluation_paths)
 
 
 if __name__ == "__main__":
+    print_anything()
     main()

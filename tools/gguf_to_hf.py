@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_phf.console import print_anything
+from megatron_phf.output import PARTIAL, mark, not_ours, remove, replace_directory
 
 
 def find_gguf(source: str) -> Path:
@@ -41,12 +47,17 @@ def convert(source: str, output: str) -> None:
     """Write weights (fp32), configuration, tokenizer and chat template to ``output``.
 
     Raises:
-        ValueError: the file is missing, or transformers cannot read it.
+        ValueError: the file is missing, transformers cannot read it, or ``output`` is in use or
+            cannot be written.
     """
     file = find_gguf(source)
+    reason = not_ours(output)
+    if reason is not None:
+        raise ValueError(f"{output} {reason}; name another directory")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError(f"{file}: transformers reads it with the package gguf: pip install gguf")
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -68,8 +79,17 @@ def convert(source: str, output: str) -> None:
     plain = type(model)(type(model.config).from_dict(settings))
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
-    plain.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    partial = os.path.realpath(output) + PARTIAL
+    try:
+        remove(partial)
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        mark(partial)
+        replace_directory(partial, output)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{output}: cannot be written ({error})") from error
+    finally:
+        remove(partial)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,4 +108,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -24,7 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf import preflight
+from megatron_phf.console import print_anything
 from megatron_phf.flags import parse_args
+from megatron_phf.job_paths import check_paths, training_paths
 from megatron_phf.output import write_json
 from megatron_phf.presets import read_flags
 
@@ -54,7 +56,7 @@ class Run:
         marker = self.directory / "finished.json"
         if not marker.is_file():
             return False
-        if tuple(json.loads(marker.read_text())["flags"]) != self.flags:
+        if tuple(json.loads(marker.read_text(encoding="utf-8"))["flags"]) != self.flags:
             raise ValueError(
                 f"{marker}: this run had other flags; name another --output-dir, or remove "
                 f"{self.directory} to run it again"
@@ -84,7 +86,9 @@ def make_runs(
                 flags += ["--save", checkpoints, "--load", checkpoints, "--keep-last", "1"]
             flags = [flag.replace("{seed}", str(seed)) for flag in flags]
             try:
-                preflight.check(parse_args(flags))
+                config = parse_args(flags)
+                preflight.check(config)
+                check_paths(training_paths(config), config)
             except ValueError as error:
                 raise ValueError(f"{name}, seed {seed}: {error}") from error
             runs.append(Run(name, seed, directory, tuple(flags)))
@@ -97,7 +101,7 @@ def execute(run: Run, processes: int, threads: int) -> bool:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", str(processes), str(_LAUNCHER), *run.flags]
     start = time.monotonic()
-    with open(run.directory / "log.txt", "w", encoding="utf-8") as log:
+    with open(run.directory / "log.txt", "a", encoding="utf-8") as log:  # after a failed attempt's
         status = subprocess.call(
             [*command, "--no-progress"],
             stdout=log,
@@ -151,4 +155,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -16,23 +16,36 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf.config import Config
+from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES
 from megatron_phf.flags import parse_args
+from megatron_phf.job_paths import training_paths
 from megatron_phf.main import run_rank
+from megatron_phf.output import check_new_text
 
 
 def _read() -> Config:
     config = parse_args(sys.argv[1:])
     if not config.is_embedded:
         raise ValueError("--hf-model and --data belong to another task: leave them out")
+    for side in ("student", "teacher"):
+        path = os.path.join(config.output.output_dir, f"{side}.txt")
+        check_new_text(path, getattr(ARITHMETIC_TEMPLATES, side))
     return config
+
+
+def _directory(config: Config) -> str:
+    return os.path.join(config.output.output_dir, f"seed{config.train.seed}")
 
 
 def _make(config: Config) -> None:
     from megatron_phf.demo import write_task
 
-    output = config.output.output_dir
-    write_task(config, os.path.join(output, f"seed{config.train.seed}"), output)
+    write_task(config, _directory(config), config.output.output_dir)
 
 
 if __name__ == "__main__":
-    run_rank(_read, lambda config, *_: _make(config))
+    run_rank(
+        _read,
+        lambda config, *_: _make(config),
+        lambda config: training_paths(config.replaced(output_dir=_directory(config))),
+    )

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_phf import preflight  # noqa: E402
 from megatron_phf.config import Config  # noqa: E402
+from megatron_phf.console import print_anything  # noqa: E402
 from megatron_phf.flags import parse_args  # noqa: E402
 from megatron_phf.hidden.spec import flow_spec  # noqa: E402
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture  # noqa: E402
@@ -76,7 +77,13 @@ def run_product(arguments: list[str], processes: int, directory: str) -> tuple[d
     command += ["--nproc-per-node", str(processes), "tests/parallel/driver.py", cases, directory]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        check=False,
+        encoding="utf-8",
+        errors="backslashreplace",
     )
     if done.returncode:
         raise ValueError(f"the product's run failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -203,4 +210,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

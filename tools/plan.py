@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_phf.config import Config, flag_of
+from megatron_phf.console import print_anything
 from megatron_phf.data.hf_files import read_json_object
 from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
@@ -249,4 +250,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -15,9 +15,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from megatron_phf.data.problems import read_jsonl, write_jsonl
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_phf.console import print_anything
+from megatron_phf.data.problems import jsonl, read_jsonl
+from megatron_phf.output import write_new_text
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
@@ -67,9 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: need at least 1")
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
         problems = list(islice(convert(args.format, args.input), args.limit))
-        write_jsonl(args.output, problems)
+        os.makedirs(os.path.dirname(os.path.realpath(args.output)), exist_ok=True)
+        write_new_text(args.output, jsonl(problems))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,4 +83,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_phf.config import DataConfig
 from megatron_phf.data.hf_files import parse_json, shown
+from megatron_phf.output import free_number, new_file
 
 
 @dataclass(frozen=True)
@@ -174,26 +176,31 @@ def read_test_problems(path: str, fields: FieldNames, flag: str) -> list[Problem
     return read_problems(path, fields, flag, needs_solution=False, needs_answer=True)
 
 
+def jsonl(objects: Iterable[dict[str, Any]]) -> str:
+    """The text of a JSON Lines file: one object a line."""
+    return "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
+
+
 def write_jsonl(path: str, objects: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line: the whole file appears, or the old one stays."""
-    partial = path + ".tmp"
-    with open(partial, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in objects)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, path)
+    with new_file(path) as f:
+        f.write(jsonl(objects))
 
 
-def keep_lines(path: str, wanted: Callable[[int, str], bool]) -> None:
+def keep_lines(
+    path: str, wanted: Callable[[int, str], bool], ours: Callable[[str], bool] = lambda line: True
+) -> None:
     """Keep the lines of a file with ``wanted(number from 1, line)``; a torn last line goes too.
 
-    The file is empty afterwards where there was none.
+    Where a line that is not ``ours`` would go, the file stays as PATH.N, and a copy is cut.  The
+    file is empty afterwards where there was none.
     """
-    kept: list[str] = []
+    lines: list[str] = []
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
-            lines = enumerate(f, start=1)
-            kept = [line for i, line in lines if line.endswith("\n") and wanted(i, line)]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n")]
+    kept = [line for i, line in enumerate(lines, start=1) if wanted(i, line)]
+    if len(kept) < len(lines) and not all(ours(line) for line in lines):
+        shutil.copyfile(path, f"{path}.{free_number([path])}")
+    with new_file(path) as f:
         f.writelines(kept)
-    os.replace(path + ".tmp", path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,3 +102,11 @@ def rollout_to_json(rollout: Rollout) -> dict[str, list[int]]:
     if rollout.response_mask is not None:
         line[_MASK] = [int(scored) for scored in rollout.response_mask]
     return line
+
+
+def is_rollout(line: str) -> bool:
+    """Whether a line is one of a replay file."""
+    try:
+        return set(_FIELDS) <= set(json.loads(line))
+    except (ValueError, TypeError):
+        return False

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_phf.config import TokenizerConfig
 from megatron_phf.data.hf_files import INDEX_FILE
+from megatron_phf.output import MARKER
 
 SHARD_BYTES = 5 * 10**9
 _KEPT = (".json", ".txt", ".model", ".jinja")
@@ -82,6 +83,7 @@ def copy_model_files(
     The tokenizer is that of ``--tokenizer-model`` where the run has one.
     """
     names = [n for n in sorted(os.listdir(source)) if n.endswith(_KEPT) and ".index." not in n]
+    names = [n for n in names if n != MARKER]  # of that directory's own files
     other = tokenizer.tokenizer_model
     if other is not None:
         names = [n for n in names if n not in _TOKENIZER_FILES]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_phf.output import new_file
 from megatron_phf.report import curves, tables
 from megatron_phf.report.charts import Gallery, looks
 from megatron_phf.report.runs import Variant
@@ -14,6 +15,7 @@ from megatron_phf.report.section import Report, Section
 
 _TEMPLATE = "page.html.jinja"
 PAGE = "report.html"
+_OURS = '<meta name="generator" content="megatron_phf">'
 _SECTIONS: tuple[Callable[[Report], Section], ...] = (
     tables.result, tables.trade_off, curves.accuracies, curves.losses, curves.flow_maps,
     tables.shares, curves.rollouts, curves.phases, samples, tables.settings,
@@ -27,6 +29,22 @@ def _baseline(variants: Sequence[Variant], name: str | None) -> Variant:
     return found.get(name or "opsd", variants[0])
 
 
+def _check_directory(directory: str) -> None:
+    """Raise ValueError where pictures or a page of somebody else's could be written over."""
+    there = os.listdir(directory) if os.path.isdir(directory) else []
+    page = os.path.join(directory, PAGE)
+    if PAGE in there:
+        with open(page, encoding="utf-8", errors="replace") as f:
+            ours = _OURS in f.read(2**12)
+    else:
+        ours = not any(name.endswith(".png") for name in there)
+    if not ours:
+        raise ValueError(
+            f"{directory}: has pictures or a {PAGE} that are no report of this program; name "
+            "another directory with --output"
+        )
+
+
 def write_report(variants: Sequence[Variant], directory: str, baseline: str | None = None) -> str:
     """Write the page and its pictures into ``directory``; the page's path.
 
@@ -34,11 +52,13 @@ def write_report(variants: Sequence[Variant], directory: str, baseline: str | No
         baseline: the variant that others are compared with; ``opsd`` or else the first if None.
 
     Raises:
-        ValueError: no variant ``baseline``, or a run's settings are damaged.
+        ValueError: no variant ``baseline``, a run's settings are damaged, or the directory has
+            files of somebody else's.
     """
     from jinja2 import Environment, StrictUndefined
 
     base = _baseline(variants, baseline)
+    _check_directory(directory)
     os.makedirs(directory, exist_ok=True)
     variant_looks = looks([variant.name for variant in variants])
     report = Report(variants, base, Gallery(directory, variant_looks))
@@ -56,7 +76,6 @@ def write_report(variants: Sequence[Variant], directory: str, baseline: str | No
         looks=variant_looks,
     )
     path = os.path.join(directory, PAGE)
-    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+    with new_file(path, errors="replace") as f:
         f.write(html)
-    os.replace(path + ".tmp", path)
     return path

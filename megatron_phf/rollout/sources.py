@@ -14,7 +14,7 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.prompts import PromptPair
-from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
+from megatron_phf.data.replay_file import Rollout, is_rollout, read_rollouts, rollout_to_json
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.teacher_architecture import read_teacher
 from megatron_phf.rollout.checked import CheckedEngine
@@ -218,8 +218,8 @@ class RecordingSource:
     def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
         self._source, self._path = source, path
         if parallel.is_first_rank():
-            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            keep_lines(path, lambda number, line: number <= kept)
+            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+            keep_lines(path, lambda number, line: number <= kept, is_rollout)
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""

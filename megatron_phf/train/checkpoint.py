@@ -1,7 +1,7 @@
 """Save a run and take it up again: weights, optimizer, teacher, position.
 
 The data position is the step's number: rollouts and their prompts depend on nothing else
-(``train.source``).  What a run reads (model, data, templates) is not copied into its checkpoints
+(``rollout.sources``).  What a run reads (model, data, templates) is not copied into its checkpoints
 but fingerprinted, and compared when it resumes.
 """
 

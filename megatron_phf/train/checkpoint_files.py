@@ -4,7 +4,7 @@
     DIR/iter_0000010/                        megatron-core's torch_dist files
     DIR/iter_0000010/checkpoint.json         sizes and sha256 of the files, configuration, versions
     DIR/iter_0000010/hf/                     configuration and tokenizer of --hf-model
-    DIR/iter_0000010.partial/                a save that goes on, or was interrupted
+    DIR/iter_0000010.megatron_phf-partial/   a save that goes on, or was interrupted
 
 Plain Python, no torch.
 """
@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_phf.output import OLD, PARTIAL, free_number
+
 TRACKER, MANIFEST = "latest_checkpointed_iteration.txt", "checkpoint.json"
 RELEASE = "release"  # Megatron's name for weights without a run: converted ones
 FORMAT = 1
-_PARTIAL, _OLD = ".partial", ".old"
 _CHUNK = 2**22
 
 
@@ -50,14 +51,14 @@ def fingerprint(path: str) -> dict[str, Any]:
 
 def start(directory: str, iteration: int) -> None:
     """Make an empty directory beside the final one."""
-    partial = iteration_directory(directory, iteration) + _PARTIAL
+    partial = iteration_directory(directory, iteration) + PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
     os.makedirs(partial)
 
 
 def partial_directory(directory: str, iteration: int) -> str:
     """Where a save writes until it is complete."""
-    return iteration_directory(directory, iteration) + _PARTIAL
+    return iteration_directory(directory, iteration) + PARTIAL
 
 
 def files_below(directory: str) -> list[str]:
@@ -82,11 +83,11 @@ def settle(directory: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _write(path: str, text: str) -> None:
     """The whole text appears under ``path``, or what was there stays."""
-    with open(path + _PARTIAL, "w", encoding="utf-8") as f:
+    with open(path + PARTIAL, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(path + _PARTIAL, path)
+    os.replace(path + PARTIAL, path)
 
 
 def publish(directory: str, iteration: int, manifest: dict[str, Any]) -> None:
@@ -98,14 +99,24 @@ def publish(directory: str, iteration: int, manifest: dict[str, Any]) -> None:
     _write(os.path.join(partial, MANIFEST), json.dumps(manifest, indent=1))
     for parent, _, _ in os.walk(partial):
         _fsync(parent)
-    shutil.rmtree(final + _OLD, ignore_errors=True)
-    if os.path.isdir(final):  # damaged, or of a run that was told to start before it
-        os.rename(final, final + _OLD)
+    shutil.rmtree(final + OLD, ignore_errors=True)
+    if _is_ours(final):  # damaged, or of a run that was told to start before it
+        os.rename(final, final + OLD)
+    elif os.path.lexists(final):
+        os.rename(final, f"{final}.{free_number([final])}")
     os.rename(partial, final)
     _fsync(directory)
     _write(os.path.join(directory, TRACKER), str(iteration))
     _fsync(directory)
-    shutil.rmtree(final + _OLD, ignore_errors=True)
+    shutil.rmtree(final + OLD, ignore_errors=True)
+
+
+def _is_ours(checkpoint: str) -> bool:
+    """Whether this program wrote all of it: Megatron's own checkpoints have no manifest."""
+    try:
+        return set(files_below(checkpoint)) <= read_manifest(checkpoint)["files"].keys()
+    except ValueError:
+        return False
 
 
 def discard(directory: str, iteration: int) -> None:
@@ -135,15 +146,17 @@ def keep_last(directory: str, count: int) -> None:
     """Remove all checkpoints but the newest ``count``, and what interrupted saves left."""
     for iteration in saved_iterations(directory)[count:]:
         path = iteration_directory(directory, iteration)
+        if not _is_ours(path):
+            continue
         # Renamed first: half a checkpoint never has a checkpoint's name.
-        os.rename(path, path + _OLD)
-        shutil.rmtree(path + _OLD, ignore_errors=True)
+        os.rename(path, path + OLD)
+        shutil.rmtree(path + OLD, ignore_errors=True)
 
 
 def remove_leftovers(directory: str) -> None:
     """Remove what interrupted saves and removals left; only for whoever holds the lock."""
     for name in os.listdir(directory) if os.path.isdir(directory) else []:
-        if re.fullmatch(rf"iter_\d+({re.escape(_PARTIAL)}|{re.escape(_OLD)})", name):
+        if re.fullmatch(rf"iter_\d+({re.escape(PARTIAL)}|{re.escape(OLD)})", name):
             shutil.rmtree(os.path.join(directory, name), ignore_errors=True)
 
 

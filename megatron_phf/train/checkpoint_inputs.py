@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from typing import Any
 
 from megatron_phf.config import Config, flag_of
 from megatron_phf.model import hf_directory
 from megatron_phf.model.gpt_config import model_dtype
+from megatron_phf.output import MARKER
 from megatron_phf.train.checkpoint_files import fingerprint
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
@@ -20,6 +22,10 @@ _FIXED = (
 _FREE = ("parallel", "checkpoint", "output", "embedded", "evaluation")
 _READ = ("data", "replay_file", "student_template", "teacher_template", "tokenizer_model")
 _MODELS = ("hf_model", "teacher_hf_model")
+# Beside config.json and the weights: tokenizers with their templates and code, generation settings.
+_SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_TEMPLATES = "additional_chat_templates"
+_NOT_READ = re.compile(r"(readme|licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 
@@ -34,19 +40,32 @@ def _sampled(path: str) -> dict[str, Any]:
     return {"bytes": size, "sampled_sha256": digest.hexdigest()}
 
 
+def _small_files(directory: str) -> dict[str, Any]:
+    """Fingerprints of what decides about prompts and stop tokens, by name."""
+    names = [n for n in os.listdir(directory) if n.endswith(_SMALL) and not _NOT_READ.match(n)]
+    more = os.path.join(directory, _TEMPLATES)
+    names += [
+        os.path.join(_TEMPLATES, n) for n in (os.listdir(more) if os.path.isdir(more) else [])
+    ]
+    paths = {name: os.path.join(directory, name) for name in sorted(names)}
+    return {n: fingerprint(p) for n, p in paths.items() if os.path.isfile(p) and n != MARKER}
+
+
 def inputs(config: Config) -> dict[str, Any]:
-    """Field -> fingerprint of the file, or for a model of its configuration and weights."""
+    """Field -> fingerprint of the file, or of each file in a directory that is read."""
     found: dict[str, Any] = {}
     values = {k: v for group in vars(config).values() for k, v in vars(group).items()}
     for name in _READ:
         if values[name] is not None:
-            found[name] = fingerprint(values[name])
+            read = _small_files if os.path.isdir(values[name]) else fingerprint
+            found[name] = read(values[name])
     for name in _MODELS:
         directory = values[name]
         if directory is not None:
             weights = sorted(n for n in os.listdir(directory) if n.endswith(".safetensors"))
             parts = ["config.json", *weights]
-            found[name] = {part: _sampled(os.path.join(directory, part)) for part in parts}
+            sampled = {part: _sampled(os.path.join(directory, part)) for part in parts}
+            found[name] = _small_files(directory) | sampled
     return found
 
 
@@ -98,14 +117,32 @@ def _shown(saved: dict[str, Any], now: dict[str, Any], name: str) -> str:
 def _check_inputs(path: str, saved: dict[str, Any], now: dict[str, Any]) -> None:
     for name in saved["inputs"].keys() | now["inputs"].keys():
         old, new = saved["inputs"].get(name), now["inputs"].get(name)
-        if old != new:
-            sizes = ""
-            if name in _READ and old and new and old["bytes"] != new["bytes"]:
-                sizes = f" (it had {old['bytes']} bytes and has {new['bytes']})"
+        what = _changed(name, old, new)
+        if what is not None:
             raise ValueError(
-                f"{flag_of(name)} {_value(now, name)}: not what the run of {path} read{sizes}; "
-                "restore it, or start anew without --load"
+                f"{flag_of(name)} {_value(now, name)}: {what}not what the run of {path} read"
+                f"{_sizes(old, new)}; restore it, or start anew without --load"
             )
+
+
+def _changed(field: str, old: Any, new: Any) -> str | None:
+    """None where two fingerprints are equal; else the file of a directory that differs."""
+    if old == new:
+        return None
+    if not (old and new) or "bytes" in old or "bytes" in new:
+        return ""
+    # Checkpoints of before knew a model's configuration and weights alone.
+    few = all(n == "config.json" or n.endswith(".safetensors") for n in old)
+    names = old.keys() if few and field in _MODELS else old.keys() | new.keys()
+    changed = sorted(n for n in names if old.get(n) != new.get(n))
+    return f"its {', '.join(changed)} is " if changed else None
+
+
+def _sizes(old: Any, new: Any) -> str:
+    sizes = [each.get("bytes") for each in (old, new) if each]
+    if len(sizes) < 2 or None in sizes or sizes[0] == sizes[1]:
+        return ""
+    return f" (it had {old['bytes']} bytes and has {new['bytes']})"
 
 
 def _value(manifest: dict[str, Any], name: str) -> Any:

@@ -31,7 +31,11 @@ class EvaluationLog:
         known: dict[int, float] = {}
         if parallel.is_first_rank():
             os.makedirs(directory, exist_ok=True)
-            keep_lines(self._path, lambda number, line: bool(done) and 0 <= step_of(line) <= done)
+            keep_lines(
+                self._path,
+                lambda number, line: bool(done) and 0 <= step_of(line) <= done,
+                lambda line: step_of(line) >= 0,
+            )
             with open(self._path, encoding="utf-8") as f:
                 known = {o["step"]: o["average_at_k"] for o in map(json.loads, f)}
         self.averages: dict[int, float] = parallel.broadcast_object(known)
@@ -40,6 +44,7 @@ class EvaluationLog:
         """Record the evaluation after ``step`` steps."""
         self.averages[step] = evaluation.average
         if parallel.is_first_rank():
+            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)  # removed meanwhile
             with open(self._path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, **evaluation.record(_SHOWN)}) + "\n")
 

@@ -13,7 +13,7 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.train.metrics import StepMetrics
-from megatron_phf.train.run_files import plain_config, step_of
+from megatron_phf.train.run_files import metrics_path, plain_config, step_of
 
 
 def _line(iteration: int, total: int, values: dict[str, Any]) -> str:
@@ -53,9 +53,9 @@ class RunLogger:
     def _open(self, config: Config, name: str, done: int) -> None:
         output = config.output
         os.makedirs(output.output_dir, exist_ok=True)
-        path = output.metrics_file or os.path.join(output.output_dir, "metrics.jsonl")
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        keep_lines(path, lambda number, line: 0 < step_of(line) <= done)
+        path = metrics_path(config)
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+        keep_lines(path, lambda number, line: 0 < step_of(line) <= done, lambda x: step_of(x) >= 0)
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
         if output.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 
-import torch
-from safetensors.torch import save_file
-
-from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.tokenizer import (
     Tokenizer,
@@ -20,17 +15,16 @@ from megatron_phf.data.tokenizer import (
 )
 from megatron_phf.evaluate import evaluation_sampling, read_test_set
 from megatron_phf.grading import make_grader
-from megatron_phf.model.adapter_io import save_peft_adapter
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.model.hf_weights import save_hf
 from megatron_phf.model.teacher_architecture import common_vocab_size
 from megatron_phf.rollout.context import Prompts, RolloutContext
-from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
+from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sources import RecordingSource, RolloutSource, make_source
 from megatron_phf.signals import StopSignals
 from megatron_phf.train.build import load_student, make_distiller, read_prompts
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
+from megatron_phf.train.export import export
 from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import (
@@ -116,26 +110,6 @@ def _recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource
     return RecordingSource(source, path, done * config.train.global_batch_size)
 
 
-def _export(student: list[FlowGPTModel], arch: Architecture, config: Config, source: str) -> None:
-    """Save the student, and what it computes: ``tools/check_export.py`` compares the two."""
-    targets = [t for t in (config.lora.save_adapter, config.output.save_hf) if t is not None]
-    if not targets:
-        return
-    if config.lora.save_adapter is not None:
-        save_peft_adapter(student, arch, config, config.lora.save_adapter)
-    if config.output.save_hf is not None:
-        save_hf(student, arch, config, source, config.output.save_hf)
-    tokens = torch.randint(arch.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    engine = MegatronRollouts(student, arch.vocab_size, len(tokens))
-    logits = engine.next_token_logits(tokens).float().cpu()
-    probe = os.path.join(config.output.output_dir, "export_probe.safetensors")
-    if parallel.is_first_rank():
-        save_file({"tokens": tokens, "logits": logits}, probe)
-    for target in targets:
-        check = f"python tools/check_export.py {target} {probe}"
-        say(f"exported to {target}; compare its logits: {check}")
-
-
 @contextlib.contextmanager
 def _evaluation(
     config: Config, arch: Architecture, student: list[FlowGPTModel], logger: RunLogger, done: int
@@ -181,7 +155,7 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
     distiller = make_distiller(arch, config, student)
     session = Session(config, distiller, signals)
     done = session.begin()
-    write_run_file(config, arch)
+    write_run_file(config, arch, done)
     source = _recorded(source, config, done)
     logger = RunLogger(config, config.train.train_iters, done=done)
     with contextlib.closing(logger), _evaluation(config, arch, student, logger, done) as evaluate:
@@ -204,7 +178,8 @@ def train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> list[St
         history = train_steps(distiller, source, logger, hooks, done)
         session.end(done + len(history))
         if not session.stopped:
+            problem = export(student, arch, config, directory)
             evaluate(done + len(history))
-    if not session.stopped:
-        _export(student, arch, config, directory)
+            if problem is not None:
+                raise ValueError(problem)
     return history

@@ -11,6 +11,7 @@ from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.data.problems import write_jsonl
 from megatron_phf.data.replay_file import Rollout, rollout_to_json
+from megatron_phf.output import free_number
 from megatron_phf.train.metrics import OutputLoss
 
 
@@ -84,5 +85,7 @@ def _dump(iteration: int, rollouts: Sequence[Rollout], bad: set[int], config: Co
     path = os.path.join(config.output.output_dir, f"nonfinite_step_{iteration}.jsonl")
     if parallel.is_first_rank():
         os.makedirs(config.output.output_dir, exist_ok=True)
+        if os.path.exists(path):  # an earlier run's, which this one may replay
+            path = f"{path}.{free_number([path])}"
         write_jsonl(path, [samples[key] for key in sorted(samples)])
-    return path
+    return parallel.broadcast_object(path)

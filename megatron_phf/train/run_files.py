@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import glob
 import json
 import os
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import megatron.core
@@ -16,7 +18,11 @@ import megatron_phf
 from megatron_phf import device, parallel
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.output import write_json
+from megatron_phf.output import set_aside, write_json
+
+# What a run writes into --output-dir anew, beside its metrics and what its flags name.
+_FILES = ("run.json", "evaluations.jsonl", "export_probe.safetensors")
+_SNAPSHOTS = "out_of_memory_rank*.pickle"
 
 
 def plain_config(config: Config) -> dict[str, dict[str, Any]]:
@@ -34,12 +40,38 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_run_file(config: Config, arch: Architecture) -> None:
-    """``run.json`` in --output-dir: what is run, on what.  Rank 0 writes."""
+def metrics_path(config: Config) -> str:
+    """The run's metrics file."""
+    return config.output.metrics_file or os.path.join(config.output.output_dir, "metrics.jsonl")
+
+
+def keep_earlier_files(config: Config, names: Iterable[str] = _FILES) -> None:
+    """Rename what an earlier run left where this one starts anew, and say so.  For rank 0."""
+    directory = config.output.output_dir
+    paths = [metrics_path(config), config.rollout.record_rollouts]
+    paths += [os.path.join(directory, name) for name in names]
+    paths += glob.glob(os.path.join(glob.escape(directory), _SNAPSHOTS))
+    # An empty file holds nothing, and may be one that somebody watches.
+    kept = set_aside(path for path in paths if path is not None and _has_content(path))
+    if kept:
+        print(f"files of an earlier run are kept: {', '.join(kept)}", flush=True)
+
+
+def _has_content(path: str) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def write_run_file(config: Config, arch: Architecture, done: int = 0) -> None:
+    """``run.json`` in --output-dir: what is run, on what.  Rank 0 writes.
+
+    A run that starts anew (``done`` 0) renames the files of an earlier one there, and says so.
+    """
     if not parallel.is_first_rank():
         return
     directory = config.output.output_dir
     os.makedirs(directory, exist_ok=True)
+    if not done:
+        keep_earlier_files(config)
     content = {
         "run_name": config.output.run_name,
         "seed": config.train.seed,

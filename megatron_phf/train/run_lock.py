@@ -24,7 +24,8 @@ class RunLock:
         """Take it.
 
         Raises:
-            ValueError: another run holds it, or the directory cannot be written.
+            ValueError: another run holds it, the directory cannot be written, or the file there is
+                not ours.
         """
         path = os.path.join(directory, _NAME)
         try:
@@ -40,6 +41,11 @@ class RunLock:
                 f"{flag} {directory} is in use by {holder}; give this run a directory of its own, "
                 "or stop that one"
             )
+        self._file.seek(0)
+        content = self._file.read()
+        if content.strip() and '"pid"' not in content:
+            self._file.close()
+            raise ValueError(f"{flag} {directory}: its {_NAME} is of another program; rename it")
         self._file.truncate(0)
         start = time.strftime("%Y-%m-%d %H:%M:%S")
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": start}

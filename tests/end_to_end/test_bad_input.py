@@ -138,4 +138,5 @@ def test_an_export_that_cannot_be_written(model: str, tmp_path: Path) -> None:
         2, SCRIPT, "--hf-model", model, "--replay-file", path, *REPLAY,
         "--output-dir", str(tmp_path / "out"), "--save-hf", str(blocked / "hf"), timeout=120,
     )  # fmt: skip
-    fails_once(done, "--save-hf")
+    fails_once(done, f"--save-hf {blocked / 'hf'}: cannot be written")
+    assert set(tmp_path.iterdir()) == {Path(path), blocked}  # before anything was trained

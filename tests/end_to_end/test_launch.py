@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,18 +60,32 @@ def check_demo(directory: Path, output: str) -> None:
         assert text in output, text
 
 
-def test_bash(tmp_path: Path) -> None:
-    done = run(["bash", SCRIPT, *SHORT, "--output-dir", str(tmp_path)])
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A directory, and the run under bash that has written it."""
+    directory = tmp_path_factory.mktemp("demo")
+    return directory, run(["bash", SCRIPT, *SHORT, "--output-dir", str(directory)])
+
+
+def test_bash(demo: tuple[Path, subprocess.CompletedProcess]) -> None:
+    directory, done = demo
     assert done.returncode == 0, done.stderr[-2000:]
-    check_demo(tmp_path, done.stdout)
+    check_demo(directory, done.stdout)
     assert "TP 1 x PP 1 (virtual 1) x DP 2" in done.stdout  # two processes on a CPU
     assert "Warning" not in done.stderr
 
 
-def test_torchrun(tmp_path: Path) -> None:
-    done = run(["torchrun", SCRIPT, *SHORT, "--output-dir", str(tmp_path)])
+def test_torchrun(demo: tuple[Path, subprocess.CompletedProcess]) -> None:
+    """In the directory of the run before, whose files stay."""
+    directory, _ = demo
+    names = [f"phf/seed1234/{name}" for name in ("metrics.jsonl", "evaluations.jsonl", "run.json")]
+    names += ["summary.json", "report.png"]
+    before = {name: (directory / name).read_bytes() for name in names}
+    done = run(["torchrun", SCRIPT, *SHORT, "--output-dir", str(directory)])
     assert done.returncode == 0, done.stderr[-2000:]
-    check_demo(tmp_path, done.stdout)
+    check_demo(directory, done.stdout)
+    assert {name: (directory / f"{name}.1").read_bytes() for name in names} == before
+    assert f"files of an earlier run are kept: {directory}" in done.stdout
 
 
 def test_torchrun_with_four_processes(tmp_path: Path) -> None:

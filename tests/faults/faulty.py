@@ -6,9 +6,9 @@ PLAN.json: a list of {"rank", "step", "where", "action"}; each happens once, how
 restarts: it leaves a file PLAN.json.N.  ``where``: a phase (rollout, teacher, student, optimizer),
 ``backward``, ``save_files`` (a checkpoint is about to be written), ``write`` (its files are there,
 not yet visible), ``publish`` (it is renamed, not yet the latest).
-``action``: KILL, STOP, USR1, TERM, or FSIZE: no file may grow any
-longer, as on a full disk.  {"seconds": [low, high], "count": n, "seed": s} kills a random rank
-after a random time, n times.
+``action``: KILL, STOP, USR1, TERM; CTRL_C: SIGINT to torchrun; FSIZE: no file may grow any
+longer, as on a full disk; "BLOCK PATH": somebody puts a file into a directory PATH.
+{"seconds": [low, high], "count": n, "seed": s} kills a random rank after a random time, n times.
 """
 
 from __future__ import annotations
@@ -83,6 +83,14 @@ class Faults:
 def _harm(action: str) -> None:
     if action == "FSIZE":
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    elif action == "CTRL_C":
+        os.kill(os.getppid(), signal.SIGINT)
+        time.sleep(1)  # until it has been handed on
+    elif action.startswith("BLOCK "):
+        path = action.removeprefix("BLOCK ")
+        os.makedirs(path)
+        with open(os.path.join(path, "notes.txt"), "w", encoding="utf-8") as f:
+            f.write("mine")
     else:
         os.kill(os.getpid(), getattr(signal, f"SIG{action}"))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_phf.output import OLD, PARTIAL
 from megatron_phf.train import checkpoint_files
 from tests.faults.runs import (
     flags,
@@ -60,7 +61,7 @@ def test_killed_ranks_lose_nothing(files: Path) -> None:
     assert steps_of(files / "killed") == steps_of(files / "straight")
     assert same_weights(files / "killed", files / "straight")
     left = {p.name for p in (files / "killed" / "checkpoints").iterdir()}
-    assert not [name for name in left if name.endswith((".partial", ".old"))]
+    assert not [name for name in left if name.endswith((PARTIAL, OLD))]
 
 
 def test_full_disk_then_damage_then_truncated_data(files: Path) -> None:
@@ -112,6 +113,38 @@ def test_a_signal_to_one_rank_ends_the_run_in_order(files: Path) -> None:
     assert "SIGTERM received: ending after step 2" in done.stdout
     assert latest(files / "signal") == 2
     assert not (files / "signal" / "hf").exists()
+
+
+def test_ctrl_c_then_an_export_that_fails(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGINT to torchrun ends the run in order; the next one goes on, on a terminal without UTF-8.
+
+    There somebody takes the place of the export meanwhile: it lies elsewhere, as of a run that
+    nothing happened to.
+    """
+    run = files / "interrupted"
+    hf, rescued = run / "hf", run / "out" / "save-hf.rescued.1"
+    plan = write_plan(
+        files / "interrupt.json",
+        {"rank": 1, "step": 2, "where": "rollout", "action": "CTRL_C"},
+        {"rank": 0, "step": 3, "where": "teacher", "action": f"BLOCK {hf}"},
+    )
+    arguments = [*flags(files, STEPS), *outputs(files, "interrupted")]
+    done = launch(plan, arguments)
+    assert "SIGINT received: ending after step 2" in done.stdout, done.stderr[-3000:]
+    assert "KeyboardInterrupt" not in done.stderr
+    assert latest(run) == 2 and not hf.exists()
+
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = launch(plan, arguments)
+    assert done.returncode != 0
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: --save-hf {hf}: cannot be written")
+    assert f"the trained weights are in {rescued} instead: move them" in errors[0]
+    assert [p.name for p in hf.iterdir()] == ["notes.txt"]
+    assert steps_of(run) == steps_of(files / "straight")
+    shutil.rmtree(hf)
+    rescued.rename(hf)
+    assert same_weights(run, files / "straight")
 
 
 def test_a_stopped_rank_is_named(files: Path) -> None:

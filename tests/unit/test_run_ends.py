@@ -46,6 +46,29 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
+def test_ctrl_c_may_arrive_twice() -> None:
+    """From the terminal, and handed on by torchrun; a later one is meant."""
+    process = start(WAITS)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 128 + signal.SIGINT
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    """As nohup leaves SIGHUP."""
+    process = start("import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + WAITS)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
 def test_a_directory_takes_one_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("megatron_phf.train.run_lock._PATIENCE_SECONDS", 0.5)
     process = start(HOLDS, str(tmp_path))
@@ -57,6 +80,13 @@ def test_a_directory_takes_one_run(tmp_path: Path, monkeypatch) -> None:
         process.wait()
     lock = RunLock(str(tmp_path), "--save")
     lock.release()
+
+
+def test_a_lock_of_another_program_stays(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").write_text("mine")
+    with pytest.raises(ValueError, match=r"--save .*its run.lock is of another program"):
+        RunLock(str(tmp_path), "--save")
+    assert (tmp_path / "run.lock").read_text() == "mine"
 
 
 def test_a_run_that_is_still_dying_is_waited_for(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from megatron_phf.model.adapter_io import save_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.model.hf_weights import save_hf
+from megatron_phf.output import is_copy, mark, not_ours
 from megatron_phf.rollout.vllm.flags import (
     read_api_key,
     server_urls,
@@ -93,6 +94,10 @@ class WeightSync:
     ) -> None:
         self._servers, self._student, self._arch, self._config = servers, student, arch, config
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
+        # The copy of --hf-model that servers started with is ours to replace.
+        foreign = not self._adapters and parallel.is_first_rank() and not_ours(self._directory)
+        if foreign and is_copy(self._directory, str(config.model.hf_model)):
+            mark(self._directory)
         run = parallel.broadcast_object(os.urandom(4).hex() if parallel.is_first_rank() else None)
         self._prefix, self._name = f"phf-{run}", ""
         self._models: dict[str, str] = {}

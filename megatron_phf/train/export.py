@@ -1,0 +1,111 @@
+"""The end of a training job: the trained student on the disk, at its place or at another."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_phf import parallel
+from megatron_phf.config import Config
+from megatron_phf.model.adapter_io import save_peft_adapter
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.model.hf_weights import save_hf
+from megatron_phf.output import free_number
+from megatron_phf.rollout.megatron.engine import MegatronRollouts
+from megatron_phf.train.logging import say
+
+# Write to (directory, flag that named it); ValueError on every rank where that is impossible.
+Save = Callable[[str, str], None]
+
+
+def _elsewhere(flag: str, output_dir: str) -> list[str]:
+    """Directories, not there yet, to save to where the one of ``flag`` cannot be written."""
+    name = flag.removeprefix("--") + ".rescued"
+    paths = [os.path.join(os.path.realpath(where), name) for where in (output_dir, _scratch())]
+    return [f"{path}.{free_number([path])}" for path in paths]
+
+
+def _scratch() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError:  # none can be written
+        return os.getcwd()
+
+
+def save_or_rescue(save: Save, flag: str, target: str, output_dir: str) -> str | None:
+    """Save to ``target``, or else under ``output_dir`` or in the temporary directory; collective.
+
+    Returns:
+        None, or why it is not at its place, and where it is.
+    """
+    try:
+        save(target, flag)
+        return None
+    except ValueError as error:
+        problem = str(error)
+    for path in parallel.broadcast_object(_elsewhere(flag, output_dir)):
+        try:
+            save(path, "instead of it")
+        except ValueError as error:
+            problem += f"; {error}"
+        else:
+            return f"{problem}; the trained weights are in {path} instead: move them"
+    return f"{problem}; the trained weights are lost, but for the checkpoints of --save"
+
+
+def _write_probe(student: list[FlowGPTModel], arch: Architecture, path: str) -> None:
+    """Tokens, and the student's logits for them, for ``tools/check_export.py``."""
+    tokens = torch.randint(arch.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    engine = MegatronRollouts(student, arch.vocab_size, len(tokens))
+    tensors: dict[str, Tensor] = {"tokens": tokens}
+    tensors["logits"] = engine.next_token_logits(tokens).float().cpu()
+    if not parallel.is_first_rank():
+        return
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save_file(tensors, path)
+    except (OSError, SafetensorError) as error:
+        say(f"warning: {path} cannot be written ({error}); the exports are whole without it")
+
+
+def export(
+    student: list[FlowGPTModel], arch: Architecture, config: Config, source: str
+) -> str | None:
+    """Save the student, and what it computes: ``tools/check_export.py`` compares the two.
+
+    Returns:
+        None, or why an export is not at its place, and where it is.
+    """
+
+    def save_adapter(target: str, flag: str) -> None:
+        save_peft_adapter(student, arch, config, target, flag)
+
+    def save_model(target: str, flag: str) -> None:
+        save_hf(student, arch, config, source, target, flag=flag)
+
+    output = config.output.output_dir
+    named = {
+        "--save-adapter": (config.lora.save_adapter, save_adapter),
+        "--save-hf": (config.output.save_hf, save_model),
+    }
+    problems = {
+        target: save_or_rescue(save, flag, target, output)
+        for flag, (target, save) in named.items()
+        if target is not None
+    }
+    if not problems:
+        return None
+    probe = os.path.join(output, "export_probe.safetensors")
+    _write_probe(student, arch, probe)
+    for target, problem in problems.items():
+        if problem is None:
+            check = f"python tools/check_export.py {target} {probe}"
+            say(f"exported to {target}; compare its logits: {check}")
+    return "; ".join(filter(None, problems.values())) or None

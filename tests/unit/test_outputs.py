@@ -1,0 +1,503 @@
+"""What a job writes: it loses nothing of the user's, and is refused early where it cannot be."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_phf import output, parallel
+from megatron_phf.config import Config
+from megatron_phf.console import print_anything
+from megatron_phf.data.problems import keep_lines
+from megatron_phf.evaluation_files import GenerationStore
+from megatron_phf.flags import parse_args
+from megatron_phf.job_paths import check_paths, evaluation_paths, training_paths
+from megatron_phf.report.page import write_report
+from megatron_phf.train import checkpoint_files, export, run_files
+from megatron_phf.train.checkpoint_inputs import check_compatible, inputs
+from tests.launch import REPO
+from tools import check_export, convert_checkpoint, gguf_to_hf, make_embedded
+
+# What a job is given unless a case says otherwise; {d} is the test's directory.
+GIVEN = {
+    "--hf-model": "{d}/model",
+    "--data": "{d}/data.jsonl",
+    "--output-dir": "{d}/out",
+    "--lora-rank": "8",
+}
+VLLM = {"--rollout-engine": "vllm", "--vllm-url": "http://127.0.0.1:1"}
+VLLM |= {"--vllm-weight-sync": "checkpoint"}
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    """The user's files: models, data, an adapter, a link, notes under every name."""
+    for name in ("model", "teacher", "adapter", "mine", "mine.old", "mine.partial", "parent/below"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    for name in ("data.jsonl", "eval.jsonl", "replay.jsonl", "student.txt", "key", "spm.model"):
+        (tmp_path / name).write_text("mine\n")
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "datalink").symlink_to("data.jsonl")
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None
+        for p in directory.rglob("*")
+    }
+
+
+def config_of(directory: Path, **more: str) -> Config:
+    flags = GIVEN | {f"--{name.replace('_', '-')}": value for name, value in more.items()}
+    return parse_args([w.format(d=directory) for pair in flags.items() for w in pair])
+
+
+def check(config: Config) -> None:
+    check_paths(training_paths(config), config)
+
+
+# flags -> the two flags (or the reason) that the one error names
+LOST = [
+    ({"save_hf": "{d}/model"}, ("--save-hf", "--hf-model")),
+    ({"save_hf": "{d}/link"}, ("--save-hf", "--hf-model")),
+    ({"save_hf": "{d}/model/"}, ("--save-hf", "--hf-model")),
+    ({"save_hf": "{d}/model/exported"}, ("--save-hf", "--hf-model")),
+    ({"save_hf": "{d}"}, ("--save-hf", "contains --data")),
+    ({"save_hf": "{d}/out"}, ("--save-hf", "--output-dir")),
+    ({"save_hf": "{d}/runs", "save": "{d}/runs/ckpt"}, ("--save-hf", "--save")),
+    ({"save_hf": "{d}/runs", "load": "{d}/runs/ckpt"}, ("--save-hf", "--load")),
+    ({"save_hf": "{d}/x", "save_adapter": "{d}/x"}, ("--save-hf", "--save-adapter")),
+    ({"save_hf": "{d}/x/y", "save_adapter": "{d}/x"}, ("--save-adapter", "--save-hf")),
+    ({"save_adapter": "{d}/adapter", "lora_adapter": "{d}/adapter"},
+     ("--save-adapter", "--lora-adapter")),
+    ({"save_adapter": "{d}/teacher", "teacher_hf_model": "{d}/teacher"},
+     ("--save-adapter", "--teacher-hf-model")),
+    ({"save_hf": "{d}/mine", "tokenizer_model": "{d}/mine"}, ("--save-hf", "--tokenizer-model")),
+    ({"save_hf": "{d}/spm.model", "tokenizer_model": "{d}/spm.model",
+      "tokenizer_type": "SentencePieceTokenizer"}, ("--save-hf", "--tokenizer-model")),
+    ({"save": "{d}/model"}, ("--save", "--hf-model")),
+    ({"output_dir": "{d}/model"}, ("--output-dir", "--hf-model")),
+    ({"metrics_file": "{d}/data.jsonl"}, ("--metrics-file", "--data")),
+    ({"metrics_file": "{d}/datalink"}, ("--metrics-file", "--data")),
+    ({"metrics_file": "{d}/eval.jsonl", "eval_data": "{d}/eval.jsonl"},
+     ("--metrics-file", "--eval-data")),
+    ({"metrics_file": "{d}/model/config.json"}, ("--metrics-file", "--hf-model")),
+    ({"record_rollouts": "{d}/replay.jsonl", "replay_file": "{d}/replay.jsonl"},
+     ("--record-rollouts", "--replay-file")),
+    ({"record_rollouts": "{d}/student.txt", "student_template": "{d}/student.txt"},
+     ("--record-rollouts", "--student-template")),
+    ({"record_rollouts": "{d}/key", "vllm_api_key_file": "{d}/key"},
+     ("--record-rollouts", "--vllm-api-key-file")),
+    ({"record_rollouts": "{d}/x", "metrics_file": "{d}/x"},
+     ("--record-rollouts", "--metrics-file")),
+    ({"record_rollouts": "{d}/out/metrics.jsonl"}, ("--record-rollouts", "its metrics.jsonl")),
+    ({"replay_file": "{d}/out/metrics.jsonl"}, ("--replay-file", "its metrics.jsonl")),
+    ({"metrics_file": "{d}/out/run.json"}, ("--metrics-file", "its run.json")),
+    ({"save_hf": "{d}/out/tensorboard"}, ("--save-hf", "its tensorboard")),
+    ({**VLLM, "vllm_sync_dir": "{d}/model"}, ("--vllm-sync-dir", "--hf-model")),
+    ({**VLLM, "vllm_sync_dir": "{d}/parent"}, ("--vllm-sync-dir", "nor is it a copy of --hf-m")),
+    ({"save_hf": "{d}/mine"}, ("--save-hf", "is not empty, and no export of this program")),
+    ({"save_adapter": "{d}/parent"}, ("--save-adapter", "move it away, or name another")),
+    ({"save_hf": "{d}/eval.jsonl/hf"}, ("--save-hf", "eval.jsonl is a file")),
+    ({"save": "{d}/eval.jsonl/ckpt"}, ("--save", "eval.jsonl is a file")),
+    ({"output_dir": "{d}/eval.jsonl"}, ("--output-dir", "eval.jsonl is a file")),
+    ({"metrics_file": "{d}/eval.jsonl/x/y.jsonl"}, ("--metrics-file", "eval.jsonl is a file")),
+    ({"record_rollouts": "{d}/mine"}, ("--record-rollouts", "is there, and no file")),
+    ({"save_adapter": "/proc/nothing/adapter"}, ("--save-adapter", "cannot be written")),
+    ({"metrics_file": "/dev/null"}, ("--metrics-file", "is there, and no file")),
+]  # fmt: skip
+
+
+def named(values: dict[str, str]) -> dict[str, str]:
+    return {name.removeprefix("--").replace("-", "_"): value for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("more", "said"), LOST, ids=lambda x: " ".join(x) if x else "")
+def test_what_would_be_lost_is_refused(there: Path, more: dict, said: tuple[str, str]) -> None:
+    before = contents(there)
+    with pytest.raises(ValueError) as error:
+        check(config_of(there, **named(more)))
+    assert all(text in str(error.value) for text in said), error.value
+    assert contents(there) == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"save": "{d}/out"},
+        {"save": "{d}/out/ckpt", "load": "{d}/out/ckpt", "save_hf": "{d}/out/hf"},
+        {"load": "{d}/out", "save": "{d}/out", "save_adapter": "{d}/out/adapter"},
+        {"data": "{d}/out/problems.jsonl", "hf_model": "{d}/out/model"},
+        {"save_hf": "{d}/empty", "save_adapter": "{d}/new/below/it"},
+        {"hf_model": "{d}/model", "teacher_hf_model": "{d}/model", "tokenizer_model": "{d}/link"},
+        {**VLLM, "save_hf": "{d}/mine.new"},
+        {"replay_file": "{d}/out/nonfinite_step_3.jsonl", "metrics_file": "{d}/deep/er/m.jsonl"},
+    ],
+)
+def test_what_belongs_together_is_not(there: Path, more: dict) -> None:
+    before = contents(there)
+    check(config_of(there, **named(more)))
+    assert contents(there) == before
+
+
+def test_a_mounted_target_is_refused(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == str(there / "empty"))
+    with pytest.raises(ValueError, match=r"--save-hf .*empty: .*file system is mounted"):
+        check(config_of(there, save_hf="{d}/empty"))
+
+
+@pytest.mark.parametrize("name", ["initial_model", "base_model"])
+def test_the_embedded_task_replaces_its_own_models(there: Path, name: str) -> None:
+    config = parse_args(["--output-dir", str(there / "parent")])
+    check(config)
+    (there / "mine").rename(there / "parent" / name)
+    with pytest.raises(ValueError, match=rf"--output-dir \(its {name}\) .*is not empty, and no"):
+        check(config)
+
+
+def test_an_evaluation_writes_its_output_alone(there: Path) -> None:
+    """Flags of training have no effect there; --output-dir has."""
+    config = config_of(there, save_hf="{d}/mine")
+    check_paths(evaluation_paths(config), config)
+    config = config_of(there, output_dir="{d}/model")
+    with pytest.raises(ValueError, match=r"--output-dir .*--hf-model"):
+        check_paths(evaluation_paths(config), config)
+
+
+def write(directory: Path, text: str = "weights") -> Path:
+    """What an export writes."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_text(text)
+    return directory
+
+
+def write_export(target: Path, text: str = "weights") -> None:
+    partial = write(target.parent / "partial", text)
+    output.mark(str(partial))
+    output.replace_directory(str(partial), str(target))
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else(there: Path) -> None:
+    target = there / "hf"
+    write_export(target, "first")
+    before = contents(there)
+    check(config_of(there, save_hf="{d}/hf"))
+    write_export(target, "second")
+    assert (target / "model.safetensors").read_text() == "second"
+    changed = {n for n, c in contents(there).items() if before.get(n, c) != c}
+    assert changed == {"hf/model.safetensors", "hf/megatron_phf_export.json"}
+    assert contents(there).keys() == before.keys()  # mine.old and mine.partial too
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: (d / "notes.txt").write_text("x"), "has notes.txt in it, which was not"),
+        (lambda d: (d / "config.json").write_text("[]"), "has another config.json in it"),
+        (lambda d: (d / "megatron_phf_export.json").unlink(), "no export of this program"),
+        (lambda d: (d / "megatron_phf_export.json").write_text("{}"), "is damaged"),
+        (lambda d: write(d / "sub"), "has sub/config.json in it"),
+    ],
+)
+def test_an_export_that_was_changed_is_the_users(there: Path, change, said: str) -> None:
+    write_export(there / "hf")
+    change(there / "hf")
+    before = contents(there)
+    with pytest.raises(ValueError) as error:
+        check(config_of(there, save_hf="{d}/hf"))
+    assert said in str(error.value) and "--save-hf" in str(error.value)
+    output.mark(str(write(there / "partial")))
+    with pytest.raises(OSError, match=r"^it "):  # and so it is at the end of the run
+        output.replace_directory(str(there / "partial"), str(there / "hf"))
+    assert {n: c for n, c in contents(there).items() if not n.startswith("partial")} == before
+
+
+def test_a_link_to_the_target_stays_one(there: Path) -> None:
+    (there / "disk").mkdir()
+    (there / "hf").symlink_to("disk/exported")
+    for text in ("first", "second"):
+        write_export(there / "hf", text)
+    assert (there / "hf").is_symlink()
+    assert (there / "disk/exported/model.safetensors").read_text() == "second"
+    (there / "metrics").symlink_to("disk/m.jsonl")
+    keep_lines(str(there / "metrics"), lambda number, line: True)
+    assert (there / "metrics").is_symlink() and (there / "disk/m.jsonl").read_text() == ""
+
+
+def test_a_copy_of_the_model_is_what_servers_may_serve(there: Path) -> None:
+    served = there / "served"
+    served.mkdir()
+    (served / "config.json").write_text("{}")
+    config = config_of(there, **named(VLLM), vllm_sync_dir="{d}/served")
+    check(config)
+    (served / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"--vllm-sync-dir .*nor is it a copy of --hf-model"):
+        check(config)
+
+
+@pytest.mark.parametrize("name", ["iter_0000010", "release"])
+def test_checkpoints_of_another_run_are_not_written_over(there: Path, name: str) -> None:
+    (there / "ckpt" / name).mkdir(parents=True)
+    for more in ({}, {"load": "{d}/other"}):
+        with pytest.raises(ValueError, match=r"--save .*ckpt: has checkpoints.*--load .*ckpt"):
+            check(config_of(there, save="{d}/ckpt", **more))
+    check(config_of(there, save="{d}/ckpt", load="{d}/ckpt"))
+
+
+def test_checkpoints_that_we_did_not_write_stay(tmp_path: Path) -> None:
+    """Megatron's own, renamed ones, and those with something of the user's in them."""
+    directory = str(tmp_path)
+    for name in ("iter_0000001", "iter_0000002.old", "iter_0000002.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mp_rank_00").write_text("mine")
+    for iteration in (1, 2, 3):
+        checkpoint_files.start(directory, iteration)
+        partial = Path(checkpoint_files.partial_directory(directory, iteration))
+        (partial / "weights").write_text("w")
+        manifest = {"format": 1, "files": checkpoint_files.settle(str(partial), ["weights"])}
+        checkpoint_files.publish(directory, iteration, manifest)
+    (tmp_path / "iter_0000002" / "notes.txt").write_text("mine")
+    checkpoint_files.keep_last(directory, 1)
+    checkpoint_files.remove_leftovers(directory)
+    mine = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert mine == [
+        "iter_0000001.1/mp_rank_00", "iter_0000002.old/mp_rank_00",
+        "iter_0000002.partial/mp_rank_00", "iter_0000002/checkpoint.json",
+        "iter_0000002/notes.txt", "iter_0000002/weights", "iter_0000003/checkpoint.json",
+        "iter_0000003/weights", "latest_checkpointed_iteration.txt",
+    ]  # fmt: skip
+
+
+def test_files_beside_are_not_touched(tmp_path: Path) -> None:
+    for name in ("a.tmp", "a.partial", "a.old"):
+        (tmp_path / name).write_text("mine")
+    output.write_json(str(tmp_path / "a"), {"x": 1})
+    keep_lines(str(tmp_path / "a"), lambda number, line: True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.old", "a.partial", "a.tmp"]
+    assert all(p.read_text() == "mine" for p in tmp_path.iterdir() if p.suffix)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, without a process group."""
+    monkeypatch.setattr(parallel, "is_first_rank", lambda: True)
+    monkeypatch.setattr(parallel, "broadcast_object", lambda value: value)
+
+
+def test_a_new_start_keeps_the_files_of_earlier_runs(there: Path, capsys) -> None:
+    out = there / "out"
+    out.mkdir()
+    (out / "run.json").write_text("second")
+    (out / "metrics.jsonl").write_text("")
+    (out / "evaluations.jsonl").write_text("second")
+    (out / "evaluations.jsonl.1").write_text("first")
+    (there / "recorded").write_text("second")
+    config = config_of(there, record_rollouts="{d}/recorded")
+    run_files.keep_earlier_files(config)
+    assert {n: c for n, c in contents(there).items() if n.startswith(("out/", "recorded"))} == {
+        "out/run.json.2": b"second", "out/evaluations.jsonl.1": b"first",
+        "out/evaluations.jsonl.2": b"second", "recorded.2": b"second", "out/metrics.jsonl": b"",
+    }  # fmt: skip
+    assert "files of an earlier run are kept: " in capsys.readouterr().out
+    run_files.keep_earlier_files(config)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_resumed_run_cuts_nothing_of_the_users(tmp_path: Path) -> None:
+    """Steps after the checkpoint go; a file with anything else in it is kept beside."""
+    path, ours = tmp_path / "m", lambda line: run_files.step_of(line) >= 0
+    lines = [json.dumps({"step": i}) + "\n" for i in (1, 2, 3)]
+    path.write_text("".join(lines) + '{"step"')
+
+    def keep() -> None:
+        keep_lines(str(path), lambda number, line: 0 < run_files.step_of(line) <= 2, ours)
+
+    keep()
+    assert path.read_text() == "".join(lines[:2]) and len(list(tmp_path.iterdir())) == 1
+    path.write_text(lines[0] + "mine\n")
+    keep()
+    assert path.read_text() == lines[0]
+    assert (tmp_path / "m.1").read_text() == lines[0] + "mine\n"
+
+
+def test_an_export_that_fails_is_saved_elsewhere(
+    tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First under --output-dir, else in the temporary directory; the message says where."""
+    tried: list[str] = []
+    monkeypatch.setattr(export, "_scratch", lambda: str(tmp_path / "tmp"))
+
+    def saves(*good: str):
+        def save(target: str, flag: str) -> None:
+            tried.append(target)
+            if target not in good:
+                raise ValueError(f"{flag} {target}: cannot be written (disk full)")
+
+        return save
+
+    out, there = str(tmp_path / "out"), str(tmp_path / "hf")
+    first, second = (f"{tmp_path}/{name}/save-hf.rescued.1" for name in ("out", "tmp"))
+    assert export.save_or_rescue(saves(there), "--save-hf", there, out) is None
+    for good in (first, second):
+        problem = export.save_or_rescue(saves(good), "--save-hf", there, out)
+        assert problem is not None
+        assert problem.startswith(f"--save-hf {there}: cannot be written (disk full)")
+        assert f"the trained weights are in {good} instead" in problem
+    assert tried == [there, there, first, there, first, second]
+    problem = export.save_or_rescue(saves(), "--save-hf", there, out)
+    assert problem is not None and "are lost, but for the checkpoints of --save" in problem
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["merge-adapter", "{d}/model", "{d}/adapter", "{d}/model"], "TARGET .* is SOURCE"),
+        (["merge-adapter", "{d}/model", "{d}/adapter", "{d}/adapter"], "TARGET .* is ADAPTER"),
+        (["merge-adapter", "{d}/model", "{d}/adapter", "{d}/link"], "TARGET .* is SOURCE"),
+        (["hf-to-megatron", "{d}/model", "{d}/model/new"], "TARGET .* lies in SOURCE"),
+        (["hf-to-megatron", "{d}/model", "{d}"], "TARGET .* contains SOURCE"),
+        (["megatron-to-hf", "{d}/mine", "{d}/mine"], "TARGET .* is SOURCE"),
+        (["megatron-to-hf", "{d}/mine", "{d}/model", "--hf-model", "{d}/model"], "is --hf-model"),
+        (["hf-to-megatron", "{d}/model", "{d}/data.jsonl/x"], "TARGET .*: cannot be written"),
+    ],
+)
+def test_a_conversion_loses_nothing(there: Path, argv: list[str], said: str) -> None:
+    before = contents(there)
+    words = [*(word.format(d=there) for word in argv), "--overwrite"]
+    with pytest.raises(ValueError, match=said):
+        convert_checkpoint.plan_job(convert_checkpoint.build_parser().parse_args(words))
+    assert contents(there) == before
+
+
+def test_overwriting_keeps_what_is_not_ours(there: Path, monkeypatch, capsys) -> None:
+    def job(args: object) -> dict[str, str]:
+        return {"target": str(there / "mine") + output.PARTIAL, "action": ""}
+
+    monkeypatch.setattr(convert_checkpoint, "plan_job", job)
+    monkeypatch.setattr(
+        convert_checkpoint, "_start_ranks", lambda job, directory: write(Path(job["target"]))
+    )
+    args = convert_checkpoint.build_parser().parse_args(
+        ["hf-to-megatron", "a", "b", "--overwrite", "--no-verify"]
+    )
+    for _ in range(2):  # the second time it is ours
+        convert_checkpoint.convert(args)
+        assert (there / "mine/model.safetensors").read_text() == "weights"
+        assert (there / "mine.1/config.json").read_text() == "{}"
+        assert not (there / "mine.2").exists()
+    assert f"what was in {there}/mine is in {there}/mine.1 now" in capsys.readouterr().out
+
+
+def test_other_tools_write_over_nothing(there: Path, monkeypatch) -> None:
+    before = contents(there)
+    with pytest.raises(ValueError, match="mine is not empty"):
+        gguf_to_hf.convert(str(there / "data.jsonl"), str(there / "mine"))
+    with pytest.raises(ValueError, match=r"data.jsonl: is there already"):
+        check_export.write_probe("m", str(there / "data.jsonl"))
+    monkeypatch.setattr(sys, "argv", ["make_embedded", "--output-dir", str(there)])
+    with pytest.raises(ValueError, match=r"student.txt: is there already, with other content"):
+        make_embedded._read()
+    with pytest.raises(ValueError, match=r"eval.jsonl: is there already, with other content"):
+        output.write_new_text(str(there / "eval.jsonl"), "ours\n")
+    output.write_new_text(str(there / "eval.jsonl"), "mine\n")
+    assert contents(there) == before
+    for name in ("generations.jsonl", "summary.json"):
+        (there / "empty" / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"its {name} is of no evaluation"):
+            GenerationStore(str(there / "empty"), {})
+        (there / "empty" / name).unlink()
+    (there / "empty" / "loss.png").write_text("mine")
+    monkeypatch.setattr("megatron_phf.report.page._baseline", lambda *_: None)
+    with pytest.raises(ValueError, match=r"no report of this program; .*--output"):
+        write_report([], str(there / "empty"))
+
+
+def manifest(config: Config) -> dict:
+    plain = {group: dict(vars(values)) for group, values in vars(config).items()}
+    return {"architecture": {}, "dtype": "", "config": plain, "inputs": inputs(config)}
+
+
+@pytest.mark.parametrize("flag", ["hf_model", "teacher_hf_model", "tokenizer_model"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "generation_config.json",
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
+        "tokenizer.model", "additional_chat_templates/rag.jinja", "tokenization_x.py", "x.tiktoken",
+    ],
+)  # fmt: skip
+def test_a_resume_notices_what_decides_about_prompts(there: Path, flag: str, name: str) -> None:
+    """Changed, gone or new: the flag and the file are named."""
+    config = config_of(there, **{flag: "{d}/mine"})
+    path = there / "mine" / name
+    path.parent.mkdir(exist_ok=True)
+    without = manifest(config)
+    path.write_text("one")
+    with_it = manifest(config)
+    (there / "mine" / "README.txt").write_text("of no consequence")
+    assert check_compatible("ckpt", with_it, manifest(config)) == []
+    path.write_text("two")
+    said = f"--{flag.replace('_', '-')} {there}/mine: its {name} is not what the run of ckpt read"
+    with pytest.raises(ValueError, match=said):
+        check_compatible("ckpt", with_it, manifest(config))
+    path.unlink()
+    with pytest.raises(ValueError, match=said):
+        check_compatible("ckpt", with_it, manifest(config))
+    if flag == "tokenizer_model":  # checkpoints of before knew no such files of a model
+        path.write_text("one")
+        with pytest.raises(ValueError, match=said):
+            check_compatible("ckpt", without, manifest(config))
+
+
+def test_a_checkpoint_of_before_still_loads(there: Path) -> None:
+    """It has fingerprints of config.json and the weights alone."""
+    config = config_of(there)
+    old = manifest(config)
+    (there / "model" / "tokenizer.json").write_text("{}")
+    assert check_compatible("ckpt", old, manifest(config)) == []
+    (there / "model" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"--hf-model .*: its config.json is not what"):
+        check_compatible("ckpt", old, manifest(config))
+
+
+def test_prints_survive_any_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_anything()
+    print("Δ – 30°", "\udcff")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"\\u0394 \\u2013 30\\xb0 \\udcff\n"
+
+
+def test_a_program_prints_with_any_encoding(tmp_path: Path) -> None:
+    """PYTHONIOENCODING does what the locale of such a terminal does to standard output."""
+    source, target = tmp_path / "gsm8k.jsonl", tmp_path / "modèle.jsonl"
+    source.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    done = subprocess.run(
+        [sys.executable, "tools/prepare_data.py", "gsm8k", str(source), str(target)],
+        cwd=REPO,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"1 problems written to" in done.stdout and b"mod\\xe8le" in done.stdout
+
+
+def test_every_program_begins_so() -> None:
+    """Those that run ranks do it for all of them."""
+    starts = ("print_anything()", "run_rank(", "leave_on_error(", "megatron_phf.main")
+    for path in [*REPO.glob("tools/*.py"), *REPO.glob("megatron_phf/**/*.py")]:
+        program = path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2]
+        if program and path.name != "grader_process.py":  # it talks through a pipe of its own
+            assert any(start in program for start in starts), path
