@@ -18,7 +18,7 @@ from megatron_phf import device
 from megatron_phf.config import ParallelConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def initialize(config: ParallelConfig) -> None:
@@ -149,14 +149,23 @@ def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
 
     So do all context-parallel ranks, which generate the same sequences: their first one's.
     """
+    _spread(lambda source, group: dist.broadcast(tensor, src=source, group=group))
+
+
+def share_object(value: Any) -> Any:
+    """The picklable ``value`` of the rank that :func:`decides_for_model`, on all of its model's."""
+    box = [value]
+    _spread(lambda source, group: dist.broadcast_object_list(box, src=source, group=group))
+    return box[0]
+
+
+def _spread(broadcast: Callable[[int, dist.ProcessGroup], None]) -> None:
     if tensor_parallel_size() * pipeline_size() > 1:
-        group = mpu.get_model_parallel_group()
         # Tensor-parallel ranks are neighbours in megatron's rank order.
         source = mpu.get_pipeline_model_parallel_last_rank() - tensor_parallel_rank()
-        dist.broadcast(tensor, src=source, group=group)
+        broadcast(source, mpu.get_model_parallel_group())
     if context_parallel_size() > 1:
-        first = mpu.get_context_parallel_global_ranks()[0]
-        dist.broadcast(tensor, src=first, group=context_parallel_group())
+        broadcast(mpu.get_context_parallel_global_ranks()[0], context_parallel_group())
 
 
 def decides_for_model() -> bool:

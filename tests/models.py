@@ -81,8 +81,22 @@ def make_adapter(
 def make_answering_model(path: str, right: float) -> str:
     """A model of the embedded task that answers ``\\boxed{7}`` with probability ``right``, else
 
-    ``\\boxed{3}``: its layers add nothing, so that each token's logits depend on the last one
-    alone.
+    ``\\boxed{3}``.
+    """
+    follows = {
+        "<|assistant|>": {"\\boxed{": 1.0}, "\\boxed{": {"7": right, "3": 1 - right},
+        "7": {"}": 1.0}, "3": {"}": 1.0}, "}": {"<|end|>": 1.0},
+    }  # fmt: skip
+    return make_following_model(path, follows)
+
+
+def make_following_model(
+    path: str, follows: dict[str, dict[str, float]], noise: float = 0.0, rest: float = -40.0
+) -> str:
+    """A model of the embedded task: after each token of ``follows`` the next ones' probabilities.
+
+    ``rest``: the logit of every other token.  Layers add nothing, so that each token's logits
+    depend on the last one alone, or add a little of everything before (``noise``: their weights).
     """
     from megatron_phf.data.arithmetic import make_hf_directory, make_tokenizer
 
@@ -90,15 +104,14 @@ def make_answering_model(path: str, right: float) -> str:
     ids = make_tokenizer().get_vocab()
     config = Qwen3Config.from_pretrained(path, tie_word_embeddings=False)
     model = Qwen3ForCausalLM(config)
-    follows = {
-        "<|assistant|>": {"\\boxed{": 1.0}, "\\boxed{": {"7": right, "3": 1 - right},
-        "7": {"}": 1.0}, "3": {"}": 1.0}, "}": {"<|end|>": 1.0},
-    }  # fmt: skip
+    torch.manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.fill_(1.0 if "norm" in name else 0.0)
+            if noise and p.dim() > 1:
+                p.normal_(0, noise)
         model.model.embed_tokens.weight.copy_(torch.eye(32, config.hidden_size))
-        logits = torch.full((32, 32), -40.0)  # [next, last]
+        logits = torch.full((32, 32), rest)  # [next, last]
         for last, nexts in follows.items():
             for token, probability in nexts.items():
                 logits[ids[token], ids[last]] = math.log(probability)
@@ -129,20 +142,29 @@ def make_sentencepiece(path: str, vocab_size: int, **settings) -> str:
 
 
 def make_replay(
-    path: str, response_lengths: list[int], vocab_size: int = 250, seed: int = 3
+    path: str,
+    response_lengths: list[int],
+    vocab_size: int = 250,
+    seed: int = 3,
+    masked: bool = False,
 ) -> str:
-    """Write random rollouts with prompts of uneven lengths; returns ``path``."""
-    generator = random.Random(seed)
+    """Write random rollouts with prompts of uneven lengths; returns ``path``.
+
+    ``masked``: two tokens of five are not the student's, and none of the first response is.
+    """
+    generator, coin = random.Random(seed), random.Random(seed + 1)
 
     def ids(low: int, high: int) -> list[int]:
         return [generator.randrange(vocab_size) for _ in range(generator.randint(low, high))]
 
     with open(path, "w") as f:
-        for n in response_lengths:
+        for i, n in enumerate(response_lengths):
             sample = {
                 "student_prompt_ids": ids(1, 9),
                 "teacher_prompt_ids": ids(4, 20),
                 "response_ids": ids(n, n),
             }
+            if masked:
+                sample["response_mask"] = [int(i > 0 and coin.random() < 0.6) for _ in range(n)]
             f.write(json.dumps(sample) + "\n")
     return path

@@ -291,8 +291,11 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
     # Vocabularies may be padded differently: what both have.
     common = min(logits.shape[1], teacher_logits.shape[1])
     logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
+    # Tokens that the student did not write are read, and that is all.
+    written = [i for i, m in enumerate(sample.get("response_mask") or [1] * len(response)) if m]
     tokens = []
-    for i, token in enumerate(response):
+    for i in written:
+        token = response[i]
         pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
         if o.objective == "jsd":
             tokens.append(divergence(*pair, o))
@@ -300,7 +303,7 @@ def sequence_terms(student, teacher, sample: dict, o: Options):
             tokens.append(cross_entropy(*pair, token, o))
         else:
             tokens.append(sampled_token(*pair, token, o))
-    w = window(len(response), o.window_size, o.window_rule)
+    w = [written[i] for i in window(len(written), o.window_size, o.window_rule)]
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
     sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
     return tokens, named_terms(*sides, o), routers

@@ -70,11 +70,11 @@ def _exists(module: str) -> bool:
     """
     top, *rest = module.split(".")
     found = importlib.util.find_spec(top)
-    for end in range(len(rest)):
+    for name in rest:
         if found is None:
             return False
-        name = ".".join([top, *rest[: end + 1]])
-        found = PathFinder.find_spec(name, found.submodule_search_locations or [])
+        # By its last name: a folder without __init__.py would look for its parent in sys.modules.
+        found = PathFinder.find_spec(name, [*(found.submodule_search_locations or ())])
     return found is not None
 
 

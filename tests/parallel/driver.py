@@ -8,8 +8,8 @@ gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
 ``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
-``job``: the whole training job.  ``reshard``: save the weights to ``save`` where given; else load
-those of ``load`` into a random model; export.
+``job``: the whole training job.  ``engine``: the contract of a rollout engine.  ``reshard``: save
+the weights to ``save`` where given; else load those of ``load`` into a random model; export.
 """
 
 # ruff: noqa: E402
@@ -56,6 +56,7 @@ from megatron_phf.train.loop import train
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.step import Distiller
 from tests.counted_device import CountedDevice
+from tests.parallel.engine_contract import contract
 
 
 def export(distiller: Distiller, path: str) -> None:
@@ -264,6 +265,8 @@ def run_case(config: Config, case: dict, path: str) -> object:
         steps_done = train(config, StopSignals(), heartbeat)
         heartbeat.stop()  # as the product does; Python may abort at its end otherwise
         return [m.as_json() for m in steps_done]
+    if case["kind"] == "engine":
+        return contract(config)
     arch = read_architecture(config.model.hf_model)
     counted = CountedDevice()
     if config.teacher.teacher_offload and not device.has_cuda():

@@ -153,8 +153,11 @@ def test_prompts_that_are_too_long() -> None:
 
 def test_replay_round_trip(tmp_path: Path) -> None:
     rollout = Rollout((1, 2), (3,), (4, 5, 6))
-    path = write(tmp_path / "r.jsonl", {**rollout_to_json(rollout), "note": "ignored"})
-    assert read_rollouts(path, 7) == [rollout]
+    tool = Rollout((1, 2), (3,), (4, 5, 6), response_mask=(True, False, True))
+    assert rollout_to_json(tool) == {**rollout_to_json(rollout), "response_mask": [1, 0, 1]}
+    lines = [{**rollout_to_json(rollout), "note": "ignored"}, rollout_to_json(tool)]
+    lines.append({**rollout_to_json(tool), "response_mask": [True, False, True]})
+    assert read_rollouts(write(tmp_path / "r.jsonl", *lines), 7) == [rollout, tool, tool]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +168,10 @@ def test_replay_round_trip(tmp_path: Path) -> None:
         ({"student_prompt_ids": []}, "'student_prompt_ids' is empty; remove the line"),
         ({"student_prompt_ids": [7]}, "from 7 to 7, but .* 0 to 7 - 1; .*another model"),
         ({"teacher_prompt_ids": [-1]}, "from -1 to -1"),
+        ({"response_mask": [1, 0]}, "'response_mask' is not a list of 1 zeros and ones"),
+        ({"response_mask": [2]}, "'response_mask' is not a list of 1 zeros and ones"),
+        ({"response_mask": "1"}, "'response_mask' is not a list of 1 zeros and ones"),
+        ({"response_mask": [[1]]}, "'response_mask' is not a list of 1 zeros and ones"),
     ],
 )
 def test_bad_replay_lines(tmp_path: Path, change: dict, message: str) -> None:
@@ -193,6 +200,25 @@ def test_batch_positions() -> None:
         shown = side.tokens.gather(1, side.window)  # the window is at the tokens themselves
         assert shown.tolist() == [[5, 6], [10, 12]]
     assert torch.equal(micro.student.scored, micro.teacher.scored)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tokens_that_the_student_did_not_write_are_read_and_not_scored(packed: bool) -> None:
+    tool = Rollout((1, 2), (3,), (4, 5, 6, 7, 8), None, (True, False, False, True, True))
+    none = Rollout((9,), (9, 9), (5, 5), None, (False, False))
+    plain = Rollout((9,), (9, 9), (6, 7))
+    batch = make_local_batch(
+        [tool, none, plain], 3, flow_window(2, "even"),
+        **({"groups": [[0, 1, 2]], "packed": True} if packed else {}),
+    )  # fmt: skip
+    (micro,) = batch.microbatches
+    assert batch.num_tokens == 5
+    for side, prompts in ((micro.student, (2, 1, 1)), (micro.teacher, (1, 2, 2))):
+        assert side.target_ids().tolist() == [4, 7, 8, 6, 7]
+        assert int((~side.padding).sum()) == sum(prompts) + 9  # all are read
+        rows = side.tokens.expand(3, -1)
+        shown = rows.gather(1, side.window).masked_fill(~side.window_valid, -1)
+        assert shown.tolist() == [[4, 8], [-1, -1], [6, 7]]  # both ends of what is scored
 
 
 def test_microbatches_share_one_length() -> None:
