@@ -186,23 +186,26 @@ def load_hf_weights(
 
 
 def export_hf_weights(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(HuggingFace name, whole tensor) on every rank, one at a time; collective.
 
-    Adapters are merged into the weights they belong to.
+    Adapters are merged into the weights they belong to.  ``dtype``: None keeps the model's.
     """
     wait_for_weights(chunks)
     seen: set[str] = set()
     weights = _bridge(arch, config).export_weights([_AsMbridgeNames(chunk) for chunk in chunks])
     if config.lora.lora_rank:
         scale = config.lora.lora_alpha / config.lora.lora_rank
-        weights = merge_adapter(weights, dict(export_adapter(chunks)), scale)
+        weights = merge_adapter(weights, dict(export_adapter(chunks)), scale, dtype)
     for name, weight in weights:
         # A tied embedding sits on the first and on the last stage.
         if name not in seen:
             seen.add(name)
-            yield name, weight.detach()
+            yield name, weight.detach().to(dtype or weight.dtype)
 
 
 def _with_tied_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -239,12 +242,12 @@ def save_hf(
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
     dtype = dtype or next(chunks[0].parameters()).dtype
-    weights = export_hf_weights(chunks, arch, config)
+    weights = export_hf_weights(chunks, arch, config, dtype)
     if tied_head and arch.tie_word_embeddings:
         weights = _with_tied_head(weights)
 
     def write(directory: str) -> None:
-        write_shards(((n, w.to(dtype)) for n, w in weights), directory, max_shard_bytes)
+        write_shards(weights, directory, max_shard_bytes)
         copy_model_files(source, directory, dtype, config.tokenizer)
 
     problem = write_directory(target, flag, write)
