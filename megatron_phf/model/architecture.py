@@ -106,7 +106,11 @@ def _refuse_unsupported(fields: Fields) -> None:
     wanted |= {"use_sliding_window": False}
     if model_type == "qwen3_moe":  # experts in every layer
         wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    nullable: dict[str, Any] = {"mlp_only_layers": [], "per_layer_config": {}}
+    nullable: dict[str, Any] = {
+        "mlp_only_layers": [],
+        "per_layer_config": {},
+        "transformers_weights": None,
+    }
     for name, value in (wanted | nullable).items():
         found = content.get(name, value)
         if found != value and not (name in nullable and found is None):
