@@ -62,7 +62,7 @@ def merge(job: dict) -> None:
     adapter, scale = read_adapter(job["adapter"])
     _check_adapter(job["adapter"], adapter, stored)
     dtype = _DTYPES[job["dtype"]]
-    merged = ((n, w.to(dtype)) for n, w in merge_adapter(_read(stored), adapter, scale))
+    merged = merge_adapter(_read(stored), adapter, scale, dtype)
     try:
         os.makedirs(job["target"])
         write_shards(merged, job["target"], job["max_shard_bytes"])

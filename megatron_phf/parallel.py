@@ -94,6 +94,21 @@ def tensor_parallel_size() -> int:
     return mpu.get_tensor_model_parallel_world_size()
 
 
+def expert_parallel_rank() -> int:
+    """Rank among those that share out the experts."""
+    return mpu.get_expert_model_parallel_rank()
+
+
+def expert_parallel_size() -> int:
+    """Ranks that share out the experts."""
+    return mpu.get_expert_model_parallel_world_size()
+
+
+def expert_tensor_parallel_rank() -> int:
+    """Rank among those that share out the channels of one expert."""
+    return mpu.get_expert_tensor_parallel_rank()
+
+
 def pipeline_rank() -> int:
     """Pipeline stage of this process."""
     return mpu.get_pipeline_model_parallel_rank()

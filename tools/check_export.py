@@ -10,7 +10,6 @@ job beside every export.  Exit status 1 where the largest difference exceeds ``-
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf.console import print_anything
+from megatron_phf.data.hf_files import read_json_object
 
 
 def load_export(directory: str, base: str | None = None) -> Any:
@@ -36,8 +36,7 @@ def load_export(directory: str, base: str | None = None) -> Any:
         if not os.path.isfile(adapter):
             base = directory
         elif base is None:
-            with open(adapter, encoding="utf-8") as f:
-                base = str(json.load(f)["base_model_name_or_path"])
+            base = str(read_json_object(adapter)["base_model_name_or_path"])
         model = AutoModelForCausalLM.from_pretrained(
             base, local_files_only=True, trust_remote_code=False
         )
@@ -104,6 +103,60 @@ def largest_difference(
     return float((logits - expected).abs().max()), float(expected.std())
 
 
+# Words, digits, punctuation, another script, blanks of several kinds.
+_SAMPLE = "Let x = 1,024 and y = 3/4: what is \\boxed{x\u00b2 - y}?\n\tÉté, 数学.  <|im_end|></s>"
+_MESSAGES = [{"role": "user", "content": "What is 1 + 1?"}]
+
+
+def _tokenizer(directory: str) -> Any:
+    """A directory's tokenizer without foreign code, or why it does not load."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds, by file and format
+        return f"{type(error).__name__}: {error}"
+
+
+def _behaviour(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer does, by name."""
+    found = {
+        "class": type(tokenizer).__name__,
+        "vocabulary": tokenizer.get_vocab(),
+        "special tokens": tokenizer.special_tokens_map,
+        "ids of a text": tokenizer(_SAMPLE)["input_ids"],
+        "chat template": tokenizer.chat_template,
+    }
+    found["text of these ids"] = tokenizer.decode(found["ids of a text"])
+    if tokenizer.chat_template:
+        try:
+            prompt = tokenizer.apply_chat_template(_MESSAGES, add_generation_prompt=True)
+            found["ids of a chat"] = prompt["input_ids"]
+        except Exception as error:  # a template is a program
+            found["ids of a chat"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def tokenizer_difference(source: str, target: str) -> str | None:
+    """What the tokenizer of ``target`` does otherwise than that of ``source``; None: nothing.
+
+    Where the source's does not load without foreign code, there is nothing to compare.
+    """
+    first = _tokenizer(source)
+    if isinstance(first, str):
+        return None
+    second = _tokenizer(target)
+    if isinstance(second, str):
+        return f"the tokenizer of {target} does not load ({second})"
+    expected, found = _behaviour(first), _behaviour(second)
+    different = [name for name, value in expected.items() if found.get(name) != value]
+    if different:
+        return f"the tokenizer of {target} is not that of {source}: {', '.join(different)}"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; 0 within the tolerance, 1 beyond it, 2 where a file is unreadable."""
     parser = argparse.ArgumentParser(description="Compare an export's logits with the student's.")
@@ -117,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         choices=("float32", "bfloat16"),
         help="round the weights to this first, and compute in fp32",
     )
+    parser.add_argument(
+        "--tokenizers", nargs=2, metavar="DIR", help="compare the tokenizers of these, too"
+    )
     parser.add_argument("--write", action="store_true", help="write the probe from this model")
     parser.add_argument("--base", help="with --write: the base model of an adapter")
     args = parser.parse_args(argv)
@@ -124,6 +180,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.write:
             write_probe(args.model, args.probe, args.base)
             return 0
+        if args.tokenizers is not None:
+            problem = tokenizer_difference(*args.tokenizers)
+            if problem is not None:
+                print(f"DIFFERENT: {problem}", file=sys.stderr)
+                return 1
         difference, deviation = largest_difference(args.model, args.probe, args.rounded_to)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_phf.config import Config  # noqa: E402
 from megatron_phf.console import print_anything  # noqa: E402
+from megatron_phf.data.hf_files import read_json_object  # noqa: E402
 from megatron_phf.job_paths import JobPath, Role, check_paths  # noqa: E402
 from megatron_phf.model.adapter_config import read_adapter_config  # noqa: E402
 from megatron_phf.model.architecture import check_split, read_architecture  # noqa: E402
@@ -212,19 +213,29 @@ def _start_ranks(job: dict[str, Any], directory: str) -> None:
         _run(module, {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
 
 
+def _merged_in_bf16(job: dict[str, Any]) -> bool:
+    if job["action"] != "merge-adapter" and not (job["action"] == "megatron-to-hf" and job["lora"]):
+        return False
+    return read_json_object(os.path.join(job["target"], "config.json"))["dtype"] == "bfloat16"
+
+
 def _verify(job: dict[str, Any], tolerance: float) -> None:
     """Compare the probe with what transformers computes from the HuggingFace side."""
-    check = str(ROOT / "tools" / "check_export.py")
+    check, action = str(ROOT / "tools" / "check_export.py"), job["action"]
     # An export lies there in its own dtype already.
-    to_megatron = job["action"] == "hf-to-megatron"
+    to_megatron, merging = action == "hf-to-megatron", action == "merge-adapter"
     dtype = _TORCH_NAMES[job["dtype"]] if to_megatron else "float32"
     model = job["source"] if to_megatron else job["target"]
     try:
-        if job["action"] == "merge-adapter":  # peft computes with the adapter beside the weights
+        if merging:  # peft computes with the adapter beside the weights
             _run([check, job["adapter"], job["probe"], "--write", "--base", job["source"]], {})
-            if job["dtype"] == "bf16":  # merged weights are rounded, those beside an adapter not
-                tolerance = max(tolerance, _BF16_TOLERANCE)
-        _run([check, model, job["probe"], "--tolerance", str(tolerance), "--rounded-to", dtype], {})
+        if _merged_in_bf16(job):  # merged weights are rounded, those beside an adapter not
+            tolerance = max(tolerance, _BF16_TOLERANCE)
+        command = [check, model, job["probe"], "--tolerance", str(tolerance)]
+        if action != "adapter-to-peft":
+            copied = os.path.join(job["target"], *(("release", "hf") if to_megatron else ()))
+            command += ["--tokenizers", job["source"] if merging else job["hf_model"], copied]
+        _run([*command, "--rounded-to", dtype], {})
     except ValueError as error:
         raise ValueError(f"verification failed, nothing was kept: {error}") from error
 

@@ -8,32 +8,67 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # A size or position beyond this is damage, not a model.
 _LARGEST = 2**40
+
+
+class RefusedJson(ValueError):
+    """JSON that can be read in more than one way, or not at all; the text says what it has."""
 
 
 def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):  # readers differ in which of them counts
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise RefusedJson(f"has the key {shown(twice)} twice in one object; remove one")
+    return content
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:  # Python's limit of digits
+        digits = len(text.lstrip("-"))
+        raise RefusedJson(
+            f"has an integer of {digits} digits, which is too long to read; write it as a string"
+        ) from error
+
+
 def parse_json(text: str) -> Any:
-    """The value of a JSON text, as the standard has it: no NaN, no Infinity.
+    """The value of a JSON text, as the standard has it: no NaN, no Infinity, no key twice.
 
     Raises:
+        RefusedJson: a key stands twice in an object, or an integer is too long to read.
         ValueError: not JSON, or nested too deeply to read.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_object
+        )
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
-def read_json_object(path: str) -> dict[str, Any]:
+def json_problem(error: ValueError) -> str:
+    """What an error of :func:`parse_json` says of a file: ``is not JSON (...)``, ``has ...``."""
+    return str(error) if isinstance(error, RefusedJson) else f"is not JSON ({error})"
+
+
+def read_json_object(path: str, hint: str = "is --hf-model right?") -> dict[str, Any]:
     """The object in a JSON file.
+
+    Args:
+        hint: what an error about a file that is not there ends with.
 
     Raises:
         ValueError: it cannot be read, is damaged, or holds something else; names the file.
@@ -42,15 +77,13 @@ def read_json_object(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as f:
             text = f.read()
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); is --hf-model right?"
-        ) from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); {hint}") from error
     except ValueError as error:  # not UTF-8, or no possible path
-        raise ValueError(f"{path}: cannot be read ({error}); copy the model again") from error
+        raise ValueError(f"{path}: cannot be read ({error}); copy it again") from error
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); copy the model again") from error
+        raise ValueError(f"{path}: {json_problem(error)}; copy it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object but {type(content).__name__}")
     return content
@@ -71,12 +104,14 @@ class Fields:
     def __init__(self, path: str, content: Mapping[str, Any]) -> None:
         self.path, self.content = path, content
 
-    def _value(self, name: str, default: Any) -> Any:
+    def _value(self, name: str, default: Any, nullable: bool = False) -> Any:
+        """A null counts as missing where ``nullable``, and is a mistake elsewhere."""
         value = self.content.get(name)
-        if value is None:
+        if value is None and (nullable or name not in self.content):
             value = default
         if value is None:
-            raise ValueError(f"{self.path}: {name!r} is missing; copy the model again")
+            what = "null" if name in self.content else "missing"
+            raise ValueError(f"{self.path}: {name!r} is {what}; copy the model again")
         return value
 
     def _refuse(self, name: str, value: Any, needed: str) -> NoReturn:
@@ -84,9 +119,9 @@ class Fields:
             f"{self.path}: {name!r} is {shown(value)}, not {needed}; copy the model again"
         )
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, nullable: bool = False) -> int:
         """A whole number from 1 on."""
-        value = self._value(name, default)
+        value = self._value(name, default, nullable)
         if type(value) is not int or not 1 <= value <= _LARGEST:
             self._refuse(name, value, "a whole number from 1 on")
         return value
@@ -114,8 +149,8 @@ class Fields:
         return value
 
     def table(self, name: str) -> Fields:
-        """An object inside this one; empty where missing."""
-        value = self._value(name, {})
+        """An object inside this one; empty where missing or null."""
+        value = self._value(name, {}, nullable=True)
         if type(value) is not dict:
             self._refuse(name, value, "an object")
         return Fields(self.path, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_phf.config import DataConfig
-from megatron_phf.data.hf_files import parse_json, shown
+from megatron_phf.data.hf_files import RefusedJson, parse_json, shown
 from megatron_phf.output import free_number, new_file
 
 
@@ -60,6 +61,8 @@ def _lines(path: str, flag: str) -> Iterator[tuple[int, bytes]]:
         number = 0
         while line := _next_line(file, f"{flag} {path}"):
             number += 1
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, line
 
@@ -73,9 +76,11 @@ def _next_line(file: BinaryIO, name: str) -> bytes:
 
 def _parse(line: bytes, number: int, path: str) -> dict[str, Any]:
     try:
-        content = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        content = parse_json(line.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{number}: not UTF-8; convert the file") from error
+    except RefusedJson as error:
+        raise ValueError(f"{path}:{number}: {error}") from error
     except ValueError as error:
         raise ValueError(
             f"{path}:{number}: not JSON ({error}); each line must be one JSON object"

@@ -5,11 +5,11 @@ Without torch: the checks before launch read it too.
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
 from megatron_phf.config import Config, LoraConfig
+from megatron_phf.data.hf_files import Fields, read_json_object, shown
 from megatron_phf.model.architecture import Architecture
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -21,10 +21,32 @@ LINEARS = (
     ("mlp", "linear_fc2", ("down_proj",)),
 )
 TARGETS = tuple(target for _, _, fused in LINEARS for target in fused)
-# Variants of LoRA that compute something else; PEFT writes them as false or null where unused.
-_VARIANTS = (
-    *("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"),
-    *("layers_to_transform", "trainable_token_indices", "target_parameters", "fan_in_fan_out"),
+_UNUSED: tuple[Any, ...] = (None, False, (), {})
+# What each key of PEFT's LoraConfig may say, so that the adapter adds exactly
+# alpha / r lora_B lora_A x to each target; a key that is not here may only be unused.  PEFT writes
+# all keys, those of unused variants as null, false or empty.
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            *("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"),
+            *("lora_bias", "layers_to_transform", "layers_pattern", "trainable_token_indices"),
+            *("target_parameters", "fan_in_fan_out", "exclude_modules", "layer_replication"),
+            *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config"),
+            *("kasa_config", "velora_config", "monteclora_config", "ensure_weight_tying"),
+            *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "megatron_config"),
+        ),
+        _UNUSED,
+    ),
+    # Others (pissa, olora, ...) change the base weights wherever the adapter is loaded.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "bias": ("none",),
+    "peft_type": ("LORA",),
+}
+# Read here, or without any influence on what is computed.
+READ = ("r", "lora_alpha", "target_modules")
+WITHOUT_EFFECT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
 )
 
 
@@ -100,26 +122,32 @@ def read_adapter_config(directory: str) -> dict[str, Any]:
         ValueError: it is missing, damaged, or of a kind of adapter that is not plain LoRA.
     """
     path = os.path.join(directory, CONFIG_FILE)
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); is it an adapter?") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); copy the adapter again") from error
-    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+    content = read_json_object(path, "is it an adapter?")
+    if content.get("peft_type") != "LORA":
         raise ValueError(f"{path}: not the configuration of a LoRA adapter")
-    used = [name for name in _VARIANTS if content.get(name)]
-    if content.get("bias", "none") != "none":
-        used.append("bias")
-    if used:
-        raise ValueError(f"{path}: {', '.join(used)}: only plain LoRA is supported")
+    _check_plain(content, path)
     targets = content.get("target_modules")
-    if not isinstance(targets, list) or not set(targets) <= set(TARGETS):
+    if not isinstance(targets, list) or not all(target in TARGETS for target in targets):
         raise ValueError(f"{path}: target_modules must be a list out of {', '.join(TARGETS)}")
-    if not all(isinstance(content.get(name), int | float) for name in ("r", "lora_alpha")):
-        raise ValueError(f"{path}: r and lora_alpha must be numbers; copy the adapter again")
+    fields = Fields(path, content)
+    fields.size("r")
+    fields.number("lora_alpha")
     return content
+
+
+def _check_plain(content: dict[str, Any], path: str) -> None:
+    """Raise ValueError for a key whose value makes the adapter compute something else."""
+    for name, value in content.items():
+        if name in READ or name in WITHOUT_EFFECT:
+            continue
+        allowed = ALLOWED.get(name, _UNUSED)
+        value = () if value == [] else value
+        # 0 == False, and 1 == True
+        if not any(type(value) is type(good) and value == good for good in allowed):
+            raise ValueError(
+                f"{path}: {name}: only plain LoRA is supported, not {name}="
+                f"{shown(content[name])}; merge the adapter into its base model with peft"
+            )
 
 
 def check_lora(config: Config) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,23 +63,28 @@ def export_adapter(chunks: list[FlowGPTModel]) -> Iterator[tuple[str, Tensor]]:
 
 
 def merge_adapter(
-    weights: Iterable[tuple[str, Tensor]], adapter: Mapping[str, Tensor], scale: float
+    weights: Iterable[tuple[str, Tensor]],
+    adapter: Mapping[str, Tensor],
+    scale: float,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(HuggingFace name, weight) -> the same, W + scale lora_B lora_A where there is an adapter.
 
     Args:
         adapter: PEFT's names -> lora_A [r, in], lora_B [out, r].
         scale: lora_alpha / r.
+        dtype: of what comes out; None keeps each weight's.
 
-    The sum is made in fp32 and rounded once, to the weight's dtype.
+    The sum is made in fp32 and rounded once.
     """
     for name, weight in weights:
         base = _PEFT + name.removesuffix(".weight")
         a, b = (adapter.get(f"{base}.{matrix}.weight") for matrix in ("lora_A", "lora_B"))
         if a is not None and b is not None:
             delta = b.to(weight.device).float() @ a.to(weight.device).float()
-            weight = (weight.float() + scale * delta).to(weight.dtype)
-        yield name, weight
+            yield name, (weight.float() + scale * delta).to(dtype or weight.dtype)
+        else:
+            yield name, weight.to(dtype or weight.dtype)
 
 
 def save_peft_adapter(
@@ -88,11 +94,9 @@ def save_peft_adapter(
     target: str,
     flag: str = "--save-adapter",
 ) -> None:
-    """Write the adapters to ``target``, which ``flag`` named, as ``peft`` and vLLM load them;
+    """Write the adapters to ``target``, which ``flag`` named, for ``peft`` and vLLM.
 
-    every rank calls.
-
-    Written beside and renamed at the end: ``target`` is whole, or as it was.
+    Every rank calls.  Written beside and renamed at the end: ``target`` is whole, or as it was.
 
     Raises:
         ValueError: ``target`` cannot be written, on every rank.

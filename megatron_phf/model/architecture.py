@@ -13,14 +13,9 @@ from typing import Any
 from megatron_phf.config import Config, ParallelConfig, flag_of
 from megatron_phf.data.hf_files import Fields, read_json_object, shown
 from megatron_phf.data.microbatches import round_up
+from megatron_phf.model.rope import Rope, read_rope
 
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen2", "llama")
-# The numbers that megatron-core has fixed inside its Llama 3 rope scaling.
-_LLAMA3_ROPE = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,7 @@ class Architecture:
     vocab_size: int
     max_position_embeddings: int
     layernorm_epsilon: float
-    rotary_base: float
-    rope_scaling_factor: float | None  # Llama 3's rope scaling, or none
+    rope: Rope
     tie_word_embeddings: bool
     initializer_range: float
     # Vocabulary rows on disk, where they are cut or padded to ``vocab_size`` (another teacher).
@@ -101,22 +95,6 @@ class Architecture:
         return self.num_layers * self.experts.count * expert
 
 
-def _rope(content: Fields) -> tuple[float, float | None]:
-    """(rotary base, Llama 3 scaling factor): transformers 4 and 5 keep them in other places."""
-    parameters = content.table("rope_parameters")
-    scaling = content.table("rope_scaling")
-    scaling = scaling if scaling.content else parameters
-    base = parameters.number("rope_theta", content.number("rope_theta", 10000.0))
-    kind = scaling.text("rope_type", scaling.text("type", "default"))
-    if kind == "default":
-        return base, None
-    if kind == "llama3" and all(scaling.content.get(k) == v for k, v in _LLAMA3_ROPE.items()):
-        return base, scaling.number("factor")
-    raise ValueError(
-        f"{content.path}: rope scaling {shown(kind)} with these numbers is not supported"
-    )
-
-
 def _refuse_unsupported(fields: Fields) -> None:
     path, content = fields.path, fields.content
     model_type = content.get("model_type")
@@ -128,11 +106,33 @@ def _refuse_unsupported(fields: Fields) -> None:
     wanted |= {"use_sliding_window": False}
     if model_type == "qwen3_moe":  # experts in every layer
         wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    for name, value in wanted.items():
-        if content.get(name, value) != value:
-            raise ValueError(
-                f"{path}: {name}={shown(content[name])} is not supported (only {value!r})"
-            )
+    nullable: dict[str, Any] = {
+        "mlp_only_layers": [],
+        "per_layer_config": {},
+        "transformers_weights": None,
+    }
+    for name, value in (wanted | nullable).items():
+        found = content.get(name, value)
+        if found != value and not (name in nullable and found is None):
+            raise ValueError(f"{path}: {name}={shown(found)} is not supported (only {value!r})")
+    layers = content.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise ValueError(
+            f"{path}: layer_types={shown(layers)} is not supported (only 'full_attention')"
+        )
+
+
+def _head_sizes(content: Fields, heads: int, hidden_size: int) -> tuple[int, int]:
+    """(key/value groups, channels a head).
+
+    transformers has numbers of its own where Qwen's files lack these, and a null is not a number
+    for all of them: both are mistakes here, where they do not mean what they say.
+    """
+    kind, name = content.text("model_type"), "num_key_value_heads"
+    missing = name not in content.content and kind != "llama"
+    groups = content.size(name, None if missing else heads, nullable=kind != "qwen3_moe")
+    channels = None if kind.startswith("qwen3") else max(1, hidden_size // heads)
+    return groups, content.size("head_dim", channels, nullable=kind == "llama")
 
 
 def _check_heads(path: str, arch: Architecture) -> None:
@@ -159,7 +159,7 @@ def _read_experts(content: Fields) -> Experts | None:
         per_token=content.size("num_experts_per_tok"),
         ffn_hidden_size=content.size("moe_intermediate_size"),
         normalize_weights=content.boolean("norm_topk_prob", False),
-        aux_loss_coeff=content.number("router_aux_loss_coef", 0.0, zero=True),
+        aux_loss_coeff=content.number("router_aux_loss_coef", 0.001, zero=True),
     )
     if experts.per_token == 1 and experts.normalize_weights:
         raise ValueError(
@@ -190,21 +190,20 @@ def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
     """
     content = Fields(path, mapping)
     _refuse_unsupported(content)
-    rotary_base, rope_scaling_factor = _rope(content)
     heads, hidden_size = content.size("num_attention_heads"), content.size("hidden_size")
+    groups, kv_channels = _head_sizes(content, heads, hidden_size)
     arch = Architecture(
         model_type=content.text("model_type"),
         num_layers=content.size("num_hidden_layers"),
         hidden_size=hidden_size,
         ffn_hidden_size=content.size("intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=content.size("num_key_value_heads", heads),
-        kv_channels=content.size("head_dim", max(1, hidden_size // heads)),
+        num_query_groups=groups,
+        kv_channels=kv_channels,
         vocab_size=content.size("vocab_size"),
         max_position_embeddings=content.size("max_position_embeddings"),
         layernorm_epsilon=content.number("rms_norm_eps", 1e-6),
-        rotary_base=rotary_base,
-        rope_scaling_factor=rope_scaling_factor,
+        rope=read_rope(content),
         tie_word_embeddings=content.boolean("tie_word_embeddings", False),
         initializer_range=content.number("initializer_range", 0.02),
         experts=_read_experts(content),

@@ -37,6 +37,7 @@ from megatron_phf.model.fp8 import (
 )
 from megatron_phf.model.gpt_config import transformer_config, transformer_impl
 from megatron_phf.model.layer import FlowTransformerLayer, LocalRMSNorm
+from megatron_phf.model.rope import scaled_frequencies
 from megatron_phf.model.userbuffers import (
     fixed_row_length,
     initialize_userbuffers,
@@ -140,11 +141,12 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
             post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=arch.rotary_base,
-            rope_scaling=arch.rope_scaling_factor is not None,
-            rope_scaling_factor=arch.rope_scaling_factor or 1.0,
+            rotary_base=arch.rope.base,
             vp_stage=stage,
         )
+        # megatron-core has Llama 3's numbers fixed, and scales positions, not frequencies.
+        rotary = chunk.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, arch.rope)
         for parameter in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
         chunks.append(chunk.to(device.device()))

@@ -12,16 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_phf.config import TokenizerConfig
-from megatron_phf.data.hf_files import INDEX_FILE
-from megatron_phf.output import MARKER
+from megatron_phf.data.hf_files import INDEX_FILE, read_json_object
+from megatron_phf.model.model_files import copy_files, other_files, tokenizer_files
 
 SHARD_BYTES = 5 * 10**9
-_KEPT = (".json", ".txt", ".model", ".jinja")
-# What transformers finds a tokenizer by.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
-)
 
 
 def write_shards(
@@ -69,12 +63,6 @@ def _name_shards(shards: list[list[str]], directory: str, total: int) -> None:
             json.dump(index, f, indent=1)
 
 
-def _copy(source: str, target: str, names: Iterable[str]) -> None:
-    for name in names:
-        if os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
-
-
 def copy_model_files(
     source: str, target: str, dtype: torch.dtype, tokenizer: TokenizerConfig
 ) -> None:
@@ -82,20 +70,18 @@ def copy_model_files(
 
     The tokenizer is that of ``--tokenizer-model`` where the run has one.
     """
-    names = [n for n in sorted(os.listdir(source)) if n.endswith(_KEPT) and ".index." not in n]
-    names = [n for n in names if n != MARKER]  # of that directory's own files
     other = tokenizer.tokenizer_model
-    if other is not None:
-        names = [n for n in names if n not in _TOKENIZER_FILES]
-        if tokenizer.tokenizer_type == "SentencePieceTokenizer":
-            shutil.copyfile(other, os.path.join(target, "tokenizer.model"))
-        else:
-            _copy(other, target, _TOKENIZER_FILES)
-    _copy(source, target, names)
+    if other is None:
+        copy_files(source, target, tokenizer_files(source))
+    elif tokenizer.tokenizer_type == "SentencePieceTokenizer":
+        shutil.copyfile(other, os.path.join(target, "tokenizer.model"))
+    else:
+        copy_files(other, target, tokenizer_files(other))
+    copy_files(source, target, other_files(source))
     path = os.path.join(target, "config.json")
-    with open(path, encoding="utf-8") as f:
-        content = json.load(f)
+    content = read_json_object(path)
     content.pop("torch_dtype", None)
+    content.pop("quantization_config", None)  # the weights beside it are not quantised
     content["dtype"] = str(dtype).removeprefix("torch.")
     with open(path, "w", encoding="utf-8") as f:
         json.dump(content, f, indent=2)

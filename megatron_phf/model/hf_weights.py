@@ -8,18 +8,18 @@ export that is complete or not there at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from mbridge.core.bridge import _MODEL_REGISTRY
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_phf import parallel
 from megatron_phf.config import Config
-from megatron_phf.data.hf_files import check_weight_index
+from megatron_phf.model import loaded_weights
 from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
@@ -27,14 +27,31 @@ from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_directory import SHARD_BYTES, copy_model_files, write_shards
 from megatron_phf.model.lora import is_adapter
+from megatron_phf.model.weight_files import StoredTensor, stored_tensors
 
 _LAYER = "model.layers.{layer_number}."
+
+
+class _StoredWeights:
+    """What mbridge reads weights through: the tensors that were checked, from their files."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+
+    def load_one_hf_weight(self, name: str) -> Tensor:
+        """The whole tensor."""
+        with safe_open(self._stored[name].file, "pt") as f:
+            return f.get_tensor(name)
 
 
 class _Bridge:
     """Mixed into mbridge's class of an architecture (``_bridge``)."""
 
     arch: Architecture
+    stored: Mapping[str, StoredTensor]
+
+    def _get_safetensor_io(self, weights_path: str) -> _StoredWeights:
+        return _StoredWeights(self.stored)
 
     def _build_config(self) -> Any:
         # mbridge would build a TransformerConfig of its own choices; it reads just these.
@@ -175,34 +192,56 @@ def load_hf_weights(
     Raises:
         ValueError: weights are missing or damaged, or their index leads out of ``directory``.
     """
-    check_weight_index(directory)
+    base = [_AsMbridgeNames(chunk) for chunk in chunks]
+    stored = stored_tensors(directory)
     try:
-        base = [_AsMbridgeNames(chunk) for chunk in chunks]
-        _bridge(arch, config).load_weights(base, directory, memory_efficient=True)
+        bridge = _bridge(arch, config)
+        bridge.stored = stored
+        bridge.load_weights(base, directory, memory_efficient=True)
+        problem = None if chunks[0].config.fp8_param else _difference(base, arch, stored)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{flag} {directory}: its weights do not load ({error}); copy the model again"
         ) from error
+    parallel.raise_together(
+        problem
+        and f"{flag} {directory}: after loading, {problem}; were the files changed "
+        "meanwhile? Else it is a fault of megatron_phf: please report it"
+    )
+
+
+def _difference(
+    base: list[_AsMbridgeNames], arch: Architecture, stored: Mapping[str, StoredTensor]
+) -> str | None:
+    for chunk in base:
+        layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        problem = loaded_weights.difference(chunk.named_parameters(), arch, layers, stored)
+        if problem is not None:
+            return problem
+    return None
 
 
 def export_hf_weights(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """(HuggingFace name, whole tensor) on every rank, one at a time; collective.
 
-    Adapters are merged into the weights they belong to.
+    Adapters are merged into the weights they belong to.  ``dtype``: None keeps the model's.
     """
     wait_for_weights(chunks)
     seen: set[str] = set()
     weights = _bridge(arch, config).export_weights([_AsMbridgeNames(chunk) for chunk in chunks])
     if config.lora.lora_rank:
         scale = config.lora.lora_alpha / config.lora.lora_rank
-        weights = merge_adapter(weights, dict(export_adapter(chunks)), scale)
+        weights = merge_adapter(weights, dict(export_adapter(chunks)), scale, dtype)
     for name, weight in weights:
         # A tied embedding sits on the first and on the last stage.
         if name not in seen:
             seen.add(name)
-            yield name, weight.detach()
+            yield name, weight.detach().to(dtype or weight.dtype)
 
 
 def _with_tied_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -239,12 +278,12 @@ def save_hf(
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
     dtype = dtype or next(chunks[0].parameters()).dtype
-    weights = export_hf_weights(chunks, arch, config)
+    weights = export_hf_weights(chunks, arch, config, dtype)
     if tied_head and arch.tie_word_embeddings:
         weights = _with_tied_head(weights)
 
     def write(directory: str) -> None:
-        write_shards(((n, w.to(dtype)) for n, w in weights), directory, max_shard_bytes)
+        write_shards(weights, directory, max_shard_bytes)
         copy_model_files(source, directory, dtype, config.tokenizer)
 
     problem = write_directory(target, flag, write)

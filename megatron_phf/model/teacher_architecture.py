@@ -6,11 +6,11 @@ Without torch: the checks before launch read it too.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from megatron_phf.config import Config, flag_of
+from megatron_phf.data.hf_files import parse_json
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.hidden.spec import flow_spec, flow_weights
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
@@ -84,7 +84,7 @@ def _vocabulary(path: str) -> dict[str, int]:
     """Token -> id of a ``tokenizer.json`` (added tokens too) or a ``vocab.json``."""
     try:
         with open(path, encoding="utf-8") as f:
-            content = json.load(f)
+            content = parse_json(f.read())
         if path.endswith("vocab.json"):
             return dict(content)
         vocab: Any = content["model"]["vocab"]

@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_phf.data.hf_files import parse_json
 from megatron_phf.output import OLD, PARTIAL, free_number
 
 TRACKER, MANIFEST = "latest_checkpointed_iteration.txt", "checkpoint.json"
@@ -215,7 +216,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     name = os.path.join(path, MANIFEST)
     try:
         with open(name, encoding="utf-8") as f:
-            manifest = json.load(f)
+            manifest = parse_json(f.read())
         files, version = manifest["files"], manifest["format"]
         good = all(os.path.normpath(n) == n and not n.startswith(("/", "..")) for n in files)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -57,6 +57,7 @@ from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.step import Distiller
 from tests.counted_device import CountedDevice
 from tests.parallel.engine_contract import contract
+from tests.parallel.loading import check_comparison
 
 
 def export(distiller: Distiller, path: str) -> None:
@@ -244,6 +245,7 @@ def reshard(config: Config, case: dict, path: str) -> None:
     arch = read_architecture(config.model.hf_model)
     if case.get("save"):
         chunks = load_student(arch, config, config.model.hf_model)
+        check_comparison(chunks, arch, config)
         save_weights(chunks, case["save"])
     else:
         chunks = build_model(arch, config)

@@ -45,6 +45,11 @@ MODELS = {
     "Qwen3-30B-A3B": ("qwen3_moe", shape(64, 16, 2, 16, 192, False, **EXPERTS)),
     "SmolLM2-135M": ("llama", shape(72, 9, 3, 8, 192, True)),  # zero heads at TP 2
 }
+# Rotary embeddings that 16 tokens see, each with its logits: as transformers 4 and 5 write them.
+ROPES = {
+    "linear": {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0},
+    "llama3": {**LLAMA3, "low_freq_factor": 2.0, "original_max_position_embeddings": 32},
+}
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "tp2_pp2": (2, 2), "one": (1, 1)}
 PROBED = "SmolLM2-135M"
 
@@ -98,6 +103,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs.add("megatron-to-hf", "pp2", "bf16/release", "bf16.hf", **to_hf)
     rounded = {"dtype": "bf16", "probe": str(directory / "rounded.probe")}
     jobs.add("megatron-to-hf", "pp2", f"{PROBED}-tp2/release", "rounded.hf", **rounded)
+    for name, rope in ROPES.items():
+        make_model(str(directory / name), "llama", rope_parameters=rope)
+        path = directory / name / "config.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "rope_scaling": content.pop("rope_parameters")}))
+        probe = {"probe": str(directory / f"{name}.probe")}
+        jobs.add("hf-to-megatron", "one", name, f"{name}-one", **probe)
     for processes in (4, 2, 1):
         jobs.launch(processes)
     return directory
@@ -157,3 +169,16 @@ def test_logits(converted: Path, model: str, probe: str) -> None:
     assert difference < 1e-5 * deviation
     if model == PROBED:  # the rounding is seen
         assert largest_difference(str(converted / model), path)[0] > 1e-4 * deviation
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_scaling(converted: Path, name: str) -> None:
+    """rope_theta inside rope_scaling, and numbers that megatron-core does not have itself."""
+    path = str(converted / f"{name}.probe")
+    difference, deviation = largest_difference(str(converted / name), path)
+    assert difference < 1e-5 * deviation
+    config = converted / name / "config.json"
+    content = json.loads(config.read_text())
+    plain = {"rope_type": "default", "rope_theta": content["rope_scaling"]["rope_theta"]}
+    config.write_text(json.dumps({**content, "rope_scaling": plain}))
+    assert largest_difference(str(converted / name), path)[0] > 1e-2 * deviation  # it is seen

@@ -76,11 +76,26 @@ def test_read_problems_with_other_field_names(tmp_path: Path) -> None:
         ({**GOOD, "problem": "  "}, r"d\.jsonl:2: field 'problem' is empty"),
         ({**GOOD, "solution": 3}, r"d\.jsonl:2: field 'solution' is not a string but int"),
         ({**GOOD, "answer": [1]}, r"d\.jsonl:2: field 'answer' is neither string nor number"),
+        (
+            '{"problem": "x", "solution": "s", "answer": "1", "answer": "2"}',
+            r"d\.jsonl:2: has the key 'answer' twice in one object",
+        ),
+        (
+            '{"problem": "x", "solution": "s", "answer": -1' + "0" * 4999 + "}",
+            r"d\.jsonl:2: has an integer of 5000 digits, which is too long to read; write it as a",
+        ),
     ],
 )
 def test_bad_problem_lines(tmp_path: Path, line: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_problems(write(tmp_path / "d.jsonl", GOOD, line))
+
+
+@pytest.mark.parametrize("first", ["\ufeff\n", "\ufeff  \n", "\ufeff"])
+def test_a_byte_order_mark_is_no_content(tmp_path: Path, first: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(first + json.dumps(GOOD) + "\n", encoding="utf-8")
+    assert [p.answer for p in read_problems(str(path))] == ["2"]
 
 
 def test_bad_problem_files(tmp_path: Path) -> None:

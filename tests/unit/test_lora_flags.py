@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_phf import preflight
 from megatron_phf.config import Config
-from megatron_phf.model.adapter_config import adapter_config, num_adapter_parameters
-from megatron_phf.model.adapter_io import merge_adapter
+from megatron_phf.merge import merge
+from megatron_phf.model.adapter_config import (
+    ALLOWED,
+    READ,
+    WITHOUT_EFFECT,
+    adapter_config,
+    num_adapter_parameters,
+    read_adapter_config,
+)
+from megatron_phf.model.adapter_io import merge_adapter, read_adapter
 from megatron_phf.model.architecture import read_architecture
 from tests.models import make_adapter, make_model
 
@@ -83,8 +97,6 @@ def test_adapter_config_of_the_published_recipe() -> None:
 
 
 def test_number_of_parameters_equals_pefts(files: dict[str, str]) -> None:
-    from safetensors.torch import load_file
-
     tensors = load_file(Path(files["ADAPTER"], "adapter_model.safetensors"))
     lora = Config().replaced(lora_rank=4, lora_target_modules="q_proj,up_proj").lora
     found = num_adapter_parameters(read_architecture(files["MODEL"]), lora)
@@ -110,3 +122,129 @@ def test_merge_rounds_once() -> None:
     assert (merged[f"{name}.weight"] != exact.bfloat16()).double().mean() < 1e-3
     twice = weight + (0.37 * (b @ a)).bfloat16()
     assert (twice != exact.bfloat16()).double().mean() > 0.1
+
+
+def test_every_field_of_pefts_is_classified() -> None:
+    """A new one must be looked at: does it change what an adapter computes?"""
+    known = [*ALLOWED, *READ, *WITHOUT_EFFECT]
+    assert len(known) == len(set(known))
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} == set(known)
+
+
+# Values that PEFT gives a meaning to.
+CHANGES = {
+    **dict.fromkeys(ALLOWED, True),
+    "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "layers_to_transform": [0],
+    "alora_invocation_tokens": [0], "modules_to_save": ["lm_head"], "exclude_modules": ["lm_head"],
+    "target_parameters": ["lm_head"],
+    "layers_pattern": "layers", "layer_replication": [[0, 2]], "trainable_token_indices": [1],
+    "init_lora_weights": "pissa", "bias": "all", "peft_type": "LOHA",
+}  # fmt: skip
+
+
+@pytest.fixture
+def adapter(files: dict[str, str], tmp_path: Path) -> Path:
+    shutil.copytree(files["ADAPTER"], tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def change(adapter: Path, **values: object) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_the_arithmetic_is_refused(adapter: Path, name: str) -> None:
+    change(adapter, **{name: CHANGES[name]})
+    with pytest.raises(ValueError, match=rf"adapter_config.json: .*({name}|LoRA adapter)"):
+        read_adapter_config(str(adapter))
+
+
+@pytest.mark.parametrize(
+    "value", ["pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new", 1, "True"]
+)
+def test_initialisations_that_change_the_base_are_refused(adapter: Path, value: object) -> None:
+    change(adapter, init_lora_weights=value)
+    with pytest.raises(ValueError, match="init_lora_weights: only plain LoRA is supported, not"):
+        read_adapter_config(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a_later_variant": 0.5}, "a_later_variant: only plain LoRA"),
+        ({"target_modules": "all-linear"}, "target_modules must be a list"),
+        ({"target_modules": [["q_proj"]]}, "target_modules must be a list"),
+        ({"r": 0}, "'r' is 0"),
+        ({"r": True}, "'r' is True"),
+        ({"lora_alpha": None}, "'lora_alpha' is null"),
+        ({"use_rslora": 1}, "use_rslora: only plain LoRA"),
+    ],
+)
+def test_other_adapters(adapter: Path, values: dict, message: str) -> None:
+    change(adapter, **values)
+    with pytest.raises(ValueError, match=message):
+        read_adapter_config(str(adapter))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"init_lora_weights": value} for value in ALLOWED["init_lora_weights"]),
+        {"a_later_variant": None, "another": False, "lora_dropout": 0.5, "loftq_config": {}},
+    ],
+    ids=str,
+)
+def test_adapters_that_are_read_are_pefts(adapter: Path, files: dict, values: dict) -> None:
+    """Weight for weight what peft merges, whatever the adapter was initialised with."""
+    change(adapter, **values)
+    merged, base = merged_by_peft(files["MODEL"], adapter)
+    tensors, scale = read_adapter(str(adapter))
+    found = dict(merge_adapter(base.items(), tensors, scale))
+    assert found.keys() == merged.keys()
+    changed = 0
+    for name, weight in merged.items():
+        assert torch.allclose(found[name], weight, atol=1e-6)
+        changed += not torch.equal(weight, base[name])
+    assert changed == 8
+
+
+def merged_by_peft(model: str, adapter: Path) -> tuple[dict, dict]:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return {name: p.detach() for name, p in merged.named_parameters()}, before
+
+
+def test_pissa_is_not_plain(adapter: Path, files: dict) -> None:
+    """Why it is refused: peft changes the base weights where it loads one."""
+    plain, _ = merged_by_peft(files["MODEL"], adapter)
+    change(adapter, init_lora_weights="pissa")
+    other, _ = merged_by_peft(files["MODEL"], adapter)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (plain[name] - other[name]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_merging_into_a_dtype_rounds_once(
+    files: dict, tmp_path: Path, dtype: str, kind: torch.dtype
+) -> None:
+    """A bf16 base merged to fp32 keeps every digit of the sum."""
+    source = tmp_path / "source"
+    shutil.copytree(files["MODEL"], source)
+    base = {n: t.bfloat16() for n, t in load_file(source / "model.safetensors").items()}
+    save_file(base, source / "model.safetensors", {"format": "pt"})
+    job = {"source": str(source), "adapter": files["ADAPTER"], "target": str(tmp_path / "merged")}
+    merge({**job, "dtype": dtype, "max_shard_bytes": 10**9})
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    tensors, scale = read_adapter(files["ADAPTER"])
+    assert found.keys() == base.keys()
+    for name, weight in base.items():
+        adapted = "base_model.model." + name.removesuffix(".weight")
+        exact = weight.double()
+        if f"{adapted}.lora_A.weight" in tensors:
+            a, b = (tensors[f"{adapted}.lora_{x}.weight"].double() for x in "AB")
+            exact = exact + scale * (b @ a)
+        assert found[name].dtype is kind
+        unit = 2.0**-22 if dtype == "fp32" else 2.0**-8  # of the last digit, and of fp32's sum
+        assert ((found[name].double() - exact).abs() <= unit * (exact.abs() + 0.1)).all(), name

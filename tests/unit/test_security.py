@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from megatron_phf.config import Config
-from megatron_phf.data.arithmetic import make_hf_directory
+from megatron_phf.data.arithmetic import make_hf_directory, make_tokenizer
 from megatron_phf.data.hf_files import check_file_name, check_weight_index
-from megatron_phf.data.tokenizer import load_tokenizer
+from megatron_phf.data.tokenizer import HFTokenizer, load_tokenizer, stop_token_ids
+from megatron_phf.model.adapter_config import read_adapter_config
+from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.teacher_architecture import check_tokenizers
+from megatron_phf.train.checkpoint_files import read_manifest
 from tests.launch import REPO
 
 FOLDERS = ("megatron_phf", "tools", "examples")
@@ -123,6 +127,63 @@ def test_the_search_finds(source: str) -> None:
 )
 def test_the_search_passes(source: str) -> None:
     assert violations(source) == []
+
+
+# Whoever reads JSON that this program did not write goes through data/hf_files.py: these read
+# their own files, or what the program's own processes say.
+OWN_JSON = {
+    "megatron_phf/data/hf_files.py",  # the reader
+    *("megatron_phf/convert.py", "megatron_phf/merge.py"),  # the tool's job
+    *("megatron_phf/evaluation_files.py", "megatron_phf/grader_process.py"),
+    *("megatron_phf/train/evaluation.py", "megatron_phf/train/run_files.py"),
+    *("megatron_phf/train/heartbeat.py", "tools/grid.py", "tools/parity.py", "tools/acceptance.py"),
+}
+
+
+def test_one_reader_of_json_from_elsewhere() -> None:
+    files = [f for folder in FOLDERS for f in sorted((REPO / folder).rglob("*.py"))]
+    found = {
+        str(f.relative_to(REPO))
+        for f in files
+        for node in ast.walk(ast.parse(f.read_text()))
+        if isinstance(node, ast.Attribute) and _name(node) in ("json.load", "json.loads")
+    }
+    assert found == OWN_JSON
+
+
+TWICE = r"has the key 'num_hidden_layers' twice in one object; remove one"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", '{"num_hidden_layers": 4, "num_hidden_layers": 3}', TWICE),
+        ("config.json", '{"a": [{"num_hidden_layers": 4, "num_hidden_layers": 4}]}', TWICE),
+        ("config.json", '{"vocab_size": 1' + "0" * 4999 + "}", "has an integer of 5000 digits"),
+        ("adapter_config.json", '{"num_hidden_layers": 4, "num_hidden_layers": 3}', TWICE),
+        ("generation_config.json", '{"num_hidden_layers": 4, "num_hidden_layers": 3}', TWICE),
+        ("model.safetensors.index.json", '{"num_hidden_layers": 1, "num_hidden_layers": 1}', TWICE),
+        ("checkpoint.json", '{"num_hidden_layers": 1, "num_hidden_layers": 1}', TWICE),
+        ("tokenizer.json", '{"num_hidden_layers": 1, "num_hidden_layers": 1}', TWICE),
+    ],
+)
+def test_json_of_which_readers_read_different_things(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
+    tokenizer = HFTokenizer(make_tokenizer())
+    readers = {
+        "config.json": read_architecture,
+        "adapter_config.json": read_adapter_config,
+        "generation_config.json": lambda path: stop_token_ids(tokenizer, path),
+        "model.safetensors.index.json": check_weight_index,
+        "checkpoint.json": read_manifest,
+        "tokenizer.json": lambda path: check_tokenizers(path + "/student", path, 9, True),
+    }
+    with pytest.raises(ValueError, match=rf"{name}: .*{message}"):
+        readers[name](str(tmp_path))
 
 
 @pytest.fixture

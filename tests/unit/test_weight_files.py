@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.weight_files import check_hf_weights
-from tests.models import make_model
+from tests.models import make_adapter, make_model
 
 
 def check(directory: Path) -> dict:
@@ -121,3 +122,154 @@ def test_damages(model: Path, tmp_path: Path, damage: str) -> None:
     change(broken)
     with pytest.raises(ValueError, match=message):
         check(broken)
+
+
+def other_values(source: Path, target: Path) -> None:
+    """The same tensors with other numbers."""
+    tensors = {name: tensor + 1 for name, tensor in load_file(source).items()}
+    save_file(tensors, target, {"format": "pt"})
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def whole(directory: Path) -> None:
+    """Shards and index become one file."""
+    tensors = {n: t for p in directory.glob("*.safetensors") for n, t in load_file(p).items()}
+    for path in directory.glob("*safetensors*"):
+        path.unlink()
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def one_file(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        whole(directory)
+        change(directory)
+
+    return make
+
+
+def with_head(factor: float, tied: bool = True) -> Callable[[Path], None]:
+    def make(directory: Path) -> None:
+        tensors = load_file(directory / "model.safetensors")
+        tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        edit_json(directory / "config.json", tie_word_embeddings=tied)
+
+    return one_file(make)
+
+
+def renamed(name: str) -> Callable[[Path], None]:
+    return one_file(lambda d: (d / "model.safetensors").rename(d / name))
+
+
+def stray(name: str, source: str = "model.safetensors") -> Callable[[Path], None]:
+    return one_file(lambda d: other_values(d / source, d / name))
+
+
+def embedded_adapter(directory: Path) -> None:
+    made = make_adapter(str(directory / "x"), str(directory))
+    shutil.copy(Path(made, "adapter_config.json"), directory)
+    shutil.copy(Path(made, "adapter_model.safetensors"), directory)
+
+
+def in_a_folder(directory: Path) -> None:
+    (directory / "part").mkdir()
+    (directory / SECOND).rename(directory / "part" / SECOND)
+    index = next(directory.glob("*.index*"))
+    index.write_text(index.read_text().replace(SECOND, f"part/{SECOND}"))
+
+
+def twice(directory: Path) -> None:
+    """A tensor of the third shard stands in the first one, too, with other numbers."""
+    first, _, third = sorted(directory.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(third).items()))
+    save_file({**load_file(first), name: tensor + 1}, first, {"format": "pt"})
+
+
+# What a directory holds -> None where the same tensors as transformers' are to be read, else why
+# it is refused.
+CHOICES: dict[str, tuple[Callable[[Path], object], str | None]] = {
+    "shards": (lambda d: None, None),
+    "one file": (whole, None),
+    "an older model beside it": (stray("model_old.safetensors"), None),
+    "a later name beside it": (stray("zzz.safetensors"), None),
+    "a variant beside it": (stray("model.fp16.safetensors"), None),
+    "a pickle beside it": (one_file(lambda d: (d / "pytorch_model.bin").write_bytes(b"x")), None),
+    "a shard beside shards": (
+        lambda d: other_values(d / SECOND, d / "model-00004-of-00004.safetensors"), None,
+    ),
+    "an index beside one file": (
+        lambda d: other_values(d / SECOND, d / "model.safetensors"),
+        "model.safetensors and model.safetensors.index.json with other files",
+    ),
+    "an index of the one file": (
+        one_file(
+            lambda d: (d / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {"model.norm.weight": "model.safetensors"}})
+            )
+        ),
+        None,
+    ),
+    "another name": (renamed("weights.safetensors"), "but 'weights.safetensors'; rename"),
+    "a variant": (renamed("model.fp16.safetensors"), "but 'model.fp16.safetensors'; rename"),
+    "pickle": (renamed("pytorch_model.bin"), r"no \*.safetensors in it, only pytorch_model.bin"),
+    "shards without index": (
+        lambda d: (d / "model.safetensors.index.json").unlink(), "neither model.safetensors nor",
+    ),
+    "named in config.json": (
+        one_file(
+            lambda d: (
+                other_values(d / "model.safetensors", d / "b.safetensors"),
+                edit_json(d / "config.json", transformers_weights="b.safetensors"),
+            )
+        ),
+        "transformers_weights='b.safetensors' is not supported",
+    ),
+    "a shard in a folder": (in_a_folder, "is not the plain name of a file"),
+    "a tensor in two shards": (twice, "is in model-00003-of-00003.safetensors and in model-00001"),
+    "an adapter embedded": (embedded_adapter, "adapter_config.json: transformers adds this"),
+    "a tied head": (with_head(1.0), None),
+    "a tied head of its own": (with_head(0.5), "lm_head.weight is not model.embed_tokens.weight"),
+    "an untied head": (with_head(0.5, tied=False), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_files_that_transformers_loads(model: Path, tmp_path: Path, choice: str) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    make, message = CHOICES[choice]
+    make(directory)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            check(directory)
+        return
+    found = check(directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    expected = dict(loaded.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        with safe_open(tensor.file, "pt") as f:
+            assert torch.equal(f.get_tensor(name), expected[name])
+
+
+@pytest.mark.parametrize("name", ["mlp.down_proj.qweight", "mlp.down_proj.weight_scale_inv"])
+def test_quantised_checkpoints(model: Path, tmp_path: Path, name: str) -> None:
+    """GPTQ's integers beside no weight, FP8 with its scales: named as what they are."""
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+
+    def quantise(tensors: dict) -> None:
+        whole_name = one(tensors)
+        weight = tensors.pop(whole_name)
+        added = whole_name.replace("mlp.down_proj.weight", name)
+        if name.endswith("qweight"):
+            tensors[added] = torch.zeros(8, 8, dtype=torch.int32)
+        else:
+            tensors |= {whole_name: weight.to(torch.float8_e4m3fn), added: torch.ones(1, 1)}
+
+    edit_shard(quantise)(directory)
+    with pytest.raises(ValueError, match="quantised models must be dequantised first"):
+        check(directory)
