@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_phf import preflight
+from megatron_phf import environment, preflight
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
 from megatron_phf.signals import StopSignals
@@ -74,10 +74,6 @@ def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) 
 
 
 def _run(config: Config, job: Job, signals: StopSignals) -> None:
-    # Megatron's overlap of communication and computation counts on one hardware queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Sequences of other lengths in each step leave holes that fixed segments could not fill.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from torch import OutOfMemoryError
 
     from megatron_phf import device
@@ -131,6 +127,7 @@ def run_rank(read: Callable[[], Config], job: Job) -> None:
     torchrun's environment says who we are.  Leaves with status 1, and one message from one rank,
     where anything fails.
     """
+    environment.set_cuda_defaults(os.environ)
     try:
         config = read()
         preflight.check(config)

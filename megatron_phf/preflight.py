@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
-import subprocess
 import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
@@ -35,6 +33,7 @@ from megatron_phf.model.teacher_architecture import (
     read_teacher,
 )
 from megatron_phf.model.weight_files import check_hf_weights
+from megatron_phf.visible_gpus import visible_gpus
 from megatron_phf.vllm_flags import check_vllm
 
 _AT_LEAST_ONE = {
@@ -311,13 +310,6 @@ def check(config: Config) -> None:
     prompt_templates(data)
 
 
-def _num_gpus() -> int:
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return listing.stdout.count("GPU ") if listing.returncode == 0 else 0
-
-
 def process_count(config: Config, num_gpus: int) -> int:
     """Processes for one machine: a GPU each, else two on the CPU; whole models in any case."""
     model_parallel = model_parallel_size(config)
@@ -338,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = parse_args(argv)
         check(config)
-        count = process_count(config, _num_gpus())
+        count = process_count(config, visible_gpus())
         check_world_size(config, count)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_phf.data.problems import read_jsonl, write_jsonl
 
