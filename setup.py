@@ -8,6 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_phf/__init__.py").read_text())[1]
 
+# Whatever is not Python's own: page templates, presets.
+DATA = [
+    str(path.relative_to(HERE / "megatron_phf"))
+    for path in sorted((HERE / "megatron_phf").rglob("*"))
+    if path.is_file() and path.suffix not in (".py", ".pyc")
+]
+
 TRL = "trl>=1.16,<2"  # examples/integrations/trl_trainer.py
 
 setup(
@@ -18,7 +25,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_phf", "megatron_phf.*"]),
-    package_data={"megatron_phf": ["presets/*.args", "report/*.jinja"]},
+    package_data={"megatron_phf": DATA},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

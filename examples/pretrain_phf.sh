@@ -2,10 +2,10 @@
 # bash runs up to `exec` and so re-launches this file through torchrun; for Python, which torchrun
 # starts it with, that block is a string (''' opens and closes it; to bash ''':' is the no-op `:`).
 ''':'
-cd_to_repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$cd_to_repo/.venv/bin/python" ]; then
-    PATH="$cd_to_repo/.venv/bin:$PATH"
-fi
+repo=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$repo/.venv/bin/python" ]; then PATH="$repo/.venv/bin:$PATH"; fi
+# A checkout's package, installed or not; a copy of this file elsewhere takes the installed one.
+if [ -d "$repo/megatron_phf" ]; then export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"; fi
 for argument in "$@"; do
     case $argument in -h | --help) exec python3 -m megatron_phf.flags "$@" ;; esac
 done
@@ -14,6 +14,13 @@ read -r processes threads <<<"$counts"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 exec torchrun --standalone --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
 '''
+import sys
+from pathlib import Path
+
+repo = Path(__file__).resolve().parent.parent
+if (repo / "megatron_phf").is_dir():  # torchrun looks beside this file only
+    sys.path.insert(0, str(repo))
+
 from megatron_phf.main import main
 
 if __name__ == "__main__":

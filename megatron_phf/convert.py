@@ -7,6 +7,8 @@ bounded memory: a rank holds its part of the model and a few copies of one tenso
 export one file besides.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,7 +23,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from megatron_phf import device, parallel
+from megatron_phf import device
+
+device.import_megatron()  # before anything else does
+
+from megatron_phf import parallel
 from megatron_phf.config import Config
 from megatron_phf.main import leave_on_error
 from megatron_phf.model import torch_dist

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
+import os
 import resource
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_phf import cuda_names, grad_norm
+from megatron_phf import cuda_names, grad_norm, optional_packages
 from megatron_phf.rendezvous import store_of_this_start
 
 _CPU = torch.device("cpu")
@@ -27,8 +27,8 @@ def has_cuda() -> bool:
 
 
 def has_module(name: str) -> bool:
-    """Whether the optional package ``name`` (transformer_engine, apex, ...) can be imported."""
-    return importlib.util.find_spec(name) is not None
+    """Whether the optional package ``name`` (transformer_engine, apex, ...) imports."""
+    return optional_packages.why_missing(name) is None
 
 
 def device() -> torch.device:
@@ -54,15 +54,31 @@ def default_dtype() -> torch.dtype:
 
 
 def init_distributed(local_rank: int, timeout_minutes: float) -> None:
-    """Join the default process group that torchrun's environment describes."""
+    """Join the default process group that torchrun's environment describes.
+
+    Raises:
+        ValueError: this machine has fewer GPUs than ranks.
+    """
     timeout = timedelta(minutes=timeout_minutes)
     kwargs: dict[str, Any] = {"timeout": timeout}
     if has_cuda():
+        _check_number_of_gpus()
         torch.cuda.set_device(local_rank)
         kwargs["device_id"] = device()
     store, rank, world_size = store_of_this_start(timeout)
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **kwargs)
+
+
+def _check_number_of_gpus() -> None:
+    wanted, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if wanted > count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        shown = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+        raise ValueError(
+            f"torchrun --nproc-per-node {wanted}: this machine has {count} GPU(s) for it{shown}; "
+            f"start {count} process(es)"
+        )
 
 
 def synchronize() -> None:
@@ -148,7 +164,11 @@ def cuda_type_names() -> contextlib.AbstractContextManager[None]:
 
 
 def import_megatron() -> None:
-    """Import megatron-core; sooner on a CPU where this comes before any other import of it."""
+    """Import megatron-core; before any other import of it, as that would find broken packages.
+
+    On a CPU it then also takes less time.
+    """
+    optional_packages.hide_broken()
     if has_cuda():
         importlib.import_module("megatron.core")
     else:

@@ -1,7 +1,4 @@
-"""Fused kernels: which are there, which are used, and why not.
-
-Found by looking for the packages; nothing is imported that a machine may lack.
-"""
+"""Fused kernels: which are there, which are used, and why not."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.core.utils import is_te_min_version
 
-from megatron_phf import device
+from megatron_phf import device, optional_packages
 from megatron_phf.config import Config
 
 
@@ -36,9 +33,8 @@ def layers(implementation: str) -> Feature:
     """Transformer Engine's linears, norms and attention."""
     if implementation == "transformer_engine":
         return Feature("Transformer Engine layers", True, _version("transformer_engine"))
-    if device.has_module("transformer_engine"):
-        return Feature("Transformer Engine layers", False, "--transformer-impl local")
-    return Feature("Transformer Engine layers", False, "transformer_engine is not installed")
+    missing = optional_packages.why_missing("transformer_engine")
+    return Feature("Transformer Engine layers", False, missing or "--transformer-impl local")
 
 
 def rope(implementation: str) -> Feature:
@@ -81,7 +77,7 @@ def fp8(config: Config) -> Feature:
 
 def adam() -> Feature:
     """The optimizer's update as one kernel, as megatron-core chooses it."""
-    for package, name in (("transformer_engine", "Transformer Engine"), ("amp_C", "apex")):
+    for package, name in (("transformer_engine", "Transformer Engine"), ("apex", "apex")):
         if device.has_cuda() and device.has_module(package):
             return Feature("fused Adam", True, name)
     return Feature("fused Adam", False, "needs CUDA with Transformer Engine or NVIDIA's apex")

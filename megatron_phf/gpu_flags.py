@@ -1,31 +1,33 @@
 """Flags of Transformer Engine, FP8 and overlap: what does not fit is refused before launch.
 
-No import of torch.
+Without torch, unless the flags ask for Transformer Engine and it is there: then it is imported.
 """
 
 from __future__ import annotations
 
-import importlib.util
-
 from megatron_phf.config import Config, flag_of
 from megatron_phf.data.microbatches import round_up
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.optional_packages import why_missing
 
 
 def _needs_engine(config: Config) -> None:
-    engine = importlib.util.find_spec("transformer_engine") is not None
-    if config.model.transformer_impl == "transformer_engine" and not engine:
+    implementation, fp8 = config.model.transformer_impl, config.fp8.fp8_format is not None
+    if implementation != "transformer_engine" and not fp8:
+        return
+    if implementation == "local":
         raise ValueError(
-            "--transformer-impl transformer_engine: the package is not installed; pip install "
+            "--fp8-format needs Transformer Engine's layers: leave out --transformer-impl local"
+        )
+    problem = why_missing("transformer_engine")
+    if problem is not None:
+        flag = "--fp8-format" if fp8 else "--transformer-impl transformer_engine"
+        raise ValueError(
+            f"{flag} needs Transformer Engine's layers: {problem}; pip install "
             "--no-build-isolation 'transformer_engine[pytorch]', or leave the flag out"
         )
-    if config.fp8.fp8_format is None:
+    if not fp8:
         return
-    if config.model.transformer_impl == "local" or not engine:
-        raise ValueError(
-            "--fp8-format needs Transformer Engine's layers: --transformer-impl transformer_engine "
-            "with transformer_engine installed"
-        )
     if config.model.dtype == "fp32":
         raise ValueError("--fp8-format needs --dtype bf16")
 
@@ -125,12 +127,13 @@ def _check_userbuffers(config: Config) -> None:
     """Their buffers have the shape of one packed row (megatron_phf.model.userbuffers)."""
     if not config.parallel.tp_comm_overlap:
         return
-    engine = importlib.util.find_spec("transformer_engine") is not None
+    engine = why_missing("transformer_engine")
     fp8 = config.fp8
     needs = (
         ("--sequence-parallel", config.parallel.sequence_parallel),
         ("--pack-sequences", config.batching.pack_sequences),
-        ("Transformer Engine's layers", engine and config.model.transformer_impl != "local"),
+        ("Transformer Engine's layers", config.model.transformer_impl != "local"),
+        (f"Transformer Engine's layers: {engine}", engine is None),
         ("--dtype bf16", config.model.dtype != "fp32"),
         ("all weights trained, without --lora-rank", config.lora.lora_rank == 0),
         ("--fp8-recipe delayed or tensorwise", fp8.fp8_recipe in ("delayed", "tensorwise")),

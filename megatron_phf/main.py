@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_phf import preflight
+from megatron_phf import environment, preflight
 from megatron_phf.config import Config
 from megatron_phf.console import print_anything
 from megatron_phf.flags import parse_args
@@ -78,10 +78,6 @@ def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) 
 
 
 def _run(config: Config, job: Job, signals: StopSignals) -> None:
-    # Megatron's overlap of communication and computation counts on one hardware queue.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Sequences of other lengths in each step leave holes that fixed segments could not fill.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from torch import OutOfMemoryError
 
     from megatron_phf import device
@@ -149,6 +145,7 @@ def run_rank(
     """
     print_anything()
     _leave_silently_at_sigint()
+    environment.set_cuda_defaults(os.environ)
     try:
         config = read()
         preflight.check(config)

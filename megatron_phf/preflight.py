@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
-import subprocess
 import sys
 
 from megatron_phf.config import Config, config_groups, flag_of
@@ -41,6 +39,7 @@ from megatron_phf.replay_check import check_replay
 from megatron_phf.rollout.engines import check_engine
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.schedule_flags import check_schedule
+from megatron_phf.visible_gpus import visible_gpus
 
 _AT_LEAST_ONE = {
     "parallel": (
@@ -322,13 +321,6 @@ def check(config: Config) -> None:
     prompt_templates(data)
 
 
-def _num_gpus() -> int:
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False)
-    return listing.stdout.count(b"GPU ") if listing.returncode == 0 else 0
-
-
 def process_count(config: Config, num_gpus: int) -> int:
     """Processes for one machine: a GPU each, else two on the CPU; whole models in any case."""
     model_parallel = model_parallel_size(config)
@@ -350,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse_args(argv)
         check(config)
         check_paths(training_paths(config), config)
-        count = process_count(config, _num_gpus())
+        count = process_count(config, visible_gpus())
         check_world_size(config, count)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,19 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_phf.environment import set_cuda_defaults
+
 REPO = Path(__file__).parent.parent
 _MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_bytes")
 
 
 def environment() -> dict[str, str]:
-    """One thread a process; this interpreter's scripts first on PATH; nothing from a hub."""
+    """One thread a process; this interpreter's scripts first on PATH; nothing from a hub.
+
+    CUDA's variables are the product's.
+    """
     scripts = str(Path(sys.executable).parent)
-    return {
+    variables = {
         **os.environ,
         "PATH": scripts + os.pathsep + os.environ["PATH"],
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    set_cuda_defaults(variables)
+    return variables
 
 
 def free_port() -> int:

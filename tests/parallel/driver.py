@@ -23,10 +23,14 @@ import sys
 import traceback
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from megatron_phf import environment
+
+environment.set_cuda_defaults(os.environ)  # as the product does
+
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from megatron_phf import device
 

@@ -6,11 +6,16 @@ NAME.record.json: what each module of the stand-in, and each loss, met of FP8, o
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fake_te")]
+
+from megatron_phf import environment  # noqa: E402
+
+environment.set_cuda_defaults(os.environ)  # as the product does
 
 import torch  # noqa: E402
 import transformer_engine as te  # noqa: E402

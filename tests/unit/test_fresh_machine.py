@@ -1,12 +1,17 @@
-"""What a fresh machine lacks is found and asked for, program by program."""
+"""A fresh machine: what it lacks is asked for, and a checkout works installed or not."""
 
 from __future__ import annotations
 
+import fnmatch
+import os
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 from tests.launch import REPO
 
@@ -59,3 +64,82 @@ def test_nothing_is_installed_where_all_of_slurm_is_there(tmp_path):
 def test_packages_that_do_not_bring_a_program_are_named(tmp_path):
     said = _with_slurm(tmp_path, _UTILITIES, ("slurmctld", "slurmd", "munged"))
     assert said.startswith("SLURM tests not run: ") and said.endswith("did not bring sbatch\n")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The scripts beside a package that says so when it is imported, and ends."""
+    for folder in ("examples", "tools"):
+        shutil.copytree(REPO / folder, tmp_path / folder)
+    package = tmp_path / "megatron_phf"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('the checkout')")
+    return tmp_path
+
+
+def _said(command: list[str | Path], path: str | None = None) -> str:
+    """What it ends with, started elsewhere in an environment that names no package."""
+    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        command, cwd="/", env={**variables, "PATH": path or os.environ["PATH"]},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    return done.stderr.strip()
+
+
+# Those that import the package at once; the others would do so after reading their flags.
+_TOOLS = [
+    path.name
+    for path in sorted((REPO / "tools").glob("*.py"))
+    if "\nfrom megatron_phf" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("script", ["examples/pretrain_phf.sh", *(f"tools/{t}" for t in _TOOLS)])
+def test_a_script_takes_its_checkouts_package(script: str, checkout: Path) -> None:
+    """As torchrun and users start it: Python looks beside the script only."""
+    assert _said([sys.executable, checkout / script, "--help"]) == "the checkout"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--lr=1"])
+@pytest.mark.parametrize("link", [False, True])
+def test_the_launch_script_takes_its_checkouts_package(
+    flag: str, link: bool, checkout: Path
+) -> None:
+    """Under bash, where it asks for help and checks the flags before torchrun."""
+    script = checkout / "examples/pretrain_phf.sh"
+    if link:
+        (checkout / "link").symlink_to(script)
+        script = checkout / "link"
+    (checkout / "bin").mkdir()
+    _stub(checkout / "bin", "python3", f'exec {sys.executable} "$@"')
+    path = f"{checkout / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    assert _said([_BASH, script, flag], path) == "the checkout"
+
+
+def test_a_copied_launch_script_takes_the_installed_package(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    script = shutil.copy(REPO / "examples/pretrain_phf.sh", tmp_path / "bin")
+    installed = tmp_path / "installed"
+    (installed / "megatron_phf").mkdir(parents=True)
+    (installed / "megatron_phf/__init__.py").write_text("raise SystemExit('the installed one')")
+    code = f"import runpy, sys; sys.path.insert(1, {str(installed)!r}); runpy.run_path({script!r})"
+    assert _said([sys.executable, "-c", code]) == "the installed one"
+
+
+def test_an_installation_has_every_file_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``pip install .`` takes: modules of packages, and data that setup.py names."""
+    given: dict = {}
+    monkeypatch.chdir(REPO)
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    runpy.run_path("setup.py")
+    for path in (REPO / "megatron_phf").rglob("*"):
+        if path.is_dir() or path.suffix == ".pyc":
+            continue
+        if path.suffix == ".py":
+            package = ".".join(path.parent.relative_to(REPO).parts)
+            assert package in given["packages"], path
+        else:
+            name = str(path.relative_to(REPO / "megatron_phf"))
+            patterns = given["package_data"]["megatron_phf"]
+            assert any(fnmatch.fnmatch(name, p) for p in patterns), path

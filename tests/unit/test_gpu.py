@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_phf import device, fused, gpu_flags, out_of_memory, preflight
+from megatron_phf import device, fused, gpu_flags, optional_packages, out_of_memory, preflight
 from megatron_phf.data.arithmetic import MODEL_CONFIG
+from megatron_phf.environment import set_cuda_defaults
 from megatron_phf.flags import parse_args
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
+from megatron_phf.visible_gpus import count_visible, visible_gpus
 from tests.launch import REPO, environment
 
 FP8 = ["--transformer-impl", "transformer_engine", "--fp8-format", "e4m3"]
@@ -28,10 +33,25 @@ MX_WEIGHTS = [*FP8, "--fp8-recipe", "mxfp8", "--fp8-param-gather", *DISTRIBUTED]
 
 
 @pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Add a directory to where packages are found; what of them was imported goes afterwards."""
+    before = set(sys.modules)
+
+    def add(directory: Path) -> None:
+        monkeypatch.syspath_prepend(str(directory))
+        importlib.invalidate_caches()
+
+    yield add
+    optional_packages._failure.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("transformer_engine", "apex", "amp_C"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def engine(packages: Callable[[Path], None]) -> None:
     """As if Transformer Engine were installed."""
-    monkeypatch.syspath_prepend(str(REPO / "tests" / "fake_te"))
-    importlib.invalidate_caches()
+    packages(REPO / "tests" / "fake_te")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +94,76 @@ def test_without_transformer_engine() -> None:
     for flags in (FP8[:2], ["--fp8-format", "hybrid"]):
         with pytest.raises(ValueError, match="installed"):
             gpu_flags.check_gpu(parse_args(flags))
+
+
+def package(directory: Path, name: str, code: str = "") -> None:
+    """Write ``name`` (``a.b``: with its parent) as a package of this code."""
+    for depth in range(1, len(name.split(".")) + 1):
+        path = directory.joinpath(*name.split(".")[:depth])
+        path.mkdir(exist_ok=True)
+        (path / "__init__.py").touch()
+    (path / "__init__.py").write_text(code)
+
+
+# What Transformer Engine's package does without its PyTorch extension, by version and what else is
+# there; another torch's extension; one that is only a folder.
+BROKEN = {
+    "RuntimeError: Found empty": 'raise RuntimeError("Found empty `transformer-engine`\\nmore")',
+    "FileNotFoundError: Could not find shared": 'raise FileNotFoundError("Could not find shared")',
+    "AssertionError: no transformer_engine_torch": 'assert 0, "no transformer_engine_torch"',
+    "ImportError: undefined symbol": 'raise ImportError("undefined symbol: _ZN2")',
+    "ModuleNotFoundError: No module named 'transformer_engine.pytorch'": "",
+    "ValueError:": "raise ValueError",
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_transformer_engine_that_does_not_import(
+    said: str, tmp_path: Path, packages: Callable[[Path], None]
+) -> None:
+    """Said in preflight, where it is asked for; and then nobody finds it."""
+    package(tmp_path, "transformer_engine", BROKEN[said])
+    packages(tmp_path)
+    gpu_flags.check_gpu(parse_args([]))  # auto: the local layers will do
+    for flags in (FP8[:2], FP8, ["--fp8-format", "hybrid"], USERBUFFERS):
+        with pytest.raises(ValueError, match="transformer_engine is installed but does not") as e:
+            gpu_flags.check_gpu(parse_args(flags))
+        assert said in str(e.value) and "\n" not in str(e.value)
+    assert importlib.util.find_spec("transformer_engine") is None
+    assert not device.has_module("transformer_engine")
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("transformer_engine")
+    line = fused.layers("local")
+    assert not line.on and line.why.startswith("transformer_engine is installed but does not")
+
+
+MEGATRON = """
+import json
+from megatron_phf import device
+device.import_megatron()
+from megatron_phf import fused
+from megatron.core.optimizer import Adam
+from megatron.core.transformer.transformer_block import LayerNormImpl
+from megatron.core.extensions.transformer_engine import HAVE_TE
+print(json.dumps([HAVE_TE, LayerNormImpl.__name__, Adam.__module__, fused.layers("local").why]))
+"""
+
+
+def test_megatron_imports_beside_broken_packages(tmp_path: Path) -> None:
+    """An empty Transformer Engine, and PyPI's apex, which is another project."""
+    package(tmp_path, "transformer_engine.common", 'raise RuntimeError("Found empty")')
+    package(tmp_path, "transformer_engine", "import transformer_engine.common")
+    package(tmp_path, "apex")
+    paths = os.pathsep.join([str(tmp_path), str(REPO)])
+    done = subprocess.run(
+        [sys.executable, "-c", MEGATRON], env={**environment(), "PYTHONPATH": paths}, text=True,
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    engine, norm, adam, why = json.loads(done.stdout.splitlines()[-1])
+    assert (engine, norm) == (False, "WrappedTorchNorm")
+    assert adam.startswith("torch.optim")
+    broken = "transformer_engine is installed but does not import (RuntimeError: Found empty)"
+    assert why == broken
 
 
 @pytest.mark.parametrize(
@@ -213,8 +303,111 @@ def test_launcher_counts_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     smi.write_text('#!/bin/sh\nfor i in 0 1 2 3 4; do echo "GPU $i: NVIDIA H100"; done\n')
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    assert preflight._num_gpus() == 5
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == 5
     assert preflight.main(["--global-batch-size", "64", "--tensor-model-parallel-size", "2"]) == 0
     assert capsys.readouterr().out.split()[0] == "4"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,4")
+    assert preflight.main(["--global-batch-size", "48"]) == 0
+    assert capsys.readouterr().out.split()[0] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # two processes on the CPU
+    assert preflight.main(["--global-batch-size", "64"]) == 0
+    assert capsys.readouterr().out.split()[0] == "2"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     smi.write_text("#!/bin/sh\nexit 9\n")
-    assert preflight._num_gpus() == 0
+    assert visible_gpus() == 0
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(device.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    with pytest.raises(ValueError, match=r"nproc-per-node 8: this machine has 4 GPU.*=0,1,2,3"):
+        device.init_distributed(0, 1.0)
+
+
+GPUS = """GPU 0: NVIDIA GPU of H100 80GB HBM3 (UUID: GPU-aa10f1c2-0000-0000-0000-000000000000)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-ab20f1c2-0000-0000-0000-000000000001)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-b030f1c2-0000-0000-0000-000000000002)
+  MIG 3g.40gb     Device  0: (UUID: MIG-11111111-0000-0000-0000-000000000000)
+  MIG 3g.40gb     Device  1: (UUID: MIG-22222222-0000-0000-0000-000000000000)
+"""
+WHOLE = "".join(line + "\n" for line in GPUS.splitlines() if "MIG" not in line)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "whole"),
+    [
+        # A process sees one MIG instance and nothing else; ``whole``: without instances.
+        (None, 1, 3),
+        ("", 0, 0), ("-1", 0, 0), ("NoDevFiles", 0, 0), ("3", 0, 0), (" ", 0, 0),
+        ("0", 1, 1), ("0,1", 2, 2), ("1, 0", 2, 2), ("0,1,2", 1, 3), ("2", 1, 1),
+        ("0,-1,1", 1, 1), ("0,7,1", 1, 1), ("1,,0", 1, 1), ("0,0", 0, 0),
+        ("GPU-aa10f1c2-0000-0000-0000-000000000000", 1, 1), ("GPU-aa,GPU-ab", 2, 2),
+        ("GPU-a", 0, 0), ("GPU-b", 1, 1), ("GPU-ff", 0, 0), ("GPU-aa,GPU-aa10", 0, 0),
+        ("MIG-22222222-0000-0000-0000-000000000000", 1, 1),
+        ("MIG-11111111-0000-0000-0000-000000000000,MIG-22222222-0000-0000-0000-000000000000", 1, 1),
+    ],
+)  # fmt: skip
+def test_gpus_that_cuda_shows(visible: str | None, count: int, whole: int) -> None:
+    assert count_visible(GPUS, visible) == count
+    assert count_visible(WHOLE, visible) == whole
+
+
+@pytest.mark.parametrize(
+    ("given", "new", "old"),
+    [
+        ({}, "expandable_segments:True", "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "a:1"}, "a:1", "a:1"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "b:2"}, "b:2", "b:2"),
+        ({"PYTORCH_ALLOC_CONF": "a:1", "PYTORCH_CUDA_ALLOC_CONF": "b:2"}, "a:1", "b:2"),
+    ],
+)
+def test_cuda_variables(given: dict, new: str, old: str) -> None:
+    """torch reads either name of the allocator's; what the user has set holds under both."""
+    variables = dict(given)
+    set_cuda_defaults(variables)
+    assert variables == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTORCH_ALLOC_CONF": new,
+        "PYTORCH_CUDA_ALLOC_CONF": old,
+    }
+    variables = {**given, "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    set_cuda_defaults(variables)
+    assert variables["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+
+
+def test_every_start_sets_cuda_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product's ranks, the tests' driver and the benchmarks, before they import torch."""
+    names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    assert all(name in environment() for name in names)
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    starts = {
+        "benchmarks": "import benchmarks.harness",
+        "driver": "import tests.parallel.driver",
+        "product": "import megatron_phf.main as m; m.preflight.check = end; "
+        "m.run_rank(lambda: None, None)",
+    }
+    for name, code in starts.items():
+        # The import of torch ends the process: it says what is set by then.
+        script = STOP_AT_TORCH.format(names=names, code=code)
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=REPO, text=True, capture_output=True, check=False
+        )
+        assert json.loads(done.stdout) == dict.fromkeys(names, True), (name, done.stderr)
+
+
+STOP_AT_TORCH = """
+import json, os, sys
+def end(*ignored):
+    print(json.dumps({{name: name in os.environ for name in {names}}}), flush=True)
+    os._exit(0)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch": end()
+sys.meta_path.insert(0, Finder())
+{code}
+end()
+"""

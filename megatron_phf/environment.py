@@ -1,0 +1,22 @@
+"""Environment variables that CUDA and its allocator read: our defaults, in one place.
+
+Without torch, which must not be imported before they are set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+# torch 2.9 renamed the first; some versions read only one of them, and for some settings only the
+# older one (pytorch/pytorch#183387).
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def set_cuda_defaults(environment: MutableMapping[str, str]) -> None:
+    """Set, in place, what the user has left open; before torch is imported."""
+    # Megatron's overlap of communication and computation counts on one hardware queue.
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Sequences of other lengths in each step leave holes that fixed segments could not fill.
+    given = [environment[name] for name in _ALLOCATOR if name in environment]
+    for name in _ALLOCATOR:
+        environment.setdefault(name, given[0] if given else "expandable_segments:True")
