@@ -51,6 +51,20 @@ LOSSES = (
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
     Breakage(
+        "a tool's output is scored",
+        "megatron_phf/data/replay_file.py",
+        "        return self.response_mask\n",
+        "        return (True,) * len(self.response_mask)\n",
+        (PARITY, "-k", "test_equals_reference and masked_packed_cp2"),
+    ),
+    Breakage(
+        "the window counts tokens that the student did not write",
+        "megatron_phf/data/batch.py",
+        "return order.gather(1, positions).masked_fill(~valid, 0), valid",
+        "return positions, valid",
+        (PARITY, "-k", "test_equals_reference and masked_packed_cp2"),
+    ),
+    Breakage(
         "the window is off by one",
         "megatron_phf/data/batch.py",
         "responses + positions, valid",

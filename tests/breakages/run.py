@@ -57,6 +57,20 @@ RUN = (
         (REPORT, "-k", "is_text"),
     ),
     Breakage(
+        "an agent's second turn meets the random numbers of the first",
+        "examples/engines/calculator.py",
+        "sampling.seed, turn) if turn else sampling.seed",
+        "sampling.seed, turn) if not turn else sampling.seed",
+        ("tests/unit/test_engines.py", "-k", "dialogue"),
+    ),
+    Breakage(
+        "ranks of one model may train on different responses",
+        "megatron_phf/rollout/checked.py",
+        "digest = None if problem else _digest(responses)",
+        "digest = None",
+        ("tests/unit/test_engines.py", "-k", "differ_between"),
+    ),
+    Breakage(
         "vLLM samples with the weights of the first step for ever",
         "megatron_phf/rollout/vllm/engine.py",
         "if self._synced is None or (step - 1) % self._config.vllm.vllm_sync_interval == 0:",

@@ -50,7 +50,7 @@ def flags(files: Path, engine: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("engines")
-    make_following_model(str(directory / "hf"), FOLLOWS, noise=0.05, rest=-4.0)
+    make_following_model(str(directory / "hf"), FOLLOWS, noise=0.03, rest=-6.0)
     shutil.copytree(directory / "hf", directory / "served")
     write_problems(directory)
     make_replay(str(directory / "replay.jsonl"), [3, 9, 1, 4], vocab_size=32, masked=True)

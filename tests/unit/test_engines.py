@@ -126,10 +126,15 @@ def test_wrong_answers(answer, message: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_answers_that_differ_between_ranks_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = [Response([4])]
-    assert checked(good, monkeypatch, ((1, None, b"another share"),)) == good
-    with pytest.raises(ValueError, match=r"ranks of one copy of the model got different.*asked_on"):
-        checked(good, monkeypatch, ((0, None, b"another answer"),))
+    good, said = [Response([4], mask=[True])], []
+    checked(good, monkeypatch)
+    monkeypatch.setattr(parallel, "gather_objects", lambda mine: said.append(mine) or [mine])
+    CheckedEngine(Scripted(lambda count: good), "own:f", 32).generate([[5]], SAMPLING, [0])
+    (_, _, digest), *_ = said
+    assert checked(good, monkeypatch, ((0, None, digest), (1, None, b"another share"))) == good
+    for other in (Response([5], mask=[True]), Response([4], mask=[False])):
+        with pytest.raises(ValueError, match=r"ranks of one copy of the model got .*asked_once"):
+            checked([other], monkeypatch, ((0, None, digest),))
     with pytest.raises(ValueError, match="a fault elsewhere"):
         checked(good, monkeypatch, ((1, "a fault elsewhere", None),))
 
