@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_phf import preflight
+from megatron_phf import preflight, private_names
 from megatron_phf.config import Config
 from megatron_phf.flags import parse_args
 from megatron_phf.signals import StopSignals
@@ -56,7 +56,7 @@ def _first_to_fail() -> bool:
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
     with contextlib.suppress(RuntimeError):  # the store itself may be gone with its rank
-        return dist.distributed_c10d._get_default_store().add("megatron_phf/failures", 1) == 1
+        return private_names.default_store().add("megatron_phf/failures", 1) == 1
     return False
 
 

@@ -46,9 +46,10 @@ from megatron_phf.model.userbuffers import (
     switched_off,
     userbuffers_off,
 )
+from megatron_phf.private_names import HiddenStatesOut
 
 
-class FlowGPTModel(GPTModel):
+class FlowGPTModel(HiddenStatesOut, GPTModel):
     """A GPT model whose forward ends with the final norm's output, never with logits.
 
     The output losses project chunks of the rows that they need (``losses.chunked_divergence``).
@@ -56,10 +57,6 @@ class FlowGPTModel(GPTModel):
 
     # Waits for weights that other data-parallel ranks have updated (--overlap-param-gather).
     arriving: Callable[[], None] | None = None
-
-    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
-        return hidden_states
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output head, [padded vocabulary / TP, h]."""
