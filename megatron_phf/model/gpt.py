@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
-from megatron_phf import device, parallel
+from megatron_phf import device, parallel, private_names
 from megatron_phf.config import Config
 from megatron_phf.flow_spec import FlowSpec
 from megatron_phf.model.architecture import Architecture
@@ -107,8 +107,10 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
 
     Raises:
         ValueError: this device does not have the FP8, or Transformer Engine the cut of packed
-            rows, that is asked for.
+            rows, that is asked for, or lacks names that are used.
     """
+    if transformer_impl(config) == "transformer_engine":
+        private_names.check([private_names.ENGINE])
     if config.fp8.fp8_format is not None:
         problem = device.fp8_support(config.fp8.fp8_recipe)
         if problem is not None:

@@ -127,6 +127,15 @@ def test_a_missing_name_ends_the_start_with_one_error(
     assert "; seen to work: " + package in text
 
 
+def test_transformer_engine_has_its_own_table() -> None:
+    names = private_names.ENGINE.names
+    assert "transformer_engine.pytorch.module.base:initialize_ub" in names
+    with pytest.raises(ValueError) as caught:
+        private_names.check([private_names.ENGINE])  # of a machine that has none
+    assert str(caught.value).startswith("transformer-engine (not installed) has no ")
+    assert "seen to work: transformer-engine 2.16.1 and 2.20.2" in str(caught.value)
+
+
 def test_megatron_core_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """0.19 imports it, and a CPU's build of torch does not bring it."""
 
