@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -27,7 +28,10 @@ _EXPECTED_WARNINGS = (
     ".*Apex (is|are) not installed.*",
     "full scope is deprecated.*",
     ".*async grad allreduce.*CUDA_DEVICE_MAX_CONNECTIONS.*",
+    "MimoModelConfig is experimental.*",  # 0.19, of a model that nobody asked for
 )
+# What 0.19 logs of the class that it has GPT models in: (logger, start of the message).
+_EXPECTED_LOG = ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED")
 
 # How long a rank with nothing to say waits for the rank that has: its imports, on a busy machine.
 _SILENT_SECONDS = 20.0
@@ -64,6 +68,8 @@ def leave_on_error(run: Callable[[], None], signals: StopSignals | None = None) 
     """Run a rank's work; of an error the first rank to fail says what it is, and all leave."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message, category=UserWarning)
+    logger, start = _EXPECTED_LOG
+    logging.getLogger(logger).addFilter(lambda r: not r.getMessage().startswith(start))
     try:
         run()
     except ValueError as error:

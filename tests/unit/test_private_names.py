@@ -6,12 +6,14 @@ import ast
 import builtins
 import importlib
 import importlib.metadata
+import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_phf import device, private_names
+from megatron_phf import device, main, private_names
 from tests.launch import REPO
 
 HOME = "megatron_phf/private_names.py"
@@ -149,3 +151,29 @@ def test_megatron_core_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_setup_py_asks_for_triton_where_megatron_core_needs_it() -> None:
     assert "\"triton; python_version >= '3.12'" in Path(REPO, "setup.py").read_text()
+
+
+@pytest.mark.parametrize("version", ["0.16.1", "0.19.2"])
+def test_what_megatron_core_says_of_itself_is_not_said_by_every_rank(
+    version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A filter, not silence: what it says of a run is heard."""
+    said = {
+        "0.16.1": "full scope is deprecated. Use empty cuda_graph_scope instead.",
+        "0.19.2": "MimoModelConfig is experimental and still under active development.",
+    }[version]
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+
+    def start() -> None:
+        warnings.warn(said, stacklevel=1)
+        warnings.warn("this run is in trouble", stacklevel=1)
+        logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+        logger.warning("this model is in trouble")
+
+    filters = list(logger.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        main.leave_on_error(start)
+    logger.filters[:] = filters
+    assert [str(w.message) for w in caught] == ["this run is in trouble"]
+    assert [r.getMessage() for r in caplog.records] == ["this model is in trouble"]
