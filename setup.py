@@ -29,6 +29,8 @@ setup(
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
+        # megatron-core from 0.19, for Python 3.12, imports it; a CPU's build of torch lacks it
+        "triton; python_version >= '3.12' and sys_platform == 'linux'",
         "mbridge==0.15.1",  # upstream is quiet, and its private names are used
         "transformers>=4.56",
         "safetensors",

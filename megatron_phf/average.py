@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_phf import private_names
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.sharded_weights import weights_sharded_state_dict
 
@@ -58,7 +59,7 @@ class WeightAverage:
         weights = [p.data for chunk in student for _, p in self._selected(chunk)]
         # An offloaded teacher's average is on the host, and is updated there.
         new = [w.to(a.device, torch.float32) for w, a in zip(weights, averages, strict=True)]
-        torch._foreach_lerp_(averages, new, 1.0 - self._decay)
+        private_names.lerp_(averages, new, 1.0 - self._decay)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """For megatron-core's dist_checkpointing: one entry a chunk, keys prefixed ``teacher.``."""

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_phf import private_names
+
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "ones"),
     *("ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
@@ -177,11 +179,10 @@ def _cpu_view() -> _View:
 
 def _patch_rng(random_module: types.ModuleType) -> None:
     """megatron's RNG tracker and recompute read CUDA's generator through two functions."""
-    random_module._get_cuda_rng_state = (  # type: ignore[attr-defined]
-        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    )
-    random_module._set_cuda_rng_state = (  # type: ignore[attr-defined]
-        lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    private_names.replace_rng_functions(
+        random_module,
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+        lambda state, device=-1, graph_safe=False: torch.set_rng_state(state),
     )
     # It warns when the host's generator moves while the device's is in use: here they are one.
     logging.getLogger(random_module.__name__).addFilter(

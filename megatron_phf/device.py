@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import os
 import resource
 from datetime import timedelta
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_phf import cuda_names, grad_norm, optional_packages
+from megatron_phf import cuda_names, grad_norm, optional_packages, private_names
 from megatron_phf.rendezvous import store_of_this_start
 
 _CPU = torch.device("cpu")
@@ -111,7 +112,7 @@ def peak_since_start() -> int:
 def record_memory_history() -> None:
     """From now on, note who allocates device memory; nothing on the CPU."""
     if has_cuda():
-        torch.cuda.memory._record_memory_history()
+        private_names.record_memory_history()
 
 
 def dump_memory_snapshot(path: str) -> None:
@@ -122,7 +123,7 @@ def dump_memory_snapshot(path: str) -> None:
     """
     if not has_cuda():
         raise RuntimeError("no CUDA")
-    torch.cuda.memory._dump_snapshot(path)
+    private_names.dump_memory_snapshot(path)
 
 
 def fp8_support(recipe: str) -> str | None:
@@ -167,19 +168,34 @@ def import_megatron() -> None:
     """Import megatron-core; before any other import of it, as that would find broken packages.
 
     On a CPU it then also takes less time.
+
+    Raises:
+        ValueError: triton is missing, which newer ones import and a CPU's torch does not bring.
     """
     optional_packages.hide_broken()
-    if has_cuda():
-        importlib.import_module("megatron.core")
-    else:
-        cuda_names.import_uncompiled()
+    try:
+        if has_cuda():
+            importlib.import_module("megatron.core")
+        else:
+            cuda_names.import_uncompiled()
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        version = importlib.metadata.version("megatron-core")
+        raise ValueError(
+            f"megatron-core {version} imports triton, which is not installed: pip install triton"
+        ) from error
 
 
 def setup() -> None:
     """Make megatron-core, and mbridge where imported, run on this machine's device.
 
     Idempotent.  Call it after the program's imports and before anything of megatron-core runs.
+
+    Raises:
+        ValueError: an installed version lacks a private name that is used (private_names).
     """
+    private_names.check()
     if not has_cuda():
         cuda_names.install()
     grad_norm.install()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from megatron_phf import device
+from megatron_phf import device, private_names
 from megatron_phf.config import ParallelConfig
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def destroy_model_parallel() -> None:
     """
     dist.barrier()  # a peer may still be in a collective of one of them
     mpu.destroy_model_parallel()
-    for group in list(dist.distributed_c10d._world.pg_map):
+    for group in private_names.process_groups():
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_phf import private_names
 from megatron_phf.losses._vocab_parallel import (
     VocabShard,
     divergence_chunk,
@@ -103,7 +104,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         # A second copy of the head's gradient would be the largest tensor here: the kept one is
         # scaled in place, unless another backward pass may need it.
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        kept = private_names.keeps_graph()
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         d_rows, d_weight = (
             None if g is None else (g * grads[0] if kept else g.mul_(grads[0])).to(d)

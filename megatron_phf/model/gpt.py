@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
-from megatron_phf import device, parallel
+from megatron_phf import device, parallel, private_names
 from megatron_phf.config import Config
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model.architecture import Architecture
@@ -44,9 +44,10 @@ from megatron_phf.model.userbuffers import (
     switched_off,
     userbuffers_off,
 )
+from megatron_phf.private_names import HiddenStatesOut
 
 
-class FlowGPTModel(GPTModel):
+class FlowGPTModel(HiddenStatesOut, GPTModel):
     """A GPT model whose forward ends with the final norm's output, never with logits.
 
     The output losses project chunks of the rows that they need (``losses.chunked_divergence``).
@@ -54,10 +55,6 @@ class FlowGPTModel(GPTModel):
 
     # Waits for weights that other data-parallel ranks have updated (--overlap-param-gather).
     arriving: Callable[[], None] | None = None
-
-    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """[s, b, h] -> [s, b, h]."""
-        return hidden_states
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output head, [padded vocabulary / TP, h]."""
@@ -108,8 +105,10 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
 
     Raises:
         ValueError: this device does not have the FP8, or Transformer Engine the cut of packed
-            rows, that is asked for.
+            rows, that is asked for, or lacks names that are used.
     """
+    if transformer_impl(config) == "transformer_engine":
+        private_names.check([private_names.ENGINE])
     if config.fp8.fp8_format is not None:
         problem = device.fp8_support(config.fp8.fp8_recipe)
         if problem is not None:

@@ -8,12 +8,11 @@ export that is complete or not there at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from mbridge.core.bridge import _MODEL_REGISTRY
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_directory import SHARD_BYTES, copy_model_files, write_shards
 from megatron_phf.model.lora import is_adapter
 from megatron_phf.model.weight_files import StoredTensor, stored_tensors
+from megatron_phf.private_names import BridgeHooks, bridge_class
 
 _LAYER = "model.layers.{layer_number}."
 
@@ -44,39 +44,33 @@ class _StoredWeights:
             return f.get_tensor(name)
 
 
-class _Bridge:
+class _Bridge(BridgeHooks):
     """Mixed into mbridge's class of an architecture (``_bridge``)."""
 
     arch: Architecture
     stored: Mapping[str, StoredTensor]
 
-    def _get_safetensor_io(self, weights_path: str) -> _StoredWeights:
+    def weight_reader(self) -> _StoredWeights:
         return _StoredWeights(self.stored)
 
-    def _build_config(self) -> Any:
+    def build_config(self) -> Any:
         # mbridge would build a TransformerConfig of its own choices; it reads just these.
         experts = self.arch.experts
         count = None if experts is None else experts.count
         return SimpleNamespace(gated_linear_unit=True, num_moe_experts=count)
 
-    def _adjust_mapping_for_shared_weights(self) -> None:
-        # mbridge writes into its class's dictionary here, for every later model of the process.
-        self._DIRECT_MAPPING = dict(self._DIRECT_MAPPING)  # type: ignore[has-type]
-        if self.arch.tie_word_embeddings:
-            self._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight"
+    def direct_mapping(self, mapping: dict[str, str]) -> dict[str, str]:
+        tied = {"output_layer.weight": "model.embed_tokens.weight"}
+        return {**mapping, **tied} if self.arch.tie_word_embeddings else mapping
 
-    def _get_actual_hf_path(self, weight_path: str) -> str:
-        return weight_path
-
-    def _weight_to_mcore_format(self, name: str, hf_weights: list[Tensor]) -> Tensor:
+    def to_megatron(self, name: str, weights: list[Tensor], convert: Callable[..., Any]) -> Tensor:
         if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            hf_weights = [_fit_vocabulary(weight, self.arch) for weight in hf_weights]
-        weight = super()._weight_to_mcore_format(name, hf_weights)  # type: ignore[misc]
+            weights = [_fit_vocabulary(weight, self.arch) for weight in weights]
+        weight = convert(name, weights)
         return _pad_heads(name, weight, self._extra_groups(), self.arch)
 
-    def _weight_to_hf_format(self, name: str, weight: Tensor) -> tuple[list[str], list[Tensor]]:
-        weight = _drop_heads(name, weight, self._extra_groups(), self.arch)
-        return super()._weight_to_hf_format(name, weight)  # type: ignore[misc]
+    def to_hf(self, name: str, weight: Tensor, convert: Callable[..., Any]) -> Any:
+        return convert(name, _drop_heads(name, weight, self._extra_groups(), self.arch))
 
     def _extra_groups(self) -> int:
         padded = self.arch.padded_groups(parallel.tensor_parallel_size())
@@ -152,15 +146,9 @@ class _AsMbridgeNames:
 
 
 def _bridge(arch: Architecture, config: Config) -> Any:
-    base = _MODEL_REGISTRY[arch.model_type]
     norms = {
         "input_layernorm.weight": [_LAYER + "input_layernorm.weight"],
         "pre_mlp_layernorm.weight": [_LAYER + "post_attention_layernorm.weight"],
-    }
-    fields = {
-        "arch": arch,
-        "_OTHER_MAPPING": {**base._OTHER_MAPPING, **norms},
-        "_MLP_MAPPING": {**base._MLP_MAPPING, **norms},  # mbridge sends any name with "mlp" there
     }
     hf_config = SimpleNamespace(
         num_attention_heads=arch.num_attention_heads,
@@ -171,7 +159,7 @@ def _bridge(arch: Architecture, config: Config) -> Any:
     )
     tp = parallel.tensor_parallel_size()
     divisible_by = config.model.make_vocab_size_divisible_by
-    bridge = type("FlowBridge", (_Bridge, base), fields)(
+    bridge = bridge_class(_Bridge, arch.model_type, norms, arch=arch)(
         hf_config, dtype=model_dtype(config), make_vocab_size_divisible_by=divisible_by * tp
     )
     bridge.vocab_size = arch.vocab_size

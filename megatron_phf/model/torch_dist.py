@@ -25,12 +25,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_phf import private_names
+from megatron_phf.private_names import INDEX_NAMES
 
 COMMON, INDEX = "common.pt", ".metadata"
 # What torch's index of a checkpoint consists of; every other name in the pickle is refused.
@@ -42,18 +44,14 @@ _INDEX_CLASSES = {
         "StorageMeta",
         "TensorProperties",
         "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch": {
         "Size",
         "device",
         *(n for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)),
     },
-    "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},
 }
 
 
@@ -66,8 +64,7 @@ class Snapshot:
         if detach:
             _copy_tensors(sharded)
             self.common = copy.deepcopy(self.common)  # Adam's step counts on in place
-        by_key, *_ = _replace_state_dict_keys_with_sharded_keys(sharded, True)
-        self.tensors = mcore_to_pyt_state_dict(by_key, False)
+        self.tensors = mcore_to_pyt_state_dict(private_names.by_sharded_key(sharded), False)
 
     def write(self, directory: str, group: dist.ProcessGroup | None = None) -> None:
         """Every rank of ``group`` writes its part into the existing ``directory``.
@@ -167,7 +164,7 @@ def check_plain(directory: str) -> None:
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name not in _INDEX_CLASSES.get(module, ()):
+        if name not in {*_INDEX_CLASSES.get(module, ()), *INDEX_NAMES.get(module, ())}:
             raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
         return super().find_class(module, name)
 

@@ -9,6 +9,8 @@ import time
 
 import torch.distributed as dist
 
+from megatron_phf import private_names
+
 _SECONDS = 2.0
 
 
@@ -16,7 +18,7 @@ class Heartbeat:
     """A thread that notes every two seconds that this rank lives, and in which phase it is."""
 
     def __init__(self) -> None:
-        store = dist.distributed_c10d._get_default_store()
+        store = private_names.default_store()
         self._store = store.clone() if hasattr(store, "clone") else store
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._phase = "start"

@@ -1,27 +1,36 @@
-"""examples/h100/acceptance.sh on the CPU: the checks that make sense there run, and can fail."""
+"""examples/h100/acceptance.sh on the CPU: what makes sense there runs, and every row can fail."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_phf import preflight
 from megatron_phf.flags import parse_args
-from tests.launch import run
+from megatron_phf.model.architecture import parse_architecture, read_architecture
+from tests.launch import REPO, run
 from tools import acceptance
+from tools.accept import launch, model, rows, table
+from tools.accept.plan import LAYOUTS, Case, Plan
 
 SCRIPT = "examples/h100/acceptance.sh"
+ENGINE_CASES = {"parity_te", "parity_fp8", "train_fp8", "step_te", "decode_te", "step_fp8"}
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_on_the_cpu() -> None:
-    done = run(["bash", SCRIPT], timeout=400)
+def test_on_the_cpu(tmp_path: Path) -> None:
+    report = str(tmp_path / "report.json")
+    done = run(["bash", SCRIPT, "--json", report], timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = [cells(line) for line in done.stdout.splitlines() if line.startswith("|")]
     assert lines[0] == ["check", "measured", "required", "result"]
@@ -29,71 +38,279 @@ def test_on_the_cpu() -> None:
     passed = {name for name, (_, word) in result.items() if word == "pass"}
     assert passed == {
         "parity with transformers, fp32", "parity with transformers, bf16",
-        "parity with transformers, packed", "loss over 4 steps, bf16 against fp32",
+        "parity with transformers, packed rows", "loss over 4 steps, bf16 against fp32",
+        "losses of 2 steps resumed from a save",
+        "losses of 2 steps resumed from an asynchronous save",
     }  # fmt: skip
     shown = {name for name, (_, word) in result.items() if word == "shown"}
     assert shown == {
-        "peak memory of a rank", "rollouts", "MFU of the student's pass, of 989 TFLOP/s",
-        "flow loss, over OPSD's passes",
+        "a step of 128 tokens", "MFU of the student's pass",
+        "a step with the flow loss, over OPSD's", "peak memory against the formula",
+        "decoding in process, 4 rows", "asynchronous save of the large model",
     }  # fmt: skip
-    assert float(result["rollouts"][0].split()[0]) > 0
+    rest = {word for name, (_, word) in result.items() if name not in passed | shown}
+    assert rest == {"skipped: needs CUDA and Transformer Engine", "skipped: needs CUDA",
+                    "skipped: needs several GPUs"}  # fmt: skip
+    assert float(result["decoding in process, 4 rows"][0].split()[0]) > 0
     assert "nan" not in done.stdout
+    rendered = run([sys.executable, "tools/acceptance.py", "--table", report], timeout=60)
+    assert rendered.stdout in done.stdout and "| pass |" in rendered.stdout
+    times = {case["name"]: case for case in json.loads(Path(report).read_text())["cases"]}
+    assert 0 < times["decode"]["seconds"] < times["decode"]["limit"]
 
 
 def test_dry_run_says_what_would_run() -> None:
     done = run(["bash", SCRIPT, "--dry-run", "--gpus", "8"], timeout=60)
     assert done.returncode == 0, done.stderr
-    names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["parity_fp32", "parity_bf16", "parity_packed", "train", "train_coarse",
-                     "train_opsd"]  # fmt: skip
-    assert "(8 process(es))" in done.stdout and "--overlap-grad-reduce" in done.stdout
+    *cases, skipped, total = done.stdout.splitlines()
+    names = [line.split()[0] for line in cases]
+    assert names == ["parity_fp32", "parity_bf16", "parity_packed", "train", "train_bf16",
+                     "save_half", "save_resumed", "async_save_half", "async_save_resumed", "step",
+                     "synchronisations", "decode", "async_save"]  # fmt: skip
+    assert "(8 process(es), expected 5 s" in done.stdout and "--overlap-grad-reduce" in done.stdout
+    assert skipped == "skipped: what needs CUDA and Transformer Engine"
+    assert total.endswith(" s on an H100 of 600 s at most")
 
 
-def plan(directory: Path, cuda: bool) -> acceptance.Plan:
-    """Of runs that were made up."""
+def large(cuda: bool = True):
+    settings = {"model_type": "qwen3", **model.large_settings(cuda), "rope_theta": 1e6}
+    return parse_architecture(settings, "large")
 
-    def steps(loss: float, student: float) -> list[dict]:
-        seconds = {"rollout": 2.0, "teacher": 1.0, "student": student, "optimizer": 0.1}
-        step = {"loss": loss, "seconds": seconds, "rollout_tokens": 1600}
-        return [{**step, "peak_memory_bytes": 2**31}] * 4
 
-    for name, loss, student in (("train", 1.0, 4.0), ("train_opsd", 0.9, 3.0)):
-        (directory / f"{name}.json").write_text(json.dumps(steps(loss, student)))
-    (directory / "train_coarse.json").write_text(json.dumps(steps(1.06, 2.0)))
-    (directory / "train.log").write_text("memory   2.50 GiB a rank, activations aside\n")
-    return acceptance.Plan(str(directory), "", "", cuda, 1, 4, [], [], [])
+def plan(directory: Path, cuda: bool = True, engine: str | None = None, processes: int = 1) -> Plan:
+    return Plan(
+        directory=str(directory), tiny="t", large="m", arch=large(), cuda=cuda, engine=engine,
+        processes=processes, steps=50, job=["--hf-model", "m", "--data", "d"],
+    )  # fmt: skip
+
+
+def test_the_large_model_is_the_one_that_was_counted(tmp_path: Path) -> None:
+    model.write_large(str(tmp_path), cuda=False)
+    assert read_architecture(str(tmp_path)) == large(cuda=False)
+    assert large().num_parameters() == 1_720_574_976  # Qwen3-1.7B
+
+
+@pytest.mark.parametrize("engine", [None, "Transformer Engine"])
+def test_it_fits_ten_minutes_of_an_h100(tmp_path: Path, engine: str | None) -> None:
+    whole = plan(tmp_path, engine=engine)
+    assert 100 < whole.expected_seconds() < 0.8 * 600
+    assert all(60 < case.limit < 300 for case in whole.cases())
+    names = {case.name for case in whole.cases()}
+    assert ENGINE_CASES & names == (ENGINE_CASES if engine is None else set())
+
+
+def test_without_transformer_engine_all_else_is_local_and_in_bf16(tmp_path: Path) -> None:
+    """Its rows are skipped, not failed; no other case asks for it."""
+    bare = plan(tmp_path, engine="Transformer Engine", processes=8)
+    for case in bare.cases():
+        assert "local" in case.argv and "transformer_engine" not in case.argv
+    found = rows.evaluate(bare, launch.Clock(0.0))
+    skipped = [row.name for row in found if row.why == "needs Transformer Engine"]
+    assert skipped == [
+        "parity with transformers, Transformer Engine", "parity with transformers, userbuffers",
+        "parity with transformers, FP8", "loss, FP8 against bf16",
+        "a step: time, MFU, price, memory, Transformer Engine",
+        "decoding in process, Transformer Engine", "a step: time, MFU, price, memory, FP8",
+    ]  # fmt: skip
+    assert "step" in {c.name for c in bare.cases() if c.argv[c.argv.index("--dtype") + 1] == "bf16"}
+
+
+@pytest.mark.parametrize("code", ["raise ImportError('libcudnn.so.9: no such file')", "x = 1"])
+def test_transformer_engine_is_tried_not_looked_up(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package may lie there without its extension."""
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    problem = acceptance.engine_problem(cuda=True)
+    said = "Transformer Engine (ImportError: libcudnn.so.9: no such file)"
+    assert problem == (said if "raise" in code else None)
+    assert acceptance.engine_problem(cuda=False) == "CUDA and Transformer Engine"
 
 
 def test_packed_rows_are_cut_over_gpus(tmp_path: Path) -> None:
     """On two GPUs or more, with flags that the checks before launch take."""
-    more = dataclasses.replace(plan(tmp_path, cuda=True), layout=acceptance._LAYOUTS[8])
-    argv = {case["name"]: case["argv"] for case in more.cases()}["parity_context"]
+    more = plan(tmp_path, processes=8)
+    argv = {case.name: case.argv for case in more.cases()}["parity_context"]
     config = parse_args(argv)
     assert config.batching.pack_sequences and config.parallel.context_parallel_size == 2
     preflight.check_world_size(config, 8)
     preflight._check_batching(config)
-    rows = acceptance.evaluate(more, {c["name"]: "trouble" for c in more.cases()})
-    assert [r.good for r in rows if r.name == "parity, context"] == [False]
+    assert more.layout == LAYOUTS[8]
 
 
-def test_verdicts(tmp_path: Path) -> None:
-    """A loss 6 % off, a peak below the estimate and a flow loss of 25 %."""
-    gpu = plan(tmp_path, cuda=True)
-    assert acceptance.curve_row(gpu).good is False
-    assert acceptance.memory_row(gpu).good is False
-    overhead = acceptance.overhead_row(gpu)
-    assert overhead.measured == "25.0 %" and overhead.good is True
-    assert acceptance.overhead_row(plan(tmp_path, cuda=False)).good is None
-    (tmp_path / "train.log").write_text("memory   1.50 GiB a rank, activations aside\n")
-    assert acceptance.memory_row(gpu).good is True
-    rows = acceptance.evaluate(gpu, {name: "trouble" for name in (
-        "parity_fp32", "parity_bf16", "parity_packed", "parity_fp8", "train",
-        "train_opsd")})  # fmt: skip
-    assert [row.good for row in rows] == [False] * len(rows)
-    assert "**FAIL**" in acceptance.table(rows)
+GOOD = {
+    "step": {"seconds": {"teacher": 0.1, "student": 0.3}, "price": 1.02, "mfu": 0.41,
+             "peak_gib": 52.0, "formula_gib": 50.0, "tokens": 9216},
+    "decode": {"seconds": 0.002, "tokens_per_second": 32000.0, "memory_seconds": 0.0011,
+               "bandwidth": 3e12, "rows": 64},
+    "train": [{"loss": 1.0}] * 4,
+    "train_bf16": [{"loss": 1.04}] * 4,
+    "save_resumed": [{"loss": 1.00005}] * 2,
+    "synchronisations": {"phases": {"student": 3}, "places": [["student", "a.py:7", 3]]},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [["model"], ["--gpus", "3"]])
+def evaluated(directory: Path, cuda: bool, **changed: object) -> dict[str, table.Row]:
+    for name, content in {**GOOD, **changed}.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    some = plan(directory, cuda)
+    found = [*rows.step_rows(some, ""), *rows.decode_row(some, "")]
+    found += [rows.curve_row(some, "train_bf16", "train"), rows.resume_row(some, "save")]
+    return {row.name.split(" of ")[0].split(",")[0]: row for row in found}
+
+
+@pytest.mark.parametrize(
+    ("row", "case", "bad"),
+    [
+        ("MFU", "step", {"mfu": 0.39}),
+        ("a step with the flow loss", "step", {"price": 1.04}),
+        ("peak memory against the formula", "step", {"peak_gib": 56.0}),
+        ("peak memory against the formula", "step", {"peak_gib": 44.0}),
+        ("decoding in process", "decode", {"seconds": 0.0023}),
+        ("loss over 4 steps", "train_bf16", [{"loss": 1.06}] * 4),
+        ("losses", "save_resumed", [{"loss": 1.0002}] * 2),
+        ("losses", "save_resumed", [{"loss": 1.0}] * 4),  # it started anew
+    ],
+)
+def test_verdicts(row: str, case: str, bad: object, tmp_path: Path) -> None:
+    assert evaluated(tmp_path, cuda=True)[row].result == "pass"
+    change = {**GOOD[case], **bad} if isinstance(bad, dict) else bad
+    found = evaluated(tmp_path, cuda=True, **{case: change})
+    assert {name for name, r in found.items() if r.result == "fail"} == {row}
+    on_cpu = evaluated(tmp_path, cuda=False, **{case: change})
+    assert on_cpu[row].result == ("fail" if isinstance(bad, list) else "shown")
+
+
+def test_a_small_model_or_an_unknown_gpu_has_no_verdict(tmp_path: Path) -> None:
+    assert (
+        evaluated(tmp_path, cuda=True, step={**GOOD["step"], "mfu": None})["MFU"].result == "shown"
+    )
+    small = dataclasses.replace(plan(tmp_path), arch=large(cuda=False))
+    assert {row.result for row in rows.step_rows(small, "")} == {"shown"}
+
+
+def test_failures_come_first_and_a_report_is_the_table(tmp_path: Path) -> None:
+    every = plan(tmp_path, engine="Transformer Engine")
+    clock = launch.Clock(0.0, {"parity_fp32": "no\nsuch kernel", "decode": launch.LATE})
+    for name, content in GOOD.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = rows.evaluate(every, clock)
+    results = [row.result for row in table.ordered(found)]
+    assert results == sorted(results, key=list(table.RESULTS).index)
+    lines = table.table(found).splitlines()
+    assert lines[2] == (
+        "| parity with transformers, fp32 | parity_fp32: no such kernel |  | **FAIL** |"
+    )
+    assert "| decoding in process |  |  | not run: out of time |" in lines
+    assert "| host waits for the GPU in a step | student 3; a.py:7 3 times |  | shown |" in lines
+    path = str(tmp_path / "runs" / "report.json")
+    machine = {"device": "NVIDIA H100", "processes": 1, "model": "m", "versions": {"torch": "2.11"}}
+    table.write_report(path, {**machine, "seconds": 300.0}, found, [])
+    assert table.render(path) == (
+        "NVIDIA H100; 1 process(es); m; torch 2.11; 300 s\n\n" + table.table(found)
+    )
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json: not a report"):
+        table.render(str(tmp_path / "other.json"))
+
+
+def test_the_large_model_that_could_not_be_written_is_the_reason(tmp_path: Path) -> None:
+    clock = launch.Clock(0.0, {"large": "No space left on device"})
+    found = {row.name: row for row in rows.evaluate(plan(tmp_path, engine="x"), clock)}
+    assert found["decoding in process"].measured == "large: No space left on device"
+    assert found["parity with transformers, fp32"].result == "late"
+
+
+# What a start does with its cases: name -> "ok", "fail" (ends the process) or "hang".
+ACTS = """
+import json, sys, time
+from pathlib import Path
+cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+for case in cases:
+    act = case["name"].split("_")[0]
+    if act == "hang":
+        time.sleep(100)
+    if act == "fail":
+        print("case", case["name"], "failed\\nValueError: broken", flush=True)
+        sys.exit(1)
+    Path(output, case["name"] + ".json").write_text("{}")
+"""
+
+
+def started(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], end: float
+) -> tuple[launch.Clock, int]:
+    """Four cases a start; half a second each, once a process is there."""
+    script = directory / "acts.py"
+    script.write_text(ACTS)
+    command = [sys.executable, str(script)]
+    monkeypatch.setattr(
+        launch, "command", lambda plan, cases, path: [*command, path, str(directory)]
+    )
+    cases = [Case(i // 4, name, "", [], 0.1, 0.5) for i, name in enumerate(names)]
+    clock, reports = launch.Clock(time.monotonic() + end), []
+    launch.run_all(plan(directory), cases, clock, lambda: reports.append(1))
+    return clock, len(reports)
+
+
+def test_no_case_takes_another_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["ok_1", "hang_1", "fail_1", "ok_2", "ok_3"]
+    clock, reports = started(tmp_path, monkeypatch, names, end=200)
+    assert clock.problems["fail_1"] == "fail_1 failed\nValueError: broken\n"
+    assert clock.problems["hang_1"].startswith("ended after ") and len(clock.problems) == 2
+    assert [case["name"] for case in clock.times] == ["ok_1", "ok_2", "ok_3"]
+    assert reports == 2  # one after each start
+
+
+def test_the_deadline_ends_what_runs_and_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = time.monotonic()
+    names = ["hang_1", "ok_1", "ok_2", "ok_3", "ok_4"]
+    clock, _ = started(tmp_path, monkeypatch, names, end=0.5)
+    assert clock.problems == dict.fromkeys(names, launch.LATE)
+    assert time.monotonic() - begin < 30
+
+
+def test_synchronisations_are_counted_by_phase_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.accept import measure
+
+    modes: list[str] = []
+    monkeypatch.setattr(measure.device, "has_cuda", lambda: True)
+    monkeypatch.setattr(measure.torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step(distiller: object, timer: measure.PhaseTimer | None = None) -> None:
+        if timer is not None:
+            for phase, count in (("teacher", 1), ("student", 3)):
+                timer._entered(phase)
+                for _ in range(count):
+                    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+                warnings.warn("something else", stacklevel=1)
+
+    found = measure.synchronisations(SimpleNamespace(distiller=lambda: None, step=step))
+    assert found["phases"] == {"teacher": 1, "student": 3}
+    (phase, where, count), _ = found["places"]
+    assert (phase, count) == ("student", 3)
+    assert where.startswith("tests/end_to_end/test_acceptance.py:")
+    assert modes == ["warn", "default"]
+
+
+def test_the_page_has_the_tables_of_the_reports() -> None:
+    """docs/gpu.md's numbers are those of benchmarks/results/acceptance_*.json."""
+    page = (REPO / "docs/gpu.md").read_text()
+    reports = sorted((REPO / "benchmarks/results").glob("acceptance_*.json"))
+    begin, end = "<!-- acceptance -->\n", "<!-- /acceptance -->"
+    written = page.partition(begin)[2].partition(end)[0].strip()
+    tables = "\n\n".join(table.render(str(path)) for path in reports)
+    assert written == (tables or "No GPU has run it yet.")
+
+
+@pytest.mark.parametrize("given", [["model"], ["--gpus", "3"], ["--steps", "2"]])
 def test_mistakes(given: list[str]) -> None:
     with pytest.raises(SystemExit):
         acceptance.main(given)

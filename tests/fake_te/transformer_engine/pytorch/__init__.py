@@ -142,9 +142,10 @@ class LayerNormLinear(Linear):
 class RMSNorm(torch.nn.RMSNorm):
     """torch's."""
 
-    def __init__(self, hidden_size, eps, sequence_parallel=False, zero_centered_gamma=False,
-                 params_dtype=None, device="cpu") -> None:  # fmt: skip
-        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
+    def __init__(self, normalized_shape=None, eps=1e-5, sequence_parallel=False, params_dtype=None,
+                 zero_centered_gamma=False, hidden_size=None, device="cpu") -> None:  # fmt: skip
+        size = normalized_shape or hidden_size  # megatron-core 0.19 and newer; older
+        super().__init__(size, eps=eps, dtype=params_dtype, device=device)
         self.weight.sequence_parallel = sequence_parallel
 
 
@@ -217,10 +218,11 @@ class DotProductAttention(_Base):
 
     def forward(self, query, key, value, attention_mask, attn_mask_type="causal",
                 qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None,
-                cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None):  # fmt: skip
+                cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None,
+                pad_between_seqs=None):  # fmt: skip
         from megatron.core import tensor_parallel as tp
 
-        assert attention_mask is None
+        assert attention_mask is None and not pad_between_seqs  # of megatron-core 0.19
         packed, size = qkv_format == "thd", 1 if self.cp_group is None else self.cp_group.size()
         rank = 0 if self.cp_group is None else self.cp_group.rank()
         whole, limits = len(query) * size, cu_seqlens_q

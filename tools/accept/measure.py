@@ -1,0 +1,249 @@
+"""Measurements of the large model, by the product's own parts, in one process a GPU.
+
+    torchrun --nproc-per-node N tools/accept/measure.py CASES.json OUTPUT_DIR
+
+Each case leaves NAME.json as soon as it is done.  Replayed random rollouts of one length: no
+padding and no luck of the draw in a figure.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from megatron_phf import device
+
+device.import_megatron()
+
+from megatron_phf import parallel
+from megatron_phf.config import Config
+from megatron_phf.data.replay_file import Rollout
+from megatron_phf.flags import parse_args
+from megatron_phf.model.architecture import read_architecture
+from megatron_phf.model.gpt_config import model_dtype
+from megatron_phf.rollout.megatron.engine import MegatronRollouts
+from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.teacher import make_teacher
+from megatron_phf.train.build import load_student
+from megatron_phf.train.checkpoint import Checkpointer, Progress
+from megatron_phf.train.memory import Machine, kv_cache_bytes, peak_estimate
+from megatron_phf.train.metrics import PhaseTimer
+from megatron_phf.train.optimizer import StudentOptimizer
+from megatron_phf.train.step import Distiller
+from megatron_phf.train.utilisation import Utilisation
+
+_GIB = 2**30
+
+
+class Large:
+    """Student, teacher, optimizer and one global batch."""
+
+    def __init__(self, config: Config, case: dict[str, Any]) -> None:
+        assert config.model.hf_model is not None
+        self.config, self.case = config, case
+        self.arch = read_architecture(config.model.hf_model)
+        parallel.initialize(config.parallel)
+        self.student = load_student(self.arch, config, config.model.hf_model)
+        self.teacher = make_teacher(self.student, self.arch, config)
+        self.optimizer = StudentOptimizer(self.student, config)
+        self.utilisation = Utilisation(config, self.arch)
+        generator = random.Random(parallel.data_parallel_rank())
+        count = case["batch"] // parallel.data_parallel_size()
+
+        def ids(length: int) -> tuple[int, ...]:
+            return tuple(generator.choices(range(self.arch.vocab_size), k=length))
+
+        self.rollouts = [
+            Rollout(ids(case["prompt"]), ids(case["teacher_prompt"]), ids(case["response"]))
+            for _ in range(count)
+        ]
+        self._steps = 0
+
+    def distiller(self, flow: bool = True) -> Distiller:
+        """With the flow loss or without, around the same models and optimizer."""
+        config = self.config if flow else self.config.replaced(phf_alpha=0.0)
+        return Distiller(config, self.arch, self.student, self.teacher, self.optimizer)
+
+    def step(self, distiller: Distiller, timer: PhaseTimer | None = None) -> PhaseTimer:
+        """One more of them."""
+        timer, self._steps = timer or PhaseTimer(), self._steps + 1
+        distiller.step(self._steps, self.rollouts, timer)
+        return timer
+
+
+def step(large: Large) -> dict[str, Any]:
+    """Steps with the flow loss and without in turn: phases, MFU, price, peak beside the formula."""
+    times: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    peaks, shares = [0.0], []
+    warm, rounds = large.case["warm"], large.case["rounds"]
+    for number in range(warm + rounds):
+        for flow in (True, False) if number % 2 else (False, True):
+            timer = large.step(large.distiller(flow))
+            if number < warm:
+                continue
+            times[flow].append(timer.seconds)
+            if flow:
+                peaks += timer.memory_bytes.values()
+                shares.append(large.utilisation.mfu(large.rollouts, timer.seconds["student"]))
+    pairs = zip(times[True], times[False], strict=True)
+    phases = {name: statistics.median(t[name] for t in times[True]) for name in times[True][0]}
+    c, config = large.case, large.config
+    machine = Machine(
+        model_dtype(config).itemsize, parallel.data_parallel_size(), cuda=device.has_cuda()
+    )
+    tokens = c["micro_batch"] * (c["prompt"] + c["response"])
+    return {
+        "seconds": phases,
+        "price": statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs),
+        "mfu": None if None in shares else statistics.median(s for s in shares if s is not None),
+        "peak_gib": max(parallel.max_over_ranks(peaks)) / _GIB,
+        "formula_gib": sum(peak_estimate(large.arch, config, machine, tokens).values()),
+        "tokens": c["batch"] * (c["prompt"] + c["response"]),
+    }
+
+
+def synchronisations(large: Large) -> dict[str, Any]:
+    """Where a step makes the host wait for the device, by phase; {} without CUDA."""
+    if not device.has_cuda():
+        return {}
+    distiller = large.distiller()
+    large.step(distiller)
+    phase, places = ["batch"], Counter[tuple[str, str]]()
+
+    def note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+        if "synchroniz" in str(message):
+            places[phase[0], f"{os.path.relpath(filename, ROOT)}:{lineno}"] += 1
+
+    def entered(name: str) -> None:
+        phase[0] = name
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            large.step(distiller, PhaseTimer(entered))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    phases = Counter[str]()
+    for (name, _), count in places.items():
+        phases[name] += count
+    found = [[name, where, count] for (name, where), count in places.most_common()]
+    return {"phases": dict(phases), "places": found}
+
+
+def bandwidth() -> float:
+    """Bytes a second that a copy in the device's memory reads and writes, the best of a few."""
+    size = _GIB if device.has_cuda() else 2**26
+    source = torch.ones(size, dtype=torch.uint8, device=device.device())
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(6):
+        device.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        device.synchronize()
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best
+
+
+def decode(large: Large) -> dict[str, Any]:
+    """Sampling in process: a short and a long batch, whose difference is free of the prompts."""
+    c = large.case
+    generator = random.Random(1)
+    prompts = [
+        generator.choices(range(large.arch.vocab_size), k=c["prompt"]) for _ in range(c["rows"])
+    ]
+    engine = MegatronRollouts(large.student, large.arch.vocab_size, c["rows"])
+    few = max(2, c["tokens"] // 8)
+
+    def seconds(tokens: int) -> float:
+        sampling = SamplingParams(1.1, 0.95, 20, tokens, (), 1)
+        device.synchronize()
+        start = time.perf_counter()
+        engine.generate(prompts, sampling, range(len(prompts)))
+        return time.perf_counter() - start
+
+    seconds(few)
+    token = (seconds(few + c["tokens"]) - seconds(few)) / c["tokens"]
+    tp = large.config.parallel.tensor_model_parallel_size
+    width = model_dtype(large.config).itemsize
+    length = c["prompt"] + few + c["tokens"] // 2
+    config = large.config.replaced(
+        max_prompt_length=length, max_new_tokens=1, global_batch_size=c["rows"],
+        pipeline_model_parallel_size=1,  # a token passes all stages
+    )  # fmt: skip
+    cache = kv_cache_bytes(large.arch, config, Machine(width, 1))
+    copied = bandwidth()
+    return {
+        "seconds": token,
+        "tokens_per_second": c["rows"] / token,
+        "memory_seconds": (large.arch.num_parameters() * width / tp + cache) / copied,
+        "bandwidth": copied,
+        "rows": c["rows"],
+    }
+
+
+def async_save(large: Large) -> dict[str, Any]:
+    """How long training waits for an asynchronous save, and how long it is on its way."""
+    directory = large.case["directory"]
+    config = large.config.replaced(save=directory, async_save=True)
+    checkpoints = Checkpointer(config, large.distiller())
+    start = time.perf_counter()
+    checkpoints.save(Progress(1))
+    waited = time.perf_counter() - start
+    timer = large.step(large.distiller())
+    checkpoints.finish()
+    whole = time.perf_counter() - start
+    size = sum(p.stat().st_size for p in Path(directory).rglob("*") if p.is_file())
+    torch.distributed.barrier()
+    if parallel.is_first_rank():
+        shutil.rmtree(directory)  # of the acceptance's own folder
+    return {
+        "waited": waited, "whole": whole, "gigabytes": size / 1e9,
+        "step": sum(timer.seconds.values()),
+    }  # fmt: skip
+
+
+KINDS = {f.__name__: f for f in (step, synchronisations, decode, async_save)}
+
+
+def main() -> None:
+    """All cases, which share their flags; a failed one ends the run."""
+    cases, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2]
+    device.setup()
+    device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
+    large: Large | None = None
+    for case in cases:
+        try:
+            large = large or Large(parse_args(case["argv"]), case)
+            result = KINDS[case["kind"]](large)
+        except Exception:
+            print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
+            os._exit(1)
+        if torch.distributed.get_rank() == 0:
+            partial = Path(output, f"{case['name']}.partial")
+            partial.write_text(json.dumps(result), encoding="utf-8")
+            partial.rename(partial.with_suffix(".json"))
+    parallel.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
