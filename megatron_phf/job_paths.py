@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 
 from megatron_phf.config import Config
-from megatron_phf.output import is_copy, not_ours
+from megatron_phf.output import PARTIAL, is_copy, not_ours
 from megatron_phf.rollout.vllm.flags import sync_directory, syncs_adapters
 from megatron_phf.train.checkpoint_files import RELEASE, TRACKER
 
@@ -190,9 +190,22 @@ def _nearest(path: str) -> str:
     return path
 
 
+def _check_form(path: JobPath) -> None:
+    """Raise ValueError for what no file system could take."""
+    name = path.path
+    try:
+        good = bool(name.strip()) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise ValueError(f"{path.flag} {name!r}: no path; name a file or directory")
+
+
 def _probe(path: JobPath) -> None:
     """Raise OSError unless the path can be made, or written."""
     real = os.path.realpath(path.path)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(real + PARTIAL)  # a name that is too long
     whole = path.role is not Role.DIRECTORY  # written beside and renamed
     where = _nearest(real) if whole or not os.path.lexists(real) else real
     if os.path.isfile(where):
@@ -247,6 +260,8 @@ def check_paths(paths: list[JobPath], config: Config) -> None:
 
     It names the flag, for two that meet both, and the remedy.
     """
+    for path in paths:
+        _check_form(path)
     _check_pairs(paths)
     for path in paths:
         if path.role in _READS:

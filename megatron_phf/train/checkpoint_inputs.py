@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from typing import Any
 
 from megatron_phf.config import Config, flag_of
 from megatron_phf.model import hf_directory
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.model.model_files import tokenizer_files
+from megatron_phf.output import MARKER
 from megatron_phf.train.checkpoint_files import fingerprint
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
@@ -21,6 +22,10 @@ _FIXED = (
 _FREE = ("parallel", "checkpoint", "output", "embedded", "evaluation")
 _READ = ("data", "replay_file", "student_template", "teacher_template", "tokenizer_model")
 _MODELS = ("hf_model", "teacher_hf_model")
+# Beside config.json and the weights: tokenizers with their templates and code, generation settings.
+_SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
+_TEMPLATES = "additional_chat_templates"
+_NOT_READ = re.compile(r"(readme|licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
 
@@ -37,9 +42,13 @@ def _sampled(path: str) -> dict[str, Any]:
 
 def _small_files(directory: str) -> dict[str, Any]:
     """Fingerprints of what decides about prompts and stop tokens, by name."""
-    names = {*tokenizer_files(directory), "config.json", "generation_config.json"}
+    names = [n for n in os.listdir(directory) if n.endswith(_SMALL) and not _NOT_READ.match(n)]
+    more = os.path.join(directory, _TEMPLATES)
+    names += [
+        os.path.join(_TEMPLATES, n) for n in (os.listdir(more) if os.path.isdir(more) else [])
+    ]
     paths = {name: os.path.join(directory, name) for name in sorted(names)}
-    return {name: fingerprint(path) for name, path in paths.items() if os.path.isfile(path)}
+    return {n: fingerprint(p) for n, p in paths.items() if os.path.isfile(p) and n != MARKER}
 
 
 def inputs(config: Config) -> dict[str, Any]:

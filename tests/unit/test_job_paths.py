@@ -70,6 +70,10 @@ LOST = [
     ({"metrics_file": "{d}/eval.jsonl/x/y.jsonl"}, ("--metrics-file", "eval.jsonl is a file")),
     ({"record_rollouts": "{d}/mine"}, ("--record-rollouts", "is there, and no file")),
     ({"save_adapter": "/proc/nothing/adapter"}, ("--save-adapter", "cannot be written")),
+    ({"save_hf": ""}, ("--save-hf ''", "no path")),
+    ({"metrics_file": "a\0b"}, ("--metrics-file", "no path")),
+    ({"record_rollouts": "{d}/\ud800"}, ("--record-rollouts", "no path")),
+    ({"save_hf": "{d}/" + "x" * 250}, ("--save-hf", "too long")),
     ({"metrics_file": "/dev/null"}, ("--metrics-file", "is there, and no file")),
 ]  # fmt: skip
 

@@ -45,7 +45,6 @@ PHF = {
     "phf_window_rule": ("even", "PHF: uniform; the rounding is ours"),
     "phf_terms": ("direction,geometry,adjacent", "PHF: the full loss"),
     "phf_layers": (None, "PHF: all layers"),
-    "phf_states": ("transitions", "PHF"),
     "opsd_objective": ("jsd", "PHF"),
     "opsd_beta": (0.0, "scripts: --beta 0"),
     "opsd_clip_mode": ("entry", "scripts: pointwise"),
