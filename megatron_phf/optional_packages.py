@@ -1,7 +1,7 @@
 """Optional packages of GPU machines: whether they import, and why not.
 
-That one is found says little.  ``pip install transformer_engine`` alone brings a package whose
-import raises RuntimeError, an extension may be built for another torch, and ``apex`` on PyPI is
+That one is found says little.  Transformer Engine's meta package alone is one whose import raises
+RuntimeError, an extension may be built for another torch, and ``apex`` on PyPI is
 another project; megatron-core takes any of them for what it needs and fails.  So each is imported
 once, and one that does not import is hidden: from then on nobody in this process finds it.
 

@@ -107,8 +107,6 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
         ValueError: this device does not have the FP8, or Transformer Engine the cut of packed
             rows, that is asked for, or lacks names that are used.
     """
-    if transformer_impl(config) == "transformer_engine":
-        private_names.check([private_names.ENGINE])
     if config.fp8.fp8_format is not None:
         problem = device.fp8_support(config.fp8.fp8_recipe)
         if problem is not None:
@@ -120,6 +118,8 @@ def build_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
             "--pack-sequences with --context-parallel-size needs Transformer Engine 1.10 or newer; "
             "update it, or leave one of the two out"
         )
+    if engine:
+        private_names.check([private_names.ENGINE])
     parallel.seed(config.train.seed)
     transformer = transformer_config(arch, config)
     tokens = fixed_row_length(config, sequence_shards(transformer).length_multiple)
