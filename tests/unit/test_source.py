@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_phf import parallel
+from megatron_phf.config import Config
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptPair
-from megatron_phf.rollout.sources import ProblemOrder, ReferenceSource, ResponseRoom
+from megatron_phf.rollout.context import Prompts, RolloutContext
+from megatron_phf.rollout.sources import (
+    ProblemOrder,
+    ReferenceSource,
+    ResponseRoom,
+    reference_source,
+)
 
 STOP = 9
 
@@ -43,6 +52,17 @@ def test_reference_solutions_end_with_a_stop_token_where_there_is_room() -> None
         (1, STOP), (1, 1, STOP), (1, 1, 1), (1, 1, 1),
     ]  # fmt: skip
     assert rollouts[2].teacher_prompt_ids == (2, 2)
+
+
+@pytest.mark.parametrize(("eos", "last"), [(9, 9), (None, 3)])
+def test_a_reference_solution_ends_with_the_tokenizers_eos(eos: int | None, last: int) -> None:
+    """And not with the smallest of all stop tokens, which may be another format's."""
+    tokenizer = SimpleNamespace(encode=lambda text: [5], eos_id=eos)
+    arch = SimpleNamespace(vocab_size=20, max_position_embeddings=64)
+    config = Config().replaced(hf_model="m", rollout_engine="reference", global_batch_size=1)
+    prompts = Prompts(tokenizer, pairs(1), (3, 9))
+    source = reference_source(RolloutContext(config, arch, prompts, lambda: []))
+    assert source.rollouts(1)[0].response_ids == (5, last)
 
 
 def test_a_response_ends_where_either_model_does() -> None:
