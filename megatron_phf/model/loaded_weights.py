@@ -102,11 +102,12 @@ def pieces(name: str, weight: Tensor, arch: Architecture, layers: Sequence[int])
         yield from _layer(layer[2], weight, arch, f"model.layers.{layers[int(layer[1])]}.")
     elif name == "decoder.final_layernorm.weight":
         yield Piece("model.norm.weight", weight)
-    elif name == "output_layer.weight" and not arch.tie_word_embeddings:
-        yield Piece("lm_head.weight", weight, row)
     else:
         assert name in ("output_layer.weight", "embedding.word_embeddings.weight"), name
-        yield Piece("model.embed_tokens.weight", weight, row)
+        own = name == "output_layer.weight" and not arch.tie_word_embeddings
+        # Another teacher's file may have rows beyond the vocabulary, which are left out.
+        known = weight[: max(0, arch.vocab_size - row)]
+        yield Piece("lm_head.weight" if own else "model.embed_tokens.weight", known, row)
 
 
 def _same(piece: Piece, stored: StoredTensor) -> bool:

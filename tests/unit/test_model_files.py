@@ -17,6 +17,7 @@ from megatron_phf.data.arithmetic import make_hf_directory
 from megatron_phf.model.hf_directory import copy_model_files
 from megatron_phf.model.model_files import other_files, tokenizer_files
 from tools.check_export import main, tokenizer_difference
+from tools.convert_checkpoint import _merged_in_bf16
 
 CODE = (
     "from transformers import PreTrainedTokenizerFast\n"
@@ -137,3 +138,21 @@ def test_verification_compares_the_tokenizers(
     error = capsys.readouterr().err
     assert error.startswith(f"DIFFERENT: the tokenizer of {target} ")
     assert damage.split(",")[0] in error
+
+
+@pytest.mark.parametrize(
+    ("action", "lora", "dtype", "rounded"),
+    [
+        ("merge-adapter", None, "bfloat16", True),
+        ("merge-adapter", None, "float32", False),
+        ("megatron-to-hf", {"lora_rank": 4}, "bfloat16", True),
+        ("megatron-to-hf", {"lora_rank": 4}, "float32", False),
+        ("megatron-to-hf", None, "bfloat16", False),
+        ("adapter-to-peft", {"lora_rank": 4}, "bfloat16", False),
+    ],
+)
+def test_where_verification_allows_for_merged_weights(
+    tmp_path: Path, action: str, lora: dict | None, dtype: str, rounded: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": dtype}))
+    assert _merged_in_bf16({"action": action, "lora": lora, "target": str(tmp_path)}) == rounded
