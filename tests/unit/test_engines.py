@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from examples.engines.calculator import Calculator, calculate
-from megatron_phf import parallel
+from megatron_phf import parallel, preflight
 from megatron_phf.flags import parse_args
 from megatron_phf.rollout.checked import CheckedEngine
 from megatron_phf.rollout.engines import ENGINES, check_engine, load_factory, make_by_factory
@@ -42,7 +42,7 @@ def test_every_engine_of_the_table_is_there() -> None:
 )
 def test_what_is_refused_before_launch(flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        check_engine(parse_args(flags))
+        preflight.check(parse_args(flags))
     assert str(caught.value).startswith("--rollout-engine ")
 
 
