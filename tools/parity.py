@@ -5,8 +5,8 @@
     python tools/parity.py --make-tiny-model [layout flags]
 
 One forward and backward pass over all rollouts of the file, in fp32: by the product in real
-processes, and by tests/reference.py, which shares no code with it.  Prints both beside each other
-and exits with 1 where any value, or any parameter's gradient, deviates beyond ``--tolerance``.
+processes, and by megatron_phf/reference, which shares no code with it.  Prints both and exits with
+1 where any value, or any parameter's gradient, deviates beyond ``--tolerance``.
 All flags of examples/pretrain_phf.sh are understood; with LoRA (--lora-rank, --lora-adapter) the
 reference is peft's.
 """
@@ -39,7 +39,7 @@ _SMALLEST = 1e-6
 
 
 def _reference_options(config: Config) -> Any:
-    from tests import reference
+    from megatron_phf import reference
 
     m, given = config.method, config.teacher.teacher_layer_map
     layers = None if given is None else tuple(int(word) for word in given.split(","))
@@ -163,7 +163,7 @@ def _check_lora(config: Config) -> None:
 
 def run(given: list[str], tolerance: float, directory: str) -> int:
     """Compare and print; 0 within the tolerance, 1 beyond it."""
-    from tests import reference
+    from megatron_phf import reference
 
     arguments = _complete(given)
     config = parse_args(arguments)

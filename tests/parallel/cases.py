@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import reference
+from megatron_phf import reference
 from tests.launch import torchrun
 
 METRICS = ("loss", "opsd", "clipped_fraction", "teacher_entropy", "rollout_tokens")

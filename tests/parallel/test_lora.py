@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import reference
+from megatron_phf import reference
 from tests.models import ALL_LINEARS, make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 from tests.parallel.test_moe import EXPERTS

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests import reference
+from megatron_phf import reference
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch, selected
 from tests.parallel.test_parity import MB2, PP2, SP, TP2, VPP2

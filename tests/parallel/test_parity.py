@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import reference
+from megatron_phf import reference
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests import reference
+from megatron_phf import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 from tests.parallel.test_parity import FULL, MB2, PP2, REPLAYS, SP, TP2, VPP2

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests import reference
+from megatron_phf import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 from tests.parallel.test_parity import CP2, FULL, ONE_ROW_CP2, PACKED, PP2, SP, TOLERANCE, TP2

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_phf import reference
 from megatron_phf.losses import (
     DivergenceSpec,
     chunked_divergence,
@@ -19,7 +20,6 @@ from megatron_phf.losses import (
     policy_gradient_loss,
 )
 from megatron_phf.losses.chunked import _BLOCK_ENTRIES
-from tests import reference
 
 seeds = st.integers(0, 2**31 - 1)
 specs = st.builds(

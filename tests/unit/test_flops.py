@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.flops import forward_flops, student_flops
+from megatron_phf.reference import load_model
 from megatron_phf.train.utilisation import gpu_peak, measured_peak
 from tests.models import make_model
-from tests.reference import load_model
 
 
 @pytest.mark.parametrize(

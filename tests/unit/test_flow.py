@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_phf import reference
 from megatron_phf.hidden.term import HiddenTerm, load_term
 from megatron_phf.losses import (
     FlowSpec,
@@ -18,7 +19,6 @@ from megatron_phf.losses import (
     relative_layer_map,
     transition_counts,
 )
-from tests import reference
 
 seeds = st.integers(0, 2**31 - 1)
 LAYERS, M, H = 3, 6, 5

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
+from megatron_phf import reference
 from megatron_phf.data.arithmetic import make_hf_directory, make_tokenizer
-from tests import reference
 from tests.launch import REPO
 from tests.models import make_model, make_replay
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_phf import reference
 from megatron_phf.losses import WINDOW_RULES, select_window, window_batch
-from tests import reference
 
 
 @given(st.integers(0, 3000), st.integers(2, 200), st.sampled_from(WINDOW_RULES))

@@ -116,8 +116,8 @@ class Plan:
         return Case(WRITE, "large", MODEL, [self.large], seconds, self._limit(seconds))
 
     def _parity_flags(self, layout: list[str]) -> list[str]:
+        from megatron_phf.reference import Options
         from tests.parallel.cases import flags
-        from tests.reference import Options
 
         replay, model = (os.path.join(self.tiny, name) for name in ("replay.jsonl", "model"))
         return [*flags(Options(), model, replay, 4), *layout]

@@ -32,7 +32,7 @@ def parity_row(plan: Plan, kind: str) -> Row:
     """Values and gradients of one batch beside transformers in fp32."""
     from safetensors.torch import load_file
 
-    from tests import reference
+    from megatron_phf import reference
     from tools.parity import compare
 
     samples = reference.read_replay(os.path.join(plan.tiny, "replay.jsonl"))

@@ -1,0 +1,156 @@
+"""A global batch's loss, gradients and training steps, one sequence at a time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, window
+from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
+from megatron_phf.reference.options import Options
+from megatron_phf.reference.output import cross_entropy, divergence, sampled_token
+
+
+@dataclass
+class Result:
+    """Means over the global batch; gradients by HuggingFace name."""
+
+    metrics: dict
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def sequence_terms(
+    student: Any, teacher: Any, sample: dict, o: Options
+) -> tuple[list, dict[str, list[Tensor] | None], list[Tensor]]:
+    """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
+    response = sample["response_ids"]
+    prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
+    logits, hidden, routers = run(student, prompt + response)
+    with torch.no_grad():
+        teacher_logits, teacher_hidden, _ = run(teacher, privileged + response)
+    # Vocabularies may be padded differently: what both have.
+    common = min(logits.shape[1], teacher_logits.shape[1])
+    logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
+    # Tokens that the student did not write are read, and that is all.
+    written = [i for i, m in enumerate(sample.get("response_mask") or [1] * len(response)) if m]
+    tokens = []
+    for i in written:
+        token = response[i]
+        pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
+        if o.objective == "jsd":
+            tokens.append(divergence(*pair, o))
+        elif o.objective == "cross_entropy":
+            tokens.append(cross_entropy(*pair, token, o))
+        else:
+            tokens.append(sampled_token(*pair, token, o))
+    w = [written[i] for i in window(len(written), o.window_size, o.window_rule)]
+    at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
+    sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
+    return tokens, named_terms(*sides, o), routers
+
+
+def _mean(lists: list[list[Tensor] | None]) -> list[Tensor] | None:
+    """Of one term over the samples, entry by entry."""
+    known = [values for values in lists if values is not None]
+    if len(known) < len(lists):
+        return None
+    return [torch.stack(column).mean() for column in zip(*known, strict=True)]
+
+
+def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tuple[Tensor, dict]:
+    """The total loss of a global batch, with graph, and its metrics."""
+    tokens, flows, routers = [], [], []
+    for sample in samples:
+        more, flow, logits = sequence_terms(student, teacher, sample, o)
+        tokens += more
+        flows.append(flow)
+        routers.append(logits)
+    opsd = sum(t[0] for t in tokens) / len(tokens)
+    means = {name: _mean([flow[name] for flow in flows]) for name in flows[0]}
+    flow = flow_objective(means, o)
+    loss = opsd + o.alpha * flow
+    metrics = {
+        "loss": loss.item(),
+        "opsd": opsd.item(),
+        "flow": flow.item(),
+        "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
+        "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
+        "rollout_tokens": len(tokens),
+    }
+    for name, values in means.items():
+        by = "pair" if name in PAIRS else "layer"
+        metrics[f"flow_{name}"] = torch.stack(values).mean().item() if values else None
+        metrics[f"flow_{name}_per_{by}"] = None if values is None else [x.item() for x in values]
+    if o.aux_coeff:
+        balance = aux_loss(student, routers, o)
+        metrics["moe_aux_loss"] = balance.mean().item()
+        loss = loss + o.aux_coeff * balance.sum()
+    return loss, metrics
+
+
+def read_replay(path: str) -> list[dict]:
+    """The lines of a replay file."""
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.strip()]
+
+
+def compute(
+    directory: str,
+    samples: list[dict],
+    o: Options,
+    dtype: torch.dtype = torch.float32,
+    teacher_directory: str | None = None,
+    adapter: str | None = None,
+) -> Result:
+    """Value of every metric and gradient of every trained parameter.
+
+    The teacher has the same weights without the adapter, or is the model in
+    ``teacher_directory``.
+    """
+    student = load_model(directory, dtype, adapter)
+    teacher = load_model(teacher_directory or directory, dtype)
+    loss, metrics = objective(student, teacher, samples, o)
+    loss.backward()
+    gradients = by_file_name({n: p.grad for n, p in trainable(student).items()})
+    metrics["grad_norm"] = float(sum(g.double().square().sum() for g in gradients.values()) ** 0.5)
+    return Result(metrics, gradients)
+
+
+def train(
+    directory: str,
+    samples: list[dict],
+    o: Options,
+    steps: int,
+    lr: float,
+    eps: float,
+    clip_grad: float,
+    teacher_kind: str,
+    ema_decay: float,
+    adapter: str | None = None,
+) -> tuple[list[dict], dict[str, Tensor]]:
+    """``steps`` AdamW steps (no weight decay, constant rate), equal parts of ``samples`` each."""
+    student = load_model(directory, adapter=adapter)
+    teacher = load_model(directory, adapter=None if teacher_kind == "frozen" else adapter)
+    weights = list(trainable(student).values())
+    optimizer = torch.optim.AdamW(weights, lr=lr, eps=eps, weight_decay=0.0)
+    size, history = len(samples) // steps, []
+    for i in range(steps):
+        if teacher_kind == "live":
+            teacher.load_state_dict(student.state_dict())
+        optimizer.zero_grad()
+        loss, metrics = objective(student, teacher, samples[i * size : (i + 1) * size], o)
+        loss.backward()
+        # In fp64: torch's own norm loses digits of large tensors.
+        norm = sum(p.grad.double().square().sum() for p in weights) ** 0.5
+        torch.nn.utils.clip_grads_with_norm_(weights, clip_grad, norm)
+        optimizer.step()
+        if teacher_kind == "ema":
+            with torch.no_grad():
+                for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                    t.mul_(ema_decay).add_(s, alpha=1 - ema_decay)
+        history.append({**metrics, "grad_norm": float(norm)})
+    return history, by_file_name({n: p.detach() for n, p in trainable(student).items()})
