@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import importlib.util
 import resource
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +49,32 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device(), non_blocking=True)
 
 
+def host_buffer(like: torch.Tensor) -> torch.Tensor:
+    """Host memory for a copy of ``like``; pinned where there is CUDA, which costs time to make."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=has_cuda())
+
+
+def when_done() -> Callable[[], object]:
+    """A function that waits until what is queued on the device now is done; any thread's."""
+    if not has_cuda():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
+def in_thread(function: Callable[..., object]) -> Callable[..., None]:
+    """``function`` for a new thread, where torch would take GPU 0: this thread's device instead."""
+    index = device().index
+
+    def run(*args: Any) -> None:
+        if index is not None:
+            torch.cuda.set_device(index)
+        function(*args)
+
+    return run
+
+
 def default_dtype() -> torch.dtype:
     """bf16 on CUDA, fp32 on the CPU, where bf16 is slower and proves less."""
     return torch.bfloat16 if has_cuda() else torch.float32
@@ -63,6 +90,15 @@ def init_distributed(local_rank: int, timeout_minutes: float) -> None:
     store, rank, world_size = store_of_this_start(timeout)
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **kwargs)
+
+
+def row_multiple() -> int:
+    """What rows of tokens are padded to a multiple of, that need not have a length of their own.
+
+    cuDNN's attention, which Transformer Engine takes on Hopper, builds and keeps a plan for each
+    (batch, length): tens of milliseconds that a step of a new length pays in every layer's shape.
+    """
+    return 64 if has_cuda() else 1
 
 
 def synchronize() -> None:
@@ -156,9 +192,14 @@ def import_megatron() -> None:
 
 
 def setup() -> None:
-    """Make megatron-core, and mbridge where imported, run on this machine's device.
+    """Make megatron-core, mbridge where imported, and torch's attention run well on this device.
 
     Idempotent.  Call it after the program's imports and before anything of megatron-core runs.
     """
-    if not has_cuda():
+    if has_cuda():
+        # torch prefers it on Hopper, with a plan for each exact size: a new one (about 30 ms) for
+        # every token that is decoded, and for every length of a batch.  What is left: flash and
+        # memory-efficient attention, and torch's own arithmetic (megatron_phf.model.attention).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
         cuda_names.install()

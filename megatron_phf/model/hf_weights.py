@@ -23,6 +23,7 @@ from megatron_phf.data.hf_files import check_weight_index
 from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
+from megatron_phf.model.fp8 import unrounded
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_directory import SHARD_BYTES, copy_model_files, write_shards
@@ -178,7 +179,8 @@ def load_hf_weights(
     check_weight_index(directory)
     try:
         base = [_AsMbridgeNames(chunk) for chunk in chunks]
-        _bridge(arch, config).load_weights(base, directory, memory_efficient=True)
+        with unrounded(chunks):
+            _bridge(arch, config).load_weights(base, directory, memory_efficient=True)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{flag} {directory}: its weights do not load ({error}); copy the model again"

@@ -19,6 +19,7 @@ from megatron_phf import device
 from megatron_phf.config import Config, TrainConfig
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
+from megatron_phf.train import adam_state
 
 
 class StudentOptimizer:
@@ -113,12 +114,15 @@ class StudentOptimizer:
             "chained_optim_avoid_prefix": True,
         }
         for each in self.optimizer.chained_optimizers:
-            _allocate_state(each.optimizer)
+            adam_state.allocate(each.optimizer)
         with device.cuda_type_names():
             return self.optimizer.sharded_state_dict(weights, loading, metadata=metadata)
 
     def load_state_dict(self, state: dict[str, Any], schedule_steps: int) -> None:
-        """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's."""
+        """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's.
+
+        It may have been saved with another kind of Adam: torch's, or a fused one.
+        """
         kept = [{k: g[k] for k in ("betas", "eps")} for g in self.optimizer.param_groups]
         each = self.optimizer.chained_optimizers
         states = [state] if len(each) == 1 else [part for _, part in sorted(state.items())]
@@ -140,27 +144,13 @@ def _finish_param_sync(chunk: DistributedDataParallel) -> None:
         group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def _allocate_state(adam: torch.optim.Optimizer) -> None:
-    """What torch's Adam has only after its first step, and megatron-core expects before.
-
-    NVIDIA's fused ones keep one step a group, and are left to megatron-core.
-    """
-    if not isinstance(adam, torch.optim.Adam):
-        return
-    for parameter in (p for group in adam.param_groups for p in group["params"]):
-        state = adam.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
 def _load(optimizer: Any, state: dict[str, Any]) -> None:
     """megatron-core's load, with torch's Adam under a distributed optimizer put right.
 
     That keeps a step a parameter, which megatron-core saves once, restores as one tensor for all
     (each parameter would then count it up), and misses when it copies the moments.
     """
+    adam_state.convert(optimizer.optimizer, state)
     moments = state.pop("param_state", None)
     optimizer.load_state_dict(state)
     if moments is None:

@@ -142,7 +142,7 @@ class Distiller:
             rollouts,
             self.config.train.micro_batch_size,
             flow_window(method.phf_window_size, method.phf_window_rule),
-            length_multiple=self.shards.length_multiple,
+            length_multiple=self._row_multiple(),
             sequence_multiple=self.shards.chunks,
             groups=self._groups(rollouts),
             packed=self.config.batching.pack_sequences,
@@ -150,6 +150,11 @@ class Distiller:
         )
         moved = [type(m)(m.student.to(where), m.teacher.to(where)) for m in batch.microbatches]
         return dataclasses.replace(batch, microbatches=moved)
+
+    def _row_multiple(self) -> int:
+        """Packed rows differ in their sequences anyway: they have no padding but what they need."""
+        packed = self.config.batching.pack_sequences
+        return self.shards.multiple_with(1 if packed else device.row_multiple())
 
     def _groups(self, rollouts: Sequence[Rollout]) -> list[list[int]] | None:
         """The microbatches under --max-tokens-per-microbatch, as many on every data-parallel rank:
@@ -159,7 +164,7 @@ class Distiller:
         budget = self.config.batching.max_tokens_per_microbatch
         if budget == 0:
             return None
-        multiple, tokens = self.shards.length_multiple, padded_tokens
+        multiple, tokens = self._row_multiple(), padded_tokens
         if self.config.batching.pack_sequences:  # all else that is padded is the row
             multiple, tokens = self.shards.chunks, packed_tokens
 
