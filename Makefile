@@ -1,4 +1,4 @@
-# make demo | test | test-matrix | test-slurm | test-vllm | test-browser | soak | breakages | parity | bench | bench-all |
+# make demo | test | test-matrix | test-slurm | test-vllm | test-te | test-browser | soak | breakages | parity | bench | bench-all |
 # lint: each sets up its own environment in .venv first.
 PYTHON ?= python3
 # torch goes first: with it there, nothing below asks for another build of it.  On a machine with
@@ -8,14 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-matrix test-slurm test-vllm test-browser soak breakages parity bench bench-all lint format setup clean
+.PHONY: demo test test-matrix test-slurm test-vllm test-te test-browser soak breakages parity bench bench-all lint format setup clean
 
 demo: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phf.sh
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/slurm \
-		--ignore tests/real_vllm \
+		--ignore tests/real_te --ignore tests/real_vllm \
 		$(if $(shell command -v chromium),,--ignore tests/browser)
 
 # Every combination of three layout settings, up to 16 processes: give it an hour on 2 CPU cores.
@@ -36,6 +36,11 @@ test-browser: $(READY)
 test-vllm: $(READY)
 	PYTHON=$(PYTHON) bash tests/real_vllm/setup.sh .venv-vllm "$(TORCH)"
 	$(BIN)/python -m pytest tests/real_vllm -rP
+
+# Transformer Engine's own Python with its extension stubbed, beside the tests' stand-in for it.
+test-te: $(READY)
+	PYTHON=$(BIN)/python bash tests/real_te/setup.sh .venv-te
+	$(BIN)/python -m pytest tests/real_te
 
 # Break the product on purpose; the tests must notice.
 breakages: $(READY)

@@ -58,7 +58,8 @@ def cuda_type_names() -> Iterator[None]:
 
     def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
-            return original(self).replace("torch.", "torch.cuda.", 1)
+            name = original(self)  # a subclass may have come through here on the way
+            return name if "cuda" in name else name.replace("torch.", "torch.cuda.", 1)
         return original(self, dtype, *args, **kwargs)
 
     torch.Tensor.type = named

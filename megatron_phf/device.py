@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import resource
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -49,6 +50,32 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device(), non_blocking=True)
 
 
+def host_buffer(like: torch.Tensor) -> torch.Tensor:
+    """Host memory for a copy of ``like``; pinned where there is CUDA, which costs time to make."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=has_cuda())
+
+
+def when_done() -> Callable[[], object]:
+    """A function that waits until what is queued on the device now is done; any thread's."""
+    if not has_cuda():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
+def in_thread(function: Callable[..., object]) -> Callable[..., None]:
+    """``function`` for a new thread, where torch would take GPU 0: this thread's device instead."""
+    index = device().index
+
+    def run(*args: Any) -> None:
+        if index is not None:
+            torch.cuda.set_device(index)
+        function(*args)
+
+    return run
+
+
 def default_dtype() -> torch.dtype:
     """bf16 on CUDA, fp32 on the CPU, where bf16 is slower and proves less."""
     return torch.bfloat16 if has_cuda() else torch.float32
@@ -80,6 +107,15 @@ def _check_number_of_gpus() -> None:
             f"torchrun --nproc-per-node {wanted}: this machine has {count} GPU(s) for it{shown}; "
             f"start {count} process(es)"
         )
+
+
+def row_multiple() -> int:
+    """What rows of tokens are padded to a multiple of, that need not have a length of their own.
+
+    cuDNN's attention, which Transformer Engine takes on Hopper, builds and keeps a plan for each
+    (batch, length): tens of milliseconds that a step of a new length pays in every layer's shape.
+    """
+    return 64 if has_cuda() else 1
 
 
 def synchronize() -> None:
@@ -188,7 +224,7 @@ def import_megatron() -> None:
 
 
 def setup() -> None:
-    """Make megatron-core, and mbridge where imported, run on this machine's device.
+    """Make megatron-core, mbridge where imported, and torch's attention run well on this device.
 
     Idempotent.  Call it after the program's imports and before anything of megatron-core runs.
 
@@ -196,6 +232,11 @@ def setup() -> None:
         ValueError: an installed version lacks a private name that is used (private_names).
     """
     private_names.check()
-    if not has_cuda():
+    if has_cuda():
+        # torch prefers it on Hopper, with a plan for each exact size: a new one (about 30 ms) for
+        # every token that is decoded, and for every length of a batch.  What is left: flash and
+        # memory-efficient attention, and torch's own arithmetic (megatron_phf.model.attention).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
         cuda_names.install()
     grad_norm.install()

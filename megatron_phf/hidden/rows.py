@@ -55,6 +55,10 @@ class SequenceShards:
         aligned = math.lcm(self.chunks, self.alignment * self.context_size)
         return aligned * self.sequence_size
 
+    def multiple_with(self, tokens: int) -> int:
+        """As ``length_multiple``, with a context part that is a multiple of ``tokens``, too."""
+        return math.lcm(self.length_multiple, tokens * self.context_size)
+
     @property
     def chunks(self) -> int:
         """Into how many chunks of equal length context parallelism cuts a sequence."""

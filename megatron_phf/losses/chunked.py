@@ -25,9 +25,10 @@ from megatron_phf.losses._vocab_parallel import (
 from megatron_phf.losses.divergence import DivergenceSpec
 
 OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
-# Vocabulary entries of one block: in fp32 16 MiB, enough to keep a GPU busy, and 4 MiB on a CPU,
-# where caches are small.  About 11 tensors of a block exist at a time.
-_BLOCK_ENTRIES = {"cuda": 2**22, "cpu": 2**20}
+# Bytes of one block's entries in fp32, of which about 11 tensors exist at a time.  A CPU's caches
+# are small.  On a GPU a pass over a block (about 0.1 ms) must outlast the launch of its kernel by
+# far: a chunk of 256 tokens is two blocks of Qwen3's 151,936 entries.
+_BLOCK_BYTES = {"cuda": 2**27, "cpu": 2**22}
 
 
 class ChunkedDivergence(NamedTuple):
@@ -113,6 +114,14 @@ class _Chunked(torch.autograd.Function):
         return d_rows, d_weight, None
 
 
+def _block_rows(rows: int, entries: int, device: str) -> int:
+    """Rows of a block, of ``rows`` with ``entries`` each: equal blocks on a GPU, none too large."""
+    most = max(1, _BLOCK_BYTES[device] // (4 * max(1, entries)))
+    if device == "cpu":
+        return most
+    return -(-rows // -(-rows // most)) if rows else most
+
+
 def _run_chunk(
     rows: Tensor, weight: Tensor, part: slice, problem: _Problem, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +139,7 @@ def _run_chunk(
     scale = (problem.token_weights[part] / temperature)[:, None]
     outputs = []
     # Of the largest shard, as all ranks exchange numbers block by block.
-    size = max(1, _BLOCK_ENTRIES[weight.device.type] // max(1, weight.shape[0]))
+    size = _block_rows(len(rows), weight.shape[0], weight.device.type)
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
         s, t = (x[block].to(wide).div_(temperature) for x in (student, teacher))

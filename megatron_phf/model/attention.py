@@ -1,4 +1,7 @@
-"""A core attention without Transformer Engine, and the kernel that rollouts share with it."""
+"""A core attention without Transformer Engine, and the kernels that rollouts share with it.
+
+Which of torch's kernels they may be says ``device.setup``: on CUDA none of cuDNN's.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_phf import parallel
+from megatron_phf import device, parallel
 from megatron_phf.hidden.rows import context_positions
 
 
@@ -23,6 +26,10 @@ def attend(
 
     Returns [sq, b, np * hn], the layout of megatron's output projection.
     """
+    heads = query.shape[1] // key.shape[1]
+    if heads > 1 and _expands_groups(query, mask):
+        key, value = (x.repeat_interleave(heads, dim=1) for x in (key, value))
+        heads = 1
     out = F.scaled_dot_product_attention(
         query,
         key,
@@ -30,9 +37,31 @@ def attend(
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=heads > 1,
     )
     return out.permute(2, 0, 1, 3).reshape(query.shape[2], query.shape[0], -1)
+
+
+def attend_token(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """One new token a row: query [b, ng, heads, hn], key and value [b, ng, sk, hn], bias on scores.
+
+    Returns [b, ng, heads, hn].  The heads of a group are the queries of one head, which all see the
+    same: no group is left, so every fused kernel takes it, several times faster than enable_gqa.
+    """
+    return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+
+
+def _expands_groups(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether only attention without groups is fused.
+
+    On CUDA (sdp_utils.cpp of torch 2.11 to 2.13) flash attention has groups, but neither a mask nor
+    fp32; memory-efficient attention has those, but no groups.  Without either, torch writes all
+    scores out.  On CPUs flash attention has everything.
+    """
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return device.has_cuda() and (mask is not None or not half)
 
 
 class CausalAttention(MegatronModule):

@@ -61,6 +61,47 @@ def without_fp8_state(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not _EXTRA_STATE.search(key)}
 
 
+def before_rounding(parameter: torch.Tensor) -> torch.Tensor | None:
+    """What an FP8 parameter was rounded from, on the host; None where that is not kept, or no more.
+
+    megatron-core's distributed optimizer takes its fp32 weights from there, once, and lets it go.
+    """
+    kept = getattr(parameter, "get_high_precision_init_val", None)
+    return None if kept is None else kept()
+
+
+@contextlib.contextmanager
+def unrounded(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """FP8 parameters of ``chunks`` are ordinary ones within, for weights to be read into.
+
+    After, each holds the new weights rounded, and ``before_rounding`` gives them as they were read:
+    written into the FP8 parameter alone, they would be forgotten by the optimizer, whose first step
+    then puts the random weights back that the model was made with.  Before there is an optimizer.
+    """
+    swapped = []
+    for module in (m for chunk in chunks for m in chunk.modules()):
+        for name, parameter in list(module._parameters.items()):
+            original = None if parameter is None else before_rounding(parameter)
+            if parameter is not None and original is not None:
+                plain = torch.nn.Parameter(original.to(parameter.device, copy=True))
+                swapped.append((module, name, parameter, plain, original))
+                module._parameters[name] = plain
+    try:
+        yield
+    finally:
+        for module, name, parameter, plain, original in swapped:
+            module._parameters[name] = parameter
+            with torch.no_grad():
+                parameter.copy_(plain)
+                original.copy_(plain)
+
+
+def state_before_rounding(chunk: torch.nn.Module) -> dict[str, Any]:
+    """The state dict of ``chunk``; FP8 weights as they were read, where that is still kept."""
+    kept = {name: before_rounding(p) for name, p in chunk.named_parameters()}
+    return chunk.state_dict() | {name: p for name, p in kept.items() if p is not None}
+
+
 def alignment(config: TransformerConfig) -> int:
     """What the tokens of a sequence in one process must be a multiple of: FP8 GEMMs' sizes."""
     return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1

@@ -33,6 +33,7 @@ from megatron_phf.model.fp8 import (
     fp8_off,
     module_configs,
     never_trained,
+    state_before_rounding,
     without_fp8_state,
 )
 from megatron_phf.model.gpt_config import transformer_config, transformer_impl
@@ -181,7 +182,7 @@ def frozen_copy(chunks: list[FlowGPTModel], arch: Architecture, config: Config) 
     """
     copy = build_model(arch, never_trained(config))
     for source, target in zip(chunks, copy, strict=True):
-        state = without_fp8_state(source.state_dict())
+        state = without_fp8_state(state_before_rounding(source))
         left = target.load_state_dict(state, strict=False)
         assert not left.unexpected_keys and not without_fp8_state(dict.fromkeys(left.missing_keys))
         target.eval().requires_grad_(False)

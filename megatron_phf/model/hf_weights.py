@@ -22,6 +22,7 @@ from megatron_phf.model import loaded_weights
 from megatron_phf.model.adapter_io import export_adapter, merge_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.directories import write_directory
+from megatron_phf.model.fp8 import unrounded
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.model.hf_directory import SHARD_BYTES, copy_model_files, write_shards
@@ -185,7 +186,8 @@ def load_hf_weights(
     try:
         bridge = _bridge(arch, config)
         bridge.stored = stored
-        bridge.load_weights(base, directory, memory_efficient=True)
+        with unrounded(chunks):
+            bridge.load_weights(base, directory, memory_efficient=True)
         problem = None if chunks[0].config.fp8_param else _difference(base, arch, stored)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from megatron_phf.model import torch_dist
-from megatron_phf.model.fp8 import without_fp8_state
+from megatron_phf.model.fp8 import unrounded, without_fp8_state
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 
 _WITH_HEADS = ("self_attention.linear_qkv.", "self_attention.linear_proj.")
@@ -54,7 +54,7 @@ def save_weights(chunks: list[FlowGPTModel], directory: str) -> None:
     """
     try:
         torch_dist.on_first_rank(None, lambda: os.makedirs(directory, exist_ok=True))
-        torch_dist.Snapshot(weights_sharded_state_dict(chunks), detach=False).write(directory)
+        torch_dist.Snapshot(weights_sharded_state_dict(chunks)).write(directory)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written ({error})") from error
 
@@ -65,6 +65,11 @@ def load_weights(chunks: list[FlowGPTModel], directory: str) -> None:
     Raises:
         ValueError: damaged, or another model's.
     """
+    with unrounded(chunks):
+        _load_weights(chunks, directory)
+
+
+def _load_weights(chunks: list[FlowGPTModel], directory: str) -> None:
     state = weights_sharded_state_dict(chunks)
     # Left to megatron-core, the halves of each gated MLP would be joined in a second copy of it.
     apply_factories(state)

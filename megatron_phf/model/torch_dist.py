@@ -31,7 +31,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_phf import private_names
+from megatron_phf import device, private_names
 from megatron_phf.private_names import INDEX_NAMES
 
 COMMON, INDEX = "common.pt", ".metadata"
@@ -55,14 +55,33 @@ _INDEX_CLASSES = {
 }
 
 
+class HostBuffers:
+    """Host memory for the tensors of a state, one snapshot after the other.
+
+    Kept between saves, as pinned memory is slow to get; the state has the same tensors each time.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copy(self, place: tuple[Any, ...], tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of ``tensor`` in the buffer of ``place``; on CUDA it has only been queued."""
+        buffer = self._buffers.get(place)
+        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+            buffer = self._buffers[place] = device.host_buffer(tensor)
+        return buffer.copy_(tensor, non_blocking=True)
+
+
 class Snapshot:
     """A state on its way to the disk: plain values (rank 0 writes them) and tensors by key."""
 
-    def __init__(self, state: dict[str, Any], *, detach: bool) -> None:
-        """Collective.  ``detach``: the values may change before they are written."""
+    def __init__(self, state: dict[str, Any], buffers: HostBuffers | None = None) -> None:
+        """Collective.  With ``buffers``: the values may change before they are written."""
         sharded, self.common = save_preprocess(_without_objects(state))
-        if detach:
-            _copy_tensors(sharded)
+        self._copied: Callable[[], object] = lambda: None
+        if buffers is not None:
+            _copy_tensors(sharded, buffers)
+            self._copied = device.when_done()
             self.common = copy.deepcopy(self.common)  # Adam's step counts on in place
         self.tensors = mcore_to_pyt_state_dict(private_names.by_sharded_key(sharded), False)
 
@@ -72,6 +91,7 @@ class Snapshot:
         Raises:
             OSError: on every rank, where one cannot write.
         """
+        self._copied()
         writer = dcp.FileSystemWriter(directory, thread_count=1, sync_files=False)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         try:
@@ -198,12 +218,12 @@ def _without_objects(state: Any) -> Any:
     return state
 
 
-def _copy_tensors(state: Any) -> None:
-    for value in state.values() if isinstance(state, dict) else state:
+def _copy_tensors(state: Any, buffers: HostBuffers, place: tuple[Any, ...] = ()) -> None:
+    for name, value in state.items() if isinstance(state, dict) else enumerate(state):
         if isinstance(value, ShardedTensor):
-            value.data = value.data.detach().to("cpu", copy=True)
+            value.data = buffers.copy((*place, name), value.data.detach())
         elif isinstance(value, dict | list):
-            _copy_tensors(value)
+            _copy_tensors(value, buffers, (*place, name))
 
 
 def _short(error: BaseException) -> str:

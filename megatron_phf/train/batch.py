@@ -31,7 +31,7 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
         rollouts,
         config.train.micro_batch_size,
         flow_window(method.phf_window_size, method.phf_window_rule),
-        length_multiple=shards.length_multiple,
+        length_multiple=_row_multiple(config, shards),
         sequence_multiple=shards.chunks,
         groups=_groups(rollouts, config, shards),
         packed=config.batching.pack_sequences,
@@ -46,6 +46,12 @@ def flow_windows(batches: Sequence[SequenceBatch], scale: float = 0.0) -> list[F
     return [FlowWindow(b.window, b.window_valid, scale, b.cu_seqlens) for b in batches]
 
 
+def _row_multiple(config: Config, shards: SequenceShards) -> int:
+    """Packed rows differ in their sequences anyway: they have no padding but what they need."""
+    packed = config.batching.pack_sequences
+    return shards.multiple_with(1 if packed else device.row_multiple())
+
+
 def _groups(
     rollouts: Sequence[Rollout], config: Config, shards: SequenceShards
 ) -> list[list[int]] | None:
@@ -56,7 +62,7 @@ def _groups(
     budget = config.batching.max_tokens_per_microbatch
     if budget == 0:
         return None
-    multiple, tokens = shards.length_multiple, padded_tokens
+    multiple, tokens = _row_multiple(config, shards), padded_tokens
     if config.batching.pack_sequences:  # all else that is padded is the row
         multiple, tokens = shards.chunks, packed_tokens
 

@@ -49,6 +49,7 @@ class Checkpointer:
         self._group = dist.new_group(backend="gloo") if separate else None
         if self._directory is not None and parallel.is_first_rank():
             files.remove_leftovers(self._directory)
+        self._buffers = torch_dist.HostBuffers() if config.checkpoint.async_save else None
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
 
@@ -60,17 +61,16 @@ class Checkpointer:
         """
         assert self._directory is not None
         self.finish()
-        background = self._config.checkpoint.async_save
-        snapshot = torch_dist.Snapshot(self._state(loading=False), detach=background)
+        snapshot = torch_dist.Snapshot(self._state(loading=False), self._buffers)
         manifest = self._manifest(progress)
-        if not background:
-            self._write(snapshot, progress.iteration, manifest)
-        else:
-            arguments = (snapshot, progress.iteration, manifest)
-            self._thread = threading.Thread(target=self._write, args=arguments, name="save")
-            self._thread.start()
-        if not background:
+        arguments = (snapshot, progress.iteration, manifest)
+        if self._buffers is None:
+            self._write(*arguments)
             self.finish()
+        else:
+            write = device.in_thread(self._write)
+            self._thread = threading.Thread(target=write, args=arguments, name="save")
+            self._thread.start()
 
     def finish(self) -> None:
         """Wait for an asynchronous save; ValueError as for :meth:`save`."""

@@ -20,6 +20,7 @@ from megatron_phf.config import Config, TrainConfig
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.schedule_flags import decay_iters
+from megatron_phf.train import adam_state
 
 # Of a parameter group: this run's, whatever a checkpoint has.
 _OWN_SETTINGS = ("betas", "eps", "max_lr", "min_lr")
@@ -120,7 +121,7 @@ class StudentOptimizer:
             "chained_optim_avoid_prefix": True,
         }
         for each in self.optimizer.chained_optimizers:
-            _allocate_state(each.optimizer)
+            adam_state.allocate(each.optimizer)
         with device.cuda_type_names():
             return self.optimizer.sharded_state_dict(weights, loading, metadata=metadata)
 
@@ -129,8 +130,9 @@ class StudentOptimizer:
     ) -> None:
         """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's.
 
-        Without --lr-decay-iters the rate goes on over ``lr_decay_iters``, as it began, so that
-        another --train-iters makes it no jump.
+        It may have been saved with another kind of Adam: torch's, or a fused one.  Without
+        --lr-decay-iters the rate goes on over ``lr_decay_iters``, as it began, so that another
+        --train-iters makes it no jump.
         """
         kept = [{k: g[k] for k in _OWN_SETTINGS} for g in self.optimizer.param_groups]
         each = self.optimizer.chained_optimizers
@@ -155,27 +157,13 @@ def _finish_param_sync(chunk: DistributedDataParallel) -> None:
         group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def _allocate_state(adam: torch.optim.Optimizer) -> None:
-    """What torch's Adam has only after its first step, and megatron-core expects before.
-
-    NVIDIA's fused ones keep one step a group, and are left to megatron-core.
-    """
-    if not isinstance(adam, torch.optim.Adam):
-        return
-    for parameter in (p for group in adam.param_groups for p in group["params"]):
-        state = adam.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
 def _load(optimizer: Any, state: dict[str, Any]) -> None:
     """megatron-core's load, with torch's Adam under a distributed optimizer put right.
 
     That keeps a step a parameter, which megatron-core saves once, restores as one tensor for all
     (each parameter would then count it up), and misses when it copies the moments.
     """
+    adam_state.convert(optimizer.optimizer, state)
     moments = state.pop("param_state", None)
     optimizer.load_state_dict(state)
     if moments is None:

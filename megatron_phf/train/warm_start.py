@@ -56,7 +56,7 @@ def supervised_step(
         both,
         micro_batch_size,
         flow_window(2, "even"),
-        length_multiple=shards.length_multiple,
+        length_multiple=shards.multiple_with(device.row_multiple()),
     )
     batches = [m.student.to(device.device()) for m in batch.microbatches]
     count = torch.tensor([float(batch.num_tokens)], device=device.device())

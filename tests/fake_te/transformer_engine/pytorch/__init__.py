@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
 
-from transformer_engine.pytorch import distributed, fp8, module, ops, tensor
+from transformer_engine.pytorch import distributed, fp8, module, ops, optimizers, tensor
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast
 from transformer_engine.recording import record
 
-__all__ = ["distributed", "fp8", "fp8_autocast", "module", "ops", "tensor"]
+__all__ = ["distributed", "fp8", "fp8_autocast", "module", "ops", "optimizers", "tensor"]
 
 
 def fp8_model_init(*args, **kwargs):
@@ -56,10 +56,11 @@ class Linear(_Base):
                  fuse_wgrad_accumulation=False, tp_group=None, tp_size=1,
                  get_rng_state_tracker=None, rng_tracker_name=None, init_method=None,
                  bias=True, return_bias=False,
-                 params_dtype=None, parallel_mode=None, device="cpu", normalization=None, eps=1e-5,
-                 return_layernorm_output=False, zero_centered_gamma=False, ub_name=None,
+                 params_dtype=None, parallel_mode=None, parameters_split=None, device="cpu",
                  ub_overlap_ag=False, ub_overlap_rs=False, ub_overlap_rs_dgrad=False,
-                 ub_bulk_dgrad=False, ub_bulk_wgrad=False) -> None:  # fmt: skip
+                 ub_bulk_dgrad=False, ub_bulk_wgrad=False, ub_name=None, delay_wgrad_compute=False,
+                 symmetric_ar_type=None, save_original_input=False,
+                 name=None) -> None:  # fmt: skip
         super().__init__()
         self._start()
         column, row = (parallel_mode == mode and sequence_parallel for mode in ("column", "row"))
@@ -80,6 +81,7 @@ class Linear(_Base):
             in_features //= tp_size
         self.in_features, self.out_features = in_features, out_features
         self.use_bias, self.return_bias = bias, return_bias
+        self.save_original_input = save_original_input
         options = {"dtype": params_dtype, "device": device}
         self.weight = Parameter(torch.empty(out_features, in_features, **options))
         if get_rng_state_tracker is None or parallel_mode is None:
@@ -95,7 +97,9 @@ class Linear(_Base):
         elif parallel_mode == "row":
             _parallel(self.weight, 1)
 
-    def forward(self, x, is_first_microbatch=None):
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        x = inp
+        assert not (fp8_output or fp8_grad)
         from megatron.core import tensor_parallel as tp
 
         if self.parallel_mode == "column" and self.sequence_parallel:
@@ -107,7 +111,7 @@ class Linear(_Base):
         if self.ub_overlap_ag_fprop or self.ub_overlap_rs_fprop:
             assert self.ub_name in ("qkv", "proj", "fc1", "fc2")
             buffered = x if self.ub_overlap_ag_fprop else out
-            module.base.check(buffered, FP8GlobalStateManager.enabled)
+            module.base._check(buffered, FP8GlobalStateManager.enabled)
             record[-1]["userbuffers"] = True
         if self.parallel_mode == "row" and self.sequence_parallel:
             out = tp.reduce_scatter_to_sequence_parallel_region(out)
@@ -121,11 +125,25 @@ class Linear(_Base):
 class LayerNormLinear(Linear):
     """RMSNorm and the linear behind it."""
 
-    def __init__(self, in_features, out_features, *, eps, normalization, params_dtype, device="cpu",
-                 return_layernorm_output=False, **kwargs) -> None:  # fmt: skip
-        assert normalization == "RMSNorm"
-        super().__init__(in_features, out_features, params_dtype=params_dtype, device=device,
-                         **kwargs)  # fmt: skip
+    def __init__(self, in_features, out_features, eps=1e-5, sequence_parallel=False,
+                 fuse_wgrad_accumulation=False, tp_group=None, tp_size=1,
+                 get_rng_state_tracker=None, init_method=None, bias=True,
+                 normalization="LayerNorm", return_bias=False, params_dtype=None,
+                 parallel_mode=None, return_layernorm_output=False,
+                 return_layernorm_output_gathered=False, parameters_split=None,
+                 zero_centered_gamma=False, device="cpu", ub_overlap_ag=False,
+                 ub_overlap_rs=False, ub_overlap_rs_dgrad=False, ub_bulk_wgrad=False,
+                 ub_bulk_dgrad=False, ub_name=None, delay_wgrad_compute=False,
+                 symmetric_ar_type=None, name=None) -> None:  # fmt: skip
+        assert normalization == "RMSNorm" and not zero_centered_gamma
+        super().__init__(
+            in_features, out_features, sequence_parallel=sequence_parallel, tp_group=tp_group,
+            tp_size=tp_size, get_rng_state_tracker=get_rng_state_tracker, init_method=init_method,
+            bias=bias, return_bias=return_bias, params_dtype=params_dtype,
+            parallel_mode=parallel_mode, device=device, ub_overlap_ag=ub_overlap_ag,
+            ub_overlap_rs=ub_overlap_rs, ub_overlap_rs_dgrad=ub_overlap_rs_dgrad,
+            ub_bulk_dgrad=ub_bulk_dgrad, ub_bulk_wgrad=ub_bulk_wgrad, ub_name=ub_name,
+        )  # fmt: skip
         self.eps, self.return_layernorm_output = eps, return_layernorm_output
         self.return_layernorm_output_gathered = False
         self.layer_norm_weight = Parameter(
@@ -133,7 +151,8 @@ class LayerNormLinear(Linear):
         )
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
 
-    def forward(self, x, is_first_microbatch=None):
+    def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
+        x = inp
         normed = F.rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
         out = super().forward(normed)
         return (out, normed) if self.return_layernorm_output else out
@@ -143,9 +162,9 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's."""
 
     def __init__(self, normalized_shape=None, eps=1e-5, sequence_parallel=False, params_dtype=None,
-                 zero_centered_gamma=False, hidden_size=None, device="cpu") -> None:  # fmt: skip
+                 zero_centered_gamma=False, hidden_size=None, **kwargs) -> None:  # fmt: skip
         size = normalized_shape or hidden_size  # megatron-core 0.19 and newer; older
-        super().__init__(size, eps=eps, dtype=params_dtype, device=device)
+        super().__init__(size, eps=eps, dtype=params_dtype, device=kwargs.get("device"))
         self.weight.sequence_parallel = sequence_parallel
 
 
@@ -160,8 +179,10 @@ class GroupedLinear(_Base):
                  fuse_wgrad_accumulation=False, tp_group=None, tp_size=1,
                  get_rng_state_tracker=None, rng_tracker_name=None, init_method=None,
                  bias=False, return_bias=False,
-                 params_dtype=None, parallel_mode=None, device="cpu",
-                 ub_name=None) -> None:  # fmt: skip
+                 params_dtype=None, parallel_mode=None, device="cpu", ub_overlap_rs=False,
+                 ub_overlap_ag=False, ub_name=None, delay_wgrad_compute=False,
+                 save_original_input=False, single_grouped_weight=False, single_grouped_bias=False,
+                 name=None) -> None:  # fmt: skip
         super().__init__()
         self._start()
         assert not bias
@@ -169,6 +190,7 @@ class GroupedLinear(_Base):
             out_features //= tp_size
         elif parallel_mode == "row":
             in_features //= tp_size
+        self.save_original_input = save_original_input
         self.num_gemms, self.parallel_mode, self.use_bias = num_gemms, parallel_mode, bias
         self.fp8 = self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
@@ -180,14 +202,15 @@ class GroupedLinear(_Base):
     def init_fp8_metadata(self, num_gemms=1) -> None:
         pass
 
-    def forward(self, x, m_splits, is_first_microbatch=None):
+    def forward(self, inp, m_splits, is_first_microbatch=None):
+        x = inp
         self._note(x)
         parts = x.split(list(map(int, m_splits)))
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
         return torch.cat([F.linear(p, w) for p, w in zip(parts, weights, strict=True)])
 
 
-def partitioned_indices(cu_seqlens, size: int, rank: int) -> torch.Tensor:
+def _partitioned_indices(cu_seqlens, size: int, rank: int) -> torch.Tensor:
     """As ``thd_get_partitioned_indices``: the row's positions of a context rank's tokens."""
     if size == 1:
         return torch.arange(int(cu_seqlens[-1]))
@@ -203,11 +226,13 @@ def partitioned_indices(cu_seqlens, size: int, rank: int) -> torch.Tensor:
 class DotProductAttention(_Base):
     """Causal attention of [s, b, heads, hn], or of packed [t, heads, hn]."""
 
-    def __init__(self, num_attention_heads, kv_channels, attention_dropout=0.0,
-                 attn_mask_type="causal", sequence_parallel=False, tp_size=1,
-                 get_rng_state_tracker=None, tp_group=None, layer_number=None, num_gqa_groups=None,
-                 attention_type="self", softmax_scale=None, cp_group=None, cp_global_ranks=None,
-                 cp_stream=None, cp_comm_type="p2p") -> None:  # fmt: skip
+    def __init__(self, num_attention_heads, kv_channels, num_gqa_groups=None,
+                 attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal",
+                 window_size=None, bottom_right_diagonal=None, sequence_parallel=False, tp_size=1,
+                 get_rng_state_tracker=None, tp_group=None, layer_number=None,
+                 attention_type="self", cp_group=None, cp_global_ranks=None, cp_stream=None,
+                 cp_comm_type="p2p", softmax_scale=None, softmax_type="vanilla",
+                 return_max_logit=False, name=None) -> None:  # fmt: skip
         super().__init__()
         self._start()
         assert not attention_dropout
@@ -216,10 +241,16 @@ class DotProductAttention(_Base):
             assert cp_global_ranks == torch.distributed.get_process_group_ranks(cp_group)
             assert cp_stream is not None and cp_comm_type == "p2p"
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type="causal",
-                qkv_format="sbhd", cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None,
+    def forward(self, query_layer, key_layer, value_layer, attention_mask=None, qkv_format="sbhd",
+                cu_seqlens_q=None, cu_seqlens_kv=None, cu_seqlens_q_padded=None,
                 cu_seqlens_kv_padded=None, max_seqlen_q=None, max_seqlen_kv=None,
-                pad_between_seqs=None):  # fmt: skip
+                attn_mask_type="causal", window_size=None, bottom_right_diagonal=None,
+                checkpoint_core_attention=False, core_attention_bias_type="no_bias",
+                core_attention_bias=None, alibi_slopes=None, fast_zero_fill=True,
+                inference_params=None, pad_between_seqs=None, fp8_output=False,
+                num_splits=1):  # fmt: skip
+        query, key, value = query_layer, key_layer, value_layer
+        assert core_attention_bias is None and not fp8_output
         from megatron.core import tensor_parallel as tp
 
         assert attention_mask is None and not pad_between_seqs  # of megatron-core 0.19
@@ -247,7 +278,7 @@ class DotProductAttention(_Base):
             limits = torch.tensor([0, whole], dtype=torch.int32)
         mask = None
         if packed or size > 1:
-            tokens = [partitioned_indices(limits, size, r) for r in range(size)]
+            tokens = [_partitioned_indices(limits, size, r) for r in range(size)]
             mine, every = tokens[rank], torch.cat(tokens)
             sequences = [torch.bucketize(t, limits, right=True) for t in (mine, every)]
             mask = (sequences[0][:, None] == sequences[1]) & (mine[:, None] >= every)
@@ -271,7 +302,8 @@ class Fp8Padding(torch.nn.Module):
     def __init__(self, num_gemms, align_size=16) -> None:
         super().__init__()
 
-    def forward(self, x, m_splits):
+    def forward(self, inp, m_splits):
+        x = inp
         parts = x.split(list(m_splits))
         padded = [F.pad(p, (0, 0, 0, -len(p) % 16)) for p in parts]
         return torch.cat(padded), [len(p) for p in padded]
@@ -283,7 +315,8 @@ class Fp8Unpadding(torch.nn.Module):
     def __init__(self, num_gemms, align_size=16) -> None:
         super().__init__()
 
-    def forward(self, x, m_splits):
+    def forward(self, inp, m_splits):
+        x = inp
         sizes = [n + -n % 16 for n in m_splits]
         parts = zip(x.split(sizes), m_splits, strict=True)
         return torch.cat([p[:n] for p, n in parts])

@@ -3,3 +3,6 @@
 
 class QuantizedTensor:
     """Only asked for in isinstance."""
+
+    def __init__(self, shape, dtype) -> None:
+        raise NotImplementedError
