@@ -13,6 +13,7 @@ CPUs with a small model, whose speed is shown without a verdict.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -92,17 +93,23 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     )
 
 
-def describe(plan: Plan, given: str | None, began: float) -> dict[str, Any]:
-    """The machine, for the report."""
-    from megatron_phf import device
+def machine() -> str:
+    """Its devices; asked by another process, as a context here would take memory from the cases."""
+    code = "from megatron_phf import device; print(device.describe())"
+    asked = [sys.executable, "-c", code]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or f"unknown ({done.stderr.strip()[-200:]})"
 
+
+def describe(plan: Plan, where: str, given: str | None, began: float) -> dict[str, Any]:
+    """What ran ``where``, for the report."""
     versions = {"python": sys.version.split()[0]}
     for name in _PACKAGES:
-        if importlib.util.find_spec(name.replace("megatron-core", "megatron").replace("-", "_")):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     billions = plan.arch.num_parameters() / 1e9
     return {
-        "device": device.describe(),
+        "device": where,
         "processes": plan.processes,
         "model": given or f"a random Qwen3 of {billions:.2g} B parameters",
         "versions": versions,
@@ -129,14 +136,14 @@ def run(args: argparse.Namespace, directory: str) -> int:
     if args.dry_run:
         _dry_run(plan, args.minutes)
         return 0
-    clock = Clock(began + 60 * args.minutes)
+    where, clock = machine(), Clock(began + 60 * args.minutes)
     cases = plan.cases()
     if args.model is None:
         cases = [plan.make_large(), *cases]
 
     def report() -> None:
         write_report(
-            args.json, describe(plan, args.model, began), evaluate(plan, clock), clock.times
+            args.json, describe(plan, where, args.model, began), evaluate(plan, clock), clock.times
         )
 
     run_all(plan, cases, clock, report)

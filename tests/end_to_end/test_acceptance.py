@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import time
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +15,7 @@ from megatron_phf.model.architecture import parse_architecture, read_architectur
 from tests.launch import REPO, run
 from tools import acceptance
 from tools.accept import launch, model, rows, table
-from tools.accept.plan import LAYOUTS, Case, Plan
+from tools.accept.plan import LAYOUTS, Plan
 
 SCRIPT = "examples/h100/acceptance.sh"
 ENGINE_CASES = {"parity_te", "parity_fp8", "train_fp8", "step_te", "decode_te", "step_fp8"}
@@ -224,80 +221,6 @@ def test_the_large_model_that_could_not_be_written_is_the_reason(tmp_path: Path)
     found = {row.name: row for row in rows.evaluate(plan(tmp_path, engine="x"), clock)}
     assert found["decoding in process"].measured == "large: No space left on device"
     assert found["parity with transformers, fp32"].result == "late"
-
-
-# What a start does with its cases: name -> "ok", "fail" (ends the process) or "hang".
-ACTS = """
-import json, sys, time
-from pathlib import Path
-cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-for case in cases:
-    act = case["name"].split("_")[0]
-    if act == "hang":
-        time.sleep(100)
-    if act == "fail":
-        print("case", case["name"], "failed\\nValueError: broken", flush=True)
-        sys.exit(1)
-    Path(output, case["name"] + ".json").write_text("{}")
-"""
-
-
-def started(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], end: float
-) -> tuple[launch.Clock, int]:
-    """Four cases a start; half a second each, once a process is there."""
-    script = directory / "acts.py"
-    script.write_text(ACTS)
-    command = [sys.executable, str(script)]
-    monkeypatch.setattr(
-        launch, "command", lambda plan, cases, path: [*command, path, str(directory)]
-    )
-    cases = [Case(i // 4, name, "", [], 0.1, 0.5) for i, name in enumerate(names)]
-    clock, reports = launch.Clock(time.monotonic() + end), []
-    launch.run_all(plan(directory), cases, clock, lambda: reports.append(1))
-    return clock, len(reports)
-
-
-def test_no_case_takes_another_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["ok_1", "hang_1", "fail_1", "ok_2", "ok_3"]
-    clock, reports = started(tmp_path, monkeypatch, names, end=200)
-    assert clock.problems["fail_1"] == "fail_1 failed\nValueError: broken\n"
-    assert clock.problems["hang_1"].startswith("ended after ") and len(clock.problems) == 2
-    assert [case["name"] for case in clock.times] == ["ok_1", "ok_2", "ok_3"]
-    assert reports == 2  # one after each start
-
-
-def test_the_deadline_ends_what_runs_and_what_would(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begin = time.monotonic()
-    names = ["hang_1", "ok_1", "ok_2", "ok_3", "ok_4"]
-    clock, _ = started(tmp_path, monkeypatch, names, end=0.5)
-    assert clock.problems == dict.fromkeys(names, launch.LATE)
-    assert time.monotonic() - begin < 30
-
-
-def test_synchronisations_are_counted_by_phase_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.accept import measure
-
-    modes: list[str] = []
-    monkeypatch.setattr(measure.device, "has_cuda", lambda: True)
-    monkeypatch.setattr(measure.torch.cuda, "set_sync_debug_mode", modes.append)
-
-    def step(distiller: object, timer: measure.PhaseTimer | None = None) -> None:
-        if timer is not None:
-            for phase, count in (("teacher", 1), ("student", 3)):
-                timer._entered(phase)
-                for _ in range(count):
-                    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-                warnings.warn("something else", stacklevel=1)
-
-    found = measure.synchronisations(SimpleNamespace(distiller=lambda: None, step=step))
-    assert found["phases"] == {"teacher": 1, "student": 3}
-    (phase, where, count), _ = found["places"]
-    assert (phase, count) == ("student", 3)
-    assert where.startswith("tests/end_to_end/test_acceptance.py:")
-    assert modes == ["warn", "default"]
 
 
 def test_the_page_has_the_tables_of_the_reports() -> None:
