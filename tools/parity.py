@@ -74,7 +74,8 @@ def run_product(arguments: list[str], processes: int, directory: str) -> tuple[d
     with open(cases, "w", encoding="utf-8") as f:
         json.dump([{"name": "parity", "kind": "gradients", "argv": arguments}], f)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "tests/parallel/driver.py", cases, directory]
+    command += ["--nproc-per-node", str(processes), "-m", "megatron_phf.cli.cases"]
+    command += [cases, directory]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(
         command,
@@ -132,7 +133,7 @@ def _print(rows: list[tuple[str, float, float, float]], tolerance: float) -> Non
 
 def _tiny(directory: str) -> list[str]:
     """A random 4-layer Qwen3 and 4 rollouts of 1 to 31 tokens, made on the spot."""
-    from tests.models import make_model, make_replay
+    from megatron_phf.reference.tiny import make_model, make_replay
 
     model = make_model(os.path.join(directory, "model"))
     replay = make_replay(os.path.join(directory, "replay.jsonl"), [1, 12, 31, 5])

@@ -5,6 +5,7 @@ on HuggingFace's own layers.  Shares no code with the rest of the package and im
 only what compares the two (``cli``, tests) imports it.
 """
 
+from megatron_phf.reference.flags import flags
 from megatron_phf.reference.hidden import cka_terms, flow_terms, named_terms, window
 from megatron_phf.reference.method import Result, compute, read_replay, train
 from megatron_phf.reference.model import load_model
@@ -17,6 +18,7 @@ __all__ = [
     "cka_terms",
     "compute",
     "divergence",
+    "flags",
     "flow_terms",
     "load_model",
     "named_terms",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import reference
+from megatron_phf.reference import flags as flags
 from tests.launch import torchrun
 
 METRICS = ("loss", "opsd", "clipped_fraction", "teacher_entropy", "rollout_tokens")
@@ -37,36 +37,6 @@ def selected(request: pytest.FixtureRequest, cases: dict) -> dict:
     here = [i for i in request.session.items if i.fspath == request.node.fspath]
     names = {i.callspec.params["name"] for i in here if hasattr(i, "callspec")}
     return {name: case for name, case in cases.items() if name in names}
-
-
-def flags(o: reference.Options, model: str, replay: str, batch: int, **more: object) -> list[str]:
-    """The product's command line for the reference's options."""
-    values = {
-        "hf-model": model,
-        "replay-file": replay,
-        "rollout-engine": "replay",
-        "global-batch-size": batch,
-        "dtype": "fp32",
-        "phf-alpha": o.alpha,
-        "phf-window-size": o.window_size,
-        "phf-window-rule": o.window_rule,
-        "phf-terms": o.terms,
-        "opsd-beta": o.beta,
-        "opsd-temperature": o.temperature,
-        "opsd-clip-mode": o.clip_mode,
-        "opsd-clip": o.clip,
-        "opsd-top-k": o.top_k,
-        "opsd-objective": o.objective,
-        "logits-chunk-tokens": 16,
-        "train-iters": 1,
-        "max-prompt-length": 32,
-        "max-teacher-prompt-length": 32,
-        "max-new-tokens": 64,
-        **more,
-    }
-    if o.layers is not None:
-        values["phf-layers"] = ",".join(map(str, o.layers))
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
 def metrics_deviation(found: dict, expected: dict) -> float:

@@ -17,10 +17,8 @@ the weights to ``save`` where given; else load those of ``load`` into a random m
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -38,10 +36,10 @@ device.import_megatron()  # as the product does
 
 from megatron.core import dist_checkpointing
 
-from megatron_phf import parallel, preflight
+from megatron_phf import parallel
+from megatron_phf.cli import cases
 from megatron_phf.config import Config
-from megatron_phf.flags import parse_args
-from megatron_phf.model.adapter_io import export_adapter, save_peft_adapter
+from megatron_phf.model.adapter_io import save_peft_adapter
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.gpt import build_model
 from megatron_phf.model.gpt_config import model_dtype
@@ -51,12 +49,8 @@ from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.sources import ReplaySource
-from megatron_phf.signals import StopSignals
 from megatron_phf.teacher import make_teacher
-from megatron_phf.train.batch import make_batch
 from megatron_phf.train.build import load_student, make_distiller
-from megatron_phf.train.heartbeat import Heartbeat
-from megatron_phf.train.loop import train
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.step import Distiller
 from tests.counted_device import CountedDevice
@@ -64,51 +58,12 @@ from tests.parallel.engine_contract import contract
 from tests.parallel.loading import check_comparison
 
 
-def export(distiller: Distiller, path: str) -> None:
-    """Save what is trained of the student as it is: all weights, or the adapters."""
-    if distiller.config.lora.lora_rank:
-        weights = export_adapter(distiller.student)
-    else:
-        weights = export_hf_weights(distiller.student, distiller.arch, distiller.config)
-    tensors = {name: weight.float().cpu().contiguous() for name, weight in weights}
-    if parallel.is_first_rank():
-        save_file(tensors, path)
-
-
-def complete_gradients(distiller: Distiller) -> None:
-    """Undo the distributed optimizer's reduce-scatter: all ranks get all of the summed gradient."""
-    for chunk in distiller.optimizer.wrapped:
-        for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-            group = buffer.data_parallel_group
-            for bucket in buffer.buckets:
-                shards = bucket.grad_data.chunk(group.size())
-                mine = shards[group.rank()].clone()
-                torch.distributed.all_gather(list(shards), mine, group=group)
-
-
-def gradients(distiller: Distiller, source: ReplaySource, path: str) -> dict:
-    """Forward and backward of one batch; export the gradients as if they were weights."""
-    batch = make_batch(source.rollouts(1), distiller.config, distiller.shards)
-    student = distiller.student_pass(batch, distiller.teacher_pass(batch))
-    if distiller.config.parallel.use_distributed_optimizer:
-        complete_gradients(distiller)
-    parameters = [p for chunk in distiller.student for p in chunk.parameters() if p.requires_grad]
-    weights = [p.data for p in parameters]
-    for p in parameters:
-        p.data = p.main_grad.to(p.dtype)
-    metrics = distiller.metrics(student, 0.0, 0.0)
-    export(distiller, path)
-    for p, data in zip(parameters, weights, strict=True):
-        p.data = data
-    return metrics.as_json()
-
-
 def steps(distiller: Distiller, source: ReplaySource, count: int, path: str) -> list[dict]:
     """Train ``count`` steps; export the weights."""
     history = [
         distiller.step(i, source.rollouts(i), PhaseTimer()).as_json() for i in range(1, count + 1)
     ]
-    export(distiller, path)
+    cases.export(distiller, path)
     check_replicas(distiller)
     check_teacher_state(distiller, path)
     return history
@@ -261,16 +216,11 @@ def reshard(config: Config, case: dict, path: str) -> None:
 
 def run_case(config: Config, case: dict, path: str) -> object:
     """One case in the layout of its flags."""
-    preflight.check(config)
-    preflight.check_world_size(config, torch.distributed.get_world_size())
-    parallel.initialize(config.parallel)
+    cases.begin(config)
     if case["kind"] == "reshard":
         return reshard(config, case, path)
     if case["kind"] == "job":
-        heartbeat = Heartbeat()
-        steps_done = train(config, StopSignals(), heartbeat)
-        heartbeat.stop()  # as the product does; Python may abort at its end otherwise
-        return [m.as_json() for m in steps_done]
+        return cases.job(config)
     if case["kind"] == "engine":
         return contract(config)
     arch = read_architecture(config.model.hf_model)
@@ -302,32 +252,14 @@ def distill_case(
         load_hf_weights(distiller.teacher.chunks, arch, config, case["teacher_model"])
     if case["kind"] == "train":
         return steps(distiller, source, case["steps"], path)
-    first = gradients(distiller, source, path.replace(".safetensors", ".gradient.safetensors"))
     if case["kind"] == "gradients":
-        _, first["grad_norm"] = distiller.optimizer.step()
-        distiller.optimizer.zero_grad()  # waits for weights that are under way
-        return first
+        return cases.gradients_and_norm(distiller, source, path)
+    first = cases.gradients(
+        distiller, source, path.replace(".safetensors", ".gradient.safetensors")
+    )
     return [first, *steps(distiller, source, case["steps"], path)]
 
 
-def main() -> None:
-    """All cases; a failed one is recorded and ends the run."""
-    cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
-    device.setup()
-    device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
-    for case in cases:
-        base = os.path.join(output, case["name"])
-        try:
-            result = run_case(parse_args(case["argv"]), case, base + ".safetensors")
-        except Exception:
-            print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
-            os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            with open(base + ".json", "w") as f:
-                json.dump(result, f)
-        parallel.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    # Late, so that another driver may replace it.
+    cases.main(lambda *each: run_case(*each))

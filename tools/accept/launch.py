@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from tools.accept.plan import DRIVER, MEASURE, MODEL, START_LIMIT, Case, Plan
+from tools.accept.plan import CASES, MEASURE, MODEL, START_LIMIT, Case, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 LATE = "out of time"
@@ -47,10 +47,10 @@ class Clock:
 def command(plan: Plan, cases: Sequence[Case], path: str) -> list[str]:
     """Of one start."""
     if cases[0].kind == MODEL:
-        return [sys.executable, MODEL, *cases[0].argv]
-    script = MEASURE if cases[0].settings else DRIVER
+        return [sys.executable, "-m", MODEL, *cases[0].argv]
+    module = MEASURE if cases[0].settings else CASES
     head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return [*head, str(plan.processes), script, path, plan.directory]
+    return [*head, str(plan.processes), "-m", module, path, plan.directory]
 
 
 def run_all(plan: Plan, cases: Iterable[Case], clock: Clock, done: Callable[[], None]) -> None:

@@ -56,7 +56,7 @@ def write_large(directory: str, cuda: bool) -> None:
 def write_tiny(directory: str) -> None:
     """A random model and rollouts for parity; another with a tokenizer, problems and templates."""
     from megatron_phf.data.arithmetic import make_hf_directory, make_problems
-    from tests.models import make_model, make_replay
+    from megatron_phf.reference.tiny import make_model, make_replay
 
     os.makedirs(directory)
     make_model(os.path.join(directory, "model"))

@@ -17,8 +17,8 @@ from megatron_phf.model.flops import forward_flops
 
 # Starts: cases of one share processes.
 WRITE, PARITY, TRAIN, LARGE, ENGINE, ENGINE_TRAIN, ENGINE_LARGE, ENGINE_FP8 = range(8)
-DRIVER, MEASURE = "tests/parallel/driver.py", "tools/accept/measure.py"
-MODEL = "tools/accept/model.py"
+CASES, MEASURE = "megatron_phf.cli.cases", "megatron_phf.cli.accept.measure"
+MODEL = "megatron_phf.cli.accept.model"
 LAYOUTS = {
     1: [],
     2: ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
@@ -116,8 +116,7 @@ class Plan:
         return Case(WRITE, "large", MODEL, [self.large], seconds, self._limit(seconds))
 
     def _parity_flags(self, layout: list[str]) -> list[str]:
-        from megatron_phf.reference import Options
-        from tests.parallel.cases import flags
+        from megatron_phf.reference import Options, flags
 
         replay, model = (os.path.join(self.tiny, name) for name in ("replay.jsonl", "model"))
         return [*flags(Options(), model, replay, 4), *layout]
