@@ -15,6 +15,11 @@ DATA = [
     if path.is_file() and path.suffix not in (".py", ".pyc")
 ]
 
+COMMANDS = (
+    *("acceptance", "check_export", "convert_checkpoint", "evaluate", "gguf_to_hf", "grid"),
+    *("make_embedded", "parity", "plan", "prepare_data", "report"),
+)
+
 TRL = "trl>=1.16,<2"  # examples/integrations/trl_trainer.py
 
 setup(
@@ -26,6 +31,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_phf", "megatron_phf.*"]),
     package_data={"megatron_phf": DATA},
+    entry_points={
+        "console_scripts": [
+            f"megatron-phf-{name.replace('_', '-')} = megatron_phf.cli.{name}:main"
+            for name in COMMANDS
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

@@ -5,7 +5,9 @@ Without torch, which must not be imported before they are set.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import os
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 # torch 2.9 renamed the first; some versions read only one of them, and for some settings only the
 # older one (pytorch/pytorch#183387).
@@ -20,3 +22,12 @@ def set_cuda_defaults(environment: MutableMapping[str, str]) -> None:
     given = [environment[name] for name in _ALLOCATOR if name in environment]
     for name in _ALLOCATOR:
         environment.setdefault(name, given[0] if given else "expandable_segments:True")
+
+
+def for_children(environment: Mapping[str, str]) -> dict[str, str]:
+    """A copy by which child processes find this package, installed or in a checkout."""
+    import megatron_phf
+
+    parent = str(Path(megatron_phf.__file__).resolve().parents[1])
+    known = environment.get("PYTHONPATH", "")
+    return {**environment, "PYTHONPATH": os.pathsep.join(p for p in (parent, known) if p)}

@@ -1,51 +1,14 @@
 """The embedded arithmetic task as files, for the job on a HuggingFace model, and for studies.
 
-    torchrun --nproc-per-node 1 tools/make_embedded.py --output-dir runs/study_start --seed 1
-
-Writes OUTPUT/seed<N>/base_model (a tiny model after its supervised warm start), train.jsonl and
-heldout.jsonl there, and the prompt templates student.txt and teacher.txt into OUTPUT.  The flags
-are those of examples/pretrain_phf.sh for the embedded task.
+See megatron_phf/cli/make_embedded.py.
 """
 
-from __future__ import annotations
-
-import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout's own package
 
-from megatron_phf.config import Config
-from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES
-from megatron_phf.flags import parse_args
-from megatron_phf.job_paths import training_paths
-from megatron_phf.main import run_rank
-from megatron_phf.output import check_new_text
-
-
-def _read() -> Config:
-    config = parse_args(sys.argv[1:])
-    if not config.is_embedded:
-        raise ValueError("--hf-model and --data belong to another task: leave them out")
-    for side in ("student", "teacher"):
-        path = os.path.join(config.output.output_dir, f"{side}.txt")
-        check_new_text(path, getattr(ARITHMETIC_TEMPLATES, side))
-    return config
-
-
-def _directory(config: Config) -> str:
-    return os.path.join(config.output.output_dir, f"seed{config.train.seed}")
-
-
-def _make(config: Config) -> None:
-    from megatron_phf.demo import write_task
-
-    write_task(config, _directory(config), config.output.output_dir)
-
+from megatron_phf.cli.make_embedded import main
 
 if __name__ == "__main__":
-    run_rank(
-        _read,
-        lambda config, *_: _make(config),
-        lambda config: training_paths(config.replaced(output_dir=_directory(config))),
-    )
+    main()

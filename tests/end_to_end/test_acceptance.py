@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_phf import preflight
+from megatron_phf.cli import acceptance
+from megatron_phf.cli.accept import launch, model, rows, table
+from megatron_phf.cli.accept.plan import LAYOUTS, Plan
 from megatron_phf.flags import parse_args
 from megatron_phf.model.architecture import parse_architecture, read_architecture
 from tests.launch import REPO, run
-from tools import acceptance
-from tools.accept import launch, model, rows, table
-from tools.accept.plan import LAYOUTS, Plan
 
 SCRIPT = "examples/h100/acceptance.sh"
 ENGINE_CASES = {"parity_te", "parity_fp8", "train_fp8", "step_te", "decode_te", "step_fp8"}

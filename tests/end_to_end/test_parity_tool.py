@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_phf.cli import parity
 from tests.launch import run
-from tools import parity
 
 COMMAND = ["python", "tools/parity.py", "--make-tiny-model"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_phf.cli.check_export import largest_difference
 from tests.launch import torchrun
 from tests.models import make_model
-from tools.check_export import largest_difference
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tools.accept import launch
-from tools.accept.plan import Case
+from megatron_phf.cli.accept import launch
+from megatron_phf.cli.accept.plan import Case
 
 # What a start does with its cases: name -> "ok", "fail" (ends the process) or "hang".
 ACTS = """
@@ -66,7 +66,7 @@ def test_the_deadline_ends_what_runs_and_what_would(
 
 
 def test_synchronisations_are_counted_by_phase_and_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tools.accept import measure
+    from megatron_phf.cli.accept import measure
 
     modes: list[str] = []
     monkeypatch.setattr(measure.device, "has_cuda", lambda: True)

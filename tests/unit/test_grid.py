@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_phf import preflight
+from megatron_phf.cli import grid
 from megatron_phf.flags import parse_args
 from tests.models import make_model
-from tools import grid
 
 PRESETS = sorted(Path("examples/ablations").glob("*.args"))
 

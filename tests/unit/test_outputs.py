@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_phf import output, parallel
+from megatron_phf.cli import check_export, convert_checkpoint, gguf_to_hf, make_embedded
 from megatron_phf.config import Config
 from megatron_phf.console import print_anything
 from megatron_phf.data.problems import keep_lines
@@ -21,7 +22,6 @@ from megatron_phf.train import checkpoint_files, export, run_files
 from megatron_phf.train.checkpoint_inputs import check_compatible, inputs
 from tests.launch import REPO
 from tests.user_files import config_of, contents, make_user_files, write
-from tools import check_export, convert_checkpoint, gguf_to_hf, make_embedded
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
+from megatron_phf.cli import plan
 from megatron_phf.config import Config
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.train.memory import Machine, peak_estimate
 from tests.launch import REPO
-from tools import plan
 
 _COMMON = {
     "head_dim": 128,

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_phf.cli import gguf_to_hf
+from megatron_phf.cli.prepare_data import main
 from megatron_phf.data.problems import read_problems
 from tests.launch import REPO
-from tools import gguf_to_hf
-from tools.prepare_data import main
 
 LINE = {
     "question": "Half of 48, and 48?",

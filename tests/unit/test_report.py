@@ -334,7 +334,7 @@ def test_damaged_files(
     message: str,
 ) -> None:
     """Status 2 and one line that names file and line, and no report."""
-    from tools.report import main
+    from megatron_phf.cli.report import main
 
     run = make_run(tmp_path / "run", "phf", 1)
     lines = (run / file).read_text().splitlines()

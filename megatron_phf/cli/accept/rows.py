@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tools.accept.launch import LATE, Clock
-from tools.accept.plan import Plan
-from tools.accept.table import Row, skipped
+from megatron_phf.cli.accept.launch import LATE, Clock
+from megatron_phf.cli.accept.plan import Plan
+from megatron_phf.cli.accept.table import Row, skipped
 
 # (largest deviation of a value, of a gradient): rounding of the weights' dtype, and of FP8; packed
 # rows, those with userbuffers and those cut over context ranks, are in bf16.
@@ -33,7 +33,7 @@ def parity_row(plan: Plan, kind: str) -> Row:
     from safetensors.torch import load_file
 
     from megatron_phf import reference
-    from tools.parity import compare
+    from megatron_phf.cli.parity import compare
 
     samples = reference.read_replay(os.path.join(plan.tiny, "replay.jsonl"))
     expected = reference.compute(os.path.join(plan.tiny, "model"), samples, reference.Options())

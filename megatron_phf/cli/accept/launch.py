@@ -1,6 +1,6 @@
-"""Start the acceptance's cases: each has a timeout, all have one deadline, and none takes another
+"""Start the acceptance's cases: each has a timeout, and all have one deadline.
 
-with it: what a broken or hanging case leaves undone is started again without it.
+None takes another with it: what a broken or hanging case leaves undone is started again without it.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from tools.accept.plan import CASES, MEASURE, MODEL, START_LIMIT, Case, Plan
+from megatron_phf.cli.accept.plan import CASES, MEASURE, MODEL, START_LIMIT, Case, Plan
+from megatron_phf.environment import for_children, set_cuda_defaults
 
-ROOT = Path(__file__).resolve().parents[2]
 LATE = "out of time"
 _GRACE = 45.0  # torchrun needs 30 to end ranks that do not react
-# As the product sets them (megatron_phf/main.py).
-_ENVIRONMENT = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
+
+
+def _environment() -> dict[str, str]:
+    given = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
+    set_cuda_defaults(given)
+    return for_children(given)
 
 
 @dataclass
@@ -79,7 +78,7 @@ def _start(plan: Plan, cases: list[Case], clock: Clock) -> tuple[int, str | None
     Path(path).write_text(json.dumps([case.as_json() for case in cases]), encoding="utf-8")
     with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(
-            command(plan, cases, path), cwd=ROOT, env={**_ENVIRONMENT, **os.environ},
+            command(plan, cases, path), env=_environment(),
             stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

@@ -1,6 +1,6 @@
 """Measurements of the large model, by the product's own parts, in one process a GPU.
 
-    torchrun --nproc-per-node N tools/accept/measure.py CASES.json OUTPUT_DIR
+    torchrun --nproc-per-node N -m megatron_phf.cli.accept.measure CASES.json OUTPUT_DIR
 
 Each case leaves NAME.json as soon as it is done.  Replayed random rollouts of one length: no
 padding and no luck of the draw in a figure.
@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[3]
 
 from megatron_phf import device
 

@@ -1,7 +1,7 @@
-"""The models and files that the acceptance starts from: a few layers for parity, a large one to
+"""The models and files that the acceptance starts from: a few layers for parity, a large one.
 
-measure.  ``python tools/accept/model.py DIRECTORY`` writes the large one, in a process of its own,
-whose memory on the device goes with it.
+``python -m megatron_phf.cli.accept.model DIRECTORY`` writes the large one, which is measured, in a
+process of its own, whose memory on the device goes with it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import json
 import os
 import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 # Qwen3-1.7B; beside a CPU, one that takes no time.
 LARGE = {

@@ -1,0 +1,251 @@
+"""Plan a run: predicted memory a rank and communication a step of each layout, the best first.
+
+    python tools/plan.py --hf-config path/to/config.json --gpus 64 --gpu-memory 80
+
+No GPU and no torch are needed.  Memory is by the formulas of megatron_phf/train/memory.py, checked
+against measured peaks; time is a model (see --help for its assumptions) that ranks layouts, no
+promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_phf.config import Config, flag_of
+from megatron_phf.console import print_anything
+from megatron_phf.data.hf_files import read_json_object
+from megatron_phf.flags import parse_args
+from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
+from megatron_phf.model.flops import forward_flops, student_flops
+from megatron_phf.train.memory import Machine, peak_estimate
+
+_WIDTH = 2  # bf16
+# Flags of the training job that decide memory and time, whatever the layout.
+_JOB = {
+    "preset": "a published recipe; the flags below win",
+    "global_batch_size": "rollouts a step",
+    "max_prompt_length": "tokens",
+    "max_teacher_prompt_length": "tokens",
+    "max_new_tokens": "of a rollout",
+    "teacher": "frozen, ema or live",
+    "lora_rank": "0: all weights are trained",
+}
+_FRAMEWORK_GIB = 2.0  # CUDA context, NCCL's buffers, the allocator's fragments
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """FLOP/s that a GPU reaches; bytes a second between GPUs of a node and of two nodes, and from
+
+    its memory; ``launch``: seconds that a layer takes at least for one decoded token.
+    """
+
+    flops: float
+    inside: float
+    between: float
+    gpus_a_node: int
+    memory: float
+    launch: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout: GiB of each part on the fullest rank; bytes a rank sends and seconds of a step."""
+
+    config: Config
+    replicas: int
+    memory: dict[str, float]
+    traffic: dict[str, float]
+    times: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.times.values())
+
+    @property
+    def total(self) -> float:
+        """GiB on the fullest rank."""
+        return sum(self.memory.values()) + _FRAMEWORK_GIB
+
+    def describe(self) -> str:
+        """TP x PP x DP, experts, recompute."""
+        p = self.config.parallel
+        expert = p.expert_model_parallel_size
+        experts = "" if expert == 1 else f" EP {expert}"
+        recompute = " recompute" if p.recompute_granularity else ""
+        tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+        return f"TP {tp} PP {pp} DP {self.replicas}{experts}{recompute}"
+
+
+def layouts(arch: Architecture, base: Config, gpus: int, node: int) -> Iterator[tuple[Config, int]]:
+    """Every layout that the model and the batch allow, with its number of replicas."""
+    powers = [2**i for i in range(11)]
+    for tp in (n for n in powers if n <= node):
+        for pp in (n for n in range(1, arch.num_layers + 1) if arch.num_layers % n == 0):
+            replicas, rest = divmod(gpus, tp * pp)
+            if rest or replicas == 0 or base.train.global_batch_size % replicas:
+                continue
+            for expert in (n for n in powers if n == 1 or (arch.experts and replicas % n == 0)):
+                for recompute in (None, "full"):
+                    config = base.replaced(
+                        tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp,
+                        expert_model_parallel_size=expert,
+                        sequence_parallel=tp > 1,
+                        use_distributed_optimizer=True,
+                        recompute_granularity=recompute,
+                    )
+                    try:
+                        check_split(arch, config)
+                    except ValueError:
+                        continue
+                    yield config, replicas
+
+
+def traffic(arch: Architecture, config: Config, replicas: int, tokens: int) -> dict[str, float]:
+    """Bytes that a rank sends in one step with ``tokens`` of each model on its replica.
+
+    TP with SP: a gather and a scatter of the activations at both halves of a layer, forward and
+    backward, for the student (and again where it is recomputed), forward for the teacher.  PP: one
+    activation over a boundary and its gradient.  DP: gradients in fp32, weights back.
+    """
+    p = config.parallel
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    activation = tokens * arch.hidden_size * _WIDTH
+    passes = 3 + (1 if p.recompute_granularity else 0)  # student's two, teacher's one
+    tensor = passes * 4 * arch.num_layers / pp * activation * (tp - 1) / tp
+    pipeline = 3 * activation / tp if pp > 1 else 0.0
+    experts = arch.num_expert_parameters()
+    dense = (arch.num_parameters() - experts) / (tp * pp)
+    share = dense + experts / (tp * pp * p.expert_model_parallel_size)
+    data = share * (4 + _WIDTH) * (replicas - 1) / replicas
+    routed = 0.0
+    if arch.experts is not None and p.expert_model_parallel_size > 1:
+        e = p.expert_model_parallel_size
+        routed = passes * 2 * arch.num_layers / pp * arch.experts.per_token * activation / tp
+        routed *= (e - 1) / e
+    return {"tensor": tensor, "pipeline": pipeline, "data": data, "experts": routed}
+
+
+def rollout_seconds(arch: Architecture, config: Config, replicas: int, hardware: Hardware) -> float:
+    """Of decoding in process, stage after stage: a token reads every weight of its ranks once.
+
+    Of the experts those that some row of the batch is routed to.
+    """
+    p, r = config.parallel, config.rollout
+    local = config.train.global_batch_size // replicas
+    rows = min(r.rollout_batch_size, local)
+    experts, share = arch.num_expert_parameters(), 1.0
+    if arch.experts is not None:
+        share = 1 - (1 - arch.experts.per_token / arch.experts.count) ** rows
+    weights = arch.num_parameters() - experts + experts * share / p.expert_model_parallel_size
+    read = weights / p.tensor_model_parallel_size * _WIDTH / hardware.memory
+    token = max(read, arch.num_layers * hardware.launch)
+    return -(-local // rows) * r.max_new_tokens * token
+
+
+def evaluate(
+    arch: Architecture, config: Config, replicas: int, hardware: Hardware, lengths: tuple[int, int]
+) -> Plan:
+    """``lengths``: student's and teacher's tokens a sequence, prompt and response."""
+    p, responses = config.parallel, config.rollout.max_new_tokens
+    local = config.train.global_batch_size // replicas
+    memory = peak_estimate(arch, config, Machine(_WIDTH, replicas), lengths[0])
+    sent = traffic(arch, config, replicas, local * sum(lengths) // 2)
+    student = student_flops(arch, arch, config, [lengths[0]] * local, local * responses)
+    again = forward_flops(arch, [lengths[0]] * local, 0)
+    flops = student + forward_flops(arch, [lengths[1]] * local, 0).total
+    flops += again.total if p.recompute_granularity else 0.0
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    bubble = 1 + (pp - 1) / local
+    wide = hardware.between if replicas * tp * pp > hardware.gpus_a_node else hardware.inside
+    times = {
+        "rollouts": rollout_seconds(arch, config, replicas, hardware),
+        "training": flops / (tp * pp) / hardware.flops * bubble,
+        "communication": sent["tensor"] / hardware.inside
+        + (sent["pipeline"] + sent["data"] + sent["experts"]) / wide,
+    }
+    return Plan(config, replicas, memory, sent, times)
+
+
+def plans(
+    arch: Architecture, base: Config, gpus: int, gib: float, hardware: Hardware
+) -> tuple[list[Plan], list[Plan]]:
+    """(layouts that fit, fastest first; those that do not, smallest first)."""
+    data, new = base.data, base.rollout.max_new_tokens
+    lengths = data.max_prompt_length + new, data.max_teacher_prompt_length + new
+    found = [
+        evaluate(arch, config, replicas, hardware, lengths)
+        for config, replicas in layouts(arch, base, gpus, hardware.gpus_a_node)
+    ]
+    fit = sorted((p for p in found if p.total <= gib), key=lambda p: p.seconds)
+    return fit, sorted((p for p in found if p.total > gib), key=lambda p: p.total)
+
+
+def table(found: list[Plan]) -> str:
+    """Three lines a layout: seconds, GiB and GB sent, each by part."""
+    lines = []
+    for plan in found:
+        parts = ", ".join(f"{k} {v:.1f}" for k, v in plan.memory.items() if v >= 0.05)
+        sent = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.traffic.items() if v >= 5e7)
+        times = ", ".join(f"{k} {v:.1f}" for k, v in plan.times.items())
+        lines.append(f"{plan.describe()}: {plan.seconds:.1f} s a step ({times})")
+        lines.append(f"    {plan.total:.1f} GiB ({parts})")
+        lines.append(f"    GB sent a rank: {sent or 'nothing'}")
+    return "\n".join(lines)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hf-config", required=True, help="the model's config.json")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB a GPU")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu-tflops", type=float, default=400.0, help="reached, not the peak")
+    parser.add_argument("--node-gbytes", type=float, default=300.0, help="GB/s within a node")
+    parser.add_argument("--network-gbytes", type=float, default=40.0, help="GB/s a GPU, between")
+    parser.add_argument("--memory-gbytes", type=float, default=2500.0, help="GB/s of GPU memory")
+    parser.add_argument(
+        "--layer-microseconds", type=float, default=300.0,
+        help="that a layer takes at least for one decoded token: kernel launches",
+    )  # fmt: skip
+    for name, text in _JOB.items():
+        parser.add_argument(flag_of(name), help=f"{text} (the training job's flag and default)")
+    parser.add_argument("--best", type=int, default=5, help="layouts to show")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the best layouts; status 1 where none fits, 2 for bad input."""
+    given = _arguments(argv)
+    job = {name: getattr(given, name) for name in _JOB if getattr(given, name) is not None}
+    try:
+        for name in ("gpus", "gpu_memory", "gpus_per_node", "gpu_tflops"):
+            if getattr(given, name) <= 0:
+                raise ValueError(f"{flag_of(name)}: need more than 0")
+        arch = parse_architecture(read_json_object(given.hf_config), given.hf_config)
+        words = [word for name, value in job.items() for word in (flag_of(name), value)]
+        base = parse_args(["--hf-model", given.hf_config, *words])
+        if base.train.global_batch_size <= 0:
+            raise ValueError("--global-batch-size: need more than 0")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    speeds = given.gpu_tflops * 1e12, given.node_gbytes * 1e9, given.network_gbytes * 1e9
+    slow = given.memory_gbytes * 1e9, given.layer_microseconds * 1e-6
+    hardware = Hardware(*speeds, given.gpus_per_node, *slow)
+    fit, rest = plans(arch, base, given.gpus, given.gpu_memory * 1e9 / 2**30, hardware)
+    print(f"{arch.model_type}, {arch.num_parameters() / 1e9:.1f} B parameters, {given.gpus} GPUs")
+    print(table(fit[: given.best]) if fit else f"nothing fits in {given.gpu_memory:g} GB; nearest:")
+    if not fit:
+        print(table(rest[:1]) or "no layout divides model and batch; change --global-batch-size")
+    return 0 if fit else 1
+
+
+if __name__ == "__main__":
+    print_anything()
+    sys.exit(main())
