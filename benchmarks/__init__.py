@@ -2,8 +2,8 @@
 
 import os
 
-from megatron_phf.environment import set_cuda_defaults
-from megatron_phf.optional_packages import hide_broken
+from megatron_phf.runtime.environment import set_cuda_defaults
+from megatron_phf.runtime.optional_packages import hide_broken
 
 # Here, before any of them imports torch or megatron-core.
 set_cuda_defaults(os.environ)

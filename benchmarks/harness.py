@@ -147,7 +147,7 @@ def report(found: Any) -> None:
 @contextlib.contextmanager
 def one_process() -> Iterator[None]:
     """The product's process groups, of this process alone (or of torchrun's, if there are)."""
-    from megatron_phf import device, parallel
+    from megatron_phf.runtime import device, parallel
 
     if "RANK" not in os.environ:
         with socket.socket() as s:

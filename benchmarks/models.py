@@ -41,6 +41,6 @@ def load_peer(directory: str, dtype: torch.dtype) -> Any:
 
 def job_config(directory: str, *argv: str) -> Any:
     """The product's configuration for the model in ``directory``."""
-    from megatron_phf.flags import parse_args
+    from megatron_phf.config.flags import parse_args
 
     return parse_args(["--hf-model", directory, "--data", "unused", *argv])

@@ -23,7 +23,7 @@ from benchmarks.harness import (
 )
 from benchmarks.models import job_config, make_qwen3
 from benchmarks.step import distiller_of
-from megatron_phf import parallel
+from megatron_phf.runtime import parallel
 from megatron_phf.train.metrics import PhaseTimer
 
 BUDGET = 1024

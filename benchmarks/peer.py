@@ -39,11 +39,11 @@ from benchmarks.harness import (
 )
 from benchmarks.models import job_config, make_qwen3
 from benchmarks.official import SAMPLING, Batch, OfficialTrainer, Settings
-from megatron_phf import parallel
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.data.rollouts import Rollout
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
 

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.harness import Spread, interleaved, one_process, ratio, report, scratch
 from benchmarks.models import job_config, load_peer, make_qwen3
-from megatron_phf import parallel
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
 from megatron_phf.train.build import load_student
 
 PROMPT, NEW, VOCABULARY = 64, 128, 32000

@@ -33,9 +33,9 @@ from benchmarks.harness import (
 )
 from benchmarks.models import make_qwen3
 from benchmarks.step import distiller_of, write_replay
-from megatron_phf import parallel
-from megatron_phf.config import ParallelConfig
+from megatron_phf.config.settings import ParallelConfig
 from megatron_phf.losses import flow_loss
+from megatron_phf.runtime import parallel
 from megatron_phf.train.metrics import PhaseTimer
 
 VOCABULARY, HIDDEN, LAYERS, BATCH = 8000, 256, 4, 2

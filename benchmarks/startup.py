@@ -23,8 +23,8 @@ _LAUNCH = ("bash", "examples/pretrain_phf.sh")
 _BATCH = 32
 # What each process imports, in its order.
 _IMPORTS = """
-import megatron_phf.main
-from megatron_phf import device
+import megatron_phf.cli.main
+from megatron_phf.runtime import device
 device.import_megatron()
 import megatron_phf.train.loop
 """
@@ -38,7 +38,7 @@ def answer(rounds: int) -> dict[str, Any]:
     """The launch script's ``--help``, as users start it."""
     _call(*_LAUNCH, "--help")
     times = [seconds_of(lambda: _call(*_LAUNCH, "--help")) for _ in range(rounds)]
-    code = "import sys, megatron_phf.flags; print('torch' in sys.modules)"
+    code = "import sys, megatron_phf.config.flags; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True
     )
@@ -50,8 +50,8 @@ def answer(rounds: int) -> dict[str, Any]:
 
 def _write_job(directory: Path) -> list[str]:
     """The embedded task as files; the flags of a job on them."""
-    from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
     from megatron_phf.data.problems import write_jsonl
+    from megatron_phf.demo.task import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
 
     make_hf_directory(str(directory / "model"), seed=1)
     fields = ("problem", "solution", "answer")
@@ -94,7 +94,7 @@ def _parts(flags: list[str], metrics: Path) -> dict[str, float]:
     """Seconds of one launch and of its parts."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     alone = {
-        "preflight": ["-m", "megatron_phf.preflight", *flags],
+        "preflight": ["-m", "megatron_phf.cli.preflight", *flags],
         "torchrun": [*launcher, "--no-python", sys.executable, "-c", "pass"],
         "imports": ["-c", _IMPORTS],
     }

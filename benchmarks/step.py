@@ -28,11 +28,11 @@ from benchmarks.harness import (
     scratch,
 )
 from benchmarks.models import job_config, make_qwen3
-from megatron_phf import parallel
+from megatron_phf.estimate.memory import Machine, peak_estimate
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.sources import ReplaySource
+from megatron_phf.runtime import parallel
 from megatron_phf.train.build import load_student, make_distiller
-from megatron_phf.train.memory import Machine, peak_estimate
 from megatron_phf.train.metrics import PhaseTimer
 
 PROMPT, TEACHER_PROMPT = 64, 192

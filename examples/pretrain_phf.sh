@@ -7,9 +7,9 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$repo/.venv/bin/python" ]; then PATH="$rep
 # A checkout's package, installed or not; a copy of this file elsewhere takes the installed one.
 if [ -d "$repo/megatron_phf" ]; then export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"; fi
 for argument in "$@"; do
-    case $argument in -h | --help) exec python3 -m megatron_phf.flags "$@" ;; esac
+    case $argument in -h | --help) exec python3 -m megatron_phf.config.flags "$@" ;; esac
 done
-counts=$(python3 -m megatron_phf.preflight "$@") || exit $?
+counts=$(python3 -m megatron_phf.cli.preflight "$@") || exit $?
 read -r processes threads <<<"$counts"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 exec torchrun --standalone --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
@@ -21,7 +21,7 @@ repo = Path(__file__).resolve().parent.parent
 if (repo / "megatron_phf").is_dir():  # torchrun looks beside this file only
     sys.path.insert(0, str(repo))
 
-from megatron_phf.main import main
+from megatron_phf.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -6,11 +6,11 @@ import weakref
 
 import torch
 
-from megatron_phf import device
+from megatron_phf.runtime import device
 
 
 class CountedDevice:
-    """Stands in for the two functions of ``megatron_phf.device`` that move an offloaded teacher.
+    """Stands in for the two functions of ``runtime.device`` that move an offloaded teacher.
 
     A copy's memory belongs to a numpy array, which lives exactly as long as any tensor that uses
     the memory: a tensor object itself says nothing, as parameters take over its memory.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_phf.environment import set_cuda_defaults
+from megatron_phf.runtime.environment import set_cuda_defaults
 
 REPO = Path(__file__).parent.parent
 _MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_bytes")

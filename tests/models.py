@@ -57,7 +57,7 @@ def make_following_model(
     ``rest``: the logit of every other token.  Layers add nothing, so that each token's logits
     depend on the last one alone, or add a little of everything before (``noise``: their weights).
     """
-    from megatron_phf.data.arithmetic import make_hf_directory, make_tokenizer
+    from megatron_phf.demo.task import make_hf_directory, make_tokenizer
 
     make_hf_directory(path, seed=1)
     ids = make_tokenizer().get_vocab()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_phf import parallel
 from megatron_phf.rollout.protocol import Response
+from megatron_phf.runtime import parallel
 
 NOT_A_FUNCTION = 3
 

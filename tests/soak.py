@@ -28,9 +28,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_phf import demo, device
-from megatron_phf.main import main as product
-from megatron_phf.train import checkpoint_files, heartbeat, loop
+from megatron_phf.cli.main import main as product
+from megatron_phf.demo import study
+from megatron_phf.runtime import device, heartbeat
+from megatron_phf.train import checkpoint_files, loop
 from tests.faults.runs import flags, latest, make_files, outputs, same_weights, steps_of
 from tests.launch import free_port
 
@@ -219,7 +220,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    assert demo is not None
+    assert study is not None
     device.setup()
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)

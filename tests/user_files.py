@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_phf import output
-from megatron_phf.config import Config
-from megatron_phf.flags import parse_args
-from megatron_phf.job_paths import check_paths, training_paths
+from megatron_phf.cli.job_paths import check_paths, training_paths
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.settings import Config
+from megatron_phf.files import replace
 
 # What a job is given unless a case says otherwise; {d} is the test's directory.
 GIVEN = {
@@ -63,5 +63,5 @@ def write(directory: Path, text: str = "weights") -> Path:
 
 def write_export(target: Path, text: str = "weights") -> None:
     partial = write(target.parent / "partial", text)
-    output.mark(str(partial))
-    output.replace_directory(str(partial), str(target))
+    replace.mark(str(partial))
+    replace.replace_directory(str(partial), str(target))

@@ -15,12 +15,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_phf import parallel
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
 
 _CALL = re.compile(r"(\d{1,12}) *([-+*]) *(\d{1,12}) *=$")
 _CALLS = 8  # of one response at most

@@ -29,7 +29,7 @@ from megatron_phf.cli.accept.plan import LAYOUTS, Plan
 from megatron_phf.cli.accept.rows import evaluate
 from megatron_phf.cli.accept.table import render, write_report
 from megatron_phf.console import print_anything
-from megatron_phf.environment import for_children
+from megatron_phf.runtime.environment import for_children
 
 _PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine")
 
@@ -64,8 +64,8 @@ def _job(args: argparse.Namespace, tiny: str, steps: int) -> list[str]:
 
 def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     """The cases for this machine."""
-    from megatron_phf import device
     from megatron_phf.model.architecture import parse_architecture, read_architecture
+    from megatron_phf.runtime import device
 
     cuda = device.has_cuda()
     processes = args.gpus or (1 if cuda else 2)
@@ -92,7 +92,7 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
 
 def machine() -> str:
     """Its devices; asked by another process, as a context here would take memory from the cases."""
-    code = "from megatron_phf import device; print(device.describe())"
+    code = "from megatron_phf.runtime import device; print(device.describe())"
     asked = [sys.executable, "-c", code]
     done = subprocess.run(
         asked, env=for_children(os.environ), capture_output=True, text=True, check=False
@@ -155,6 +155,7 @@ def run(args: argparse.Namespace, directory: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """0 passed, 1 failed, 2 for a mistake in the command line."""
+    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -183,5 +184,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -17,30 +17,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_phf import environment
+from megatron_phf.runtime import environment
 
 environment.set_cuda_defaults(os.environ)  # before torch is imported
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from megatron_phf import device  # noqa: E402
+from megatron_phf.runtime import device  # noqa: E402
 
 device.import_megatron()  # as the product does
 
-from megatron_phf import parallel, preflight  # noqa: E402
-from megatron_phf.config import Config  # noqa: E402
-from megatron_phf.flags import parse_args  # noqa: E402
-from megatron_phf.model.adapter_io import export_adapter  # noqa: E402
+from megatron_phf.cli import preflight  # noqa: E402
+from megatron_phf.config.flags import parse_args  # noqa: E402
+from megatron_phf.config.settings import Config  # noqa: E402
+from megatron_phf.lora.files import export_adapter  # noqa: E402
 from megatron_phf.model.architecture import read_architecture  # noqa: E402
-from megatron_phf.model.hf_weights import export_hf_weights  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
-from megatron_phf.signals import StopSignals  # noqa: E402
+from megatron_phf.runtime import parallel  # noqa: E402
+from megatron_phf.runtime.heartbeat import Heartbeat  # noqa: E402
+from megatron_phf.runtime.signals import StopSignals  # noqa: E402
 from megatron_phf.train.batch import make_batch  # noqa: E402
 from megatron_phf.train.build import load_student, make_distiller  # noqa: E402
-from megatron_phf.train.heartbeat import Heartbeat  # noqa: E402
 from megatron_phf.train.loop import train  # noqa: E402
 from megatron_phf.train.step import Distiller  # noqa: E402
+from megatron_phf.weights.huggingface import export_hf_weights  # noqa: E402
 
 # (configuration, case, path of its tensors) -> what NAME.json holds.
 RunCase = Callable[[Config, dict[str, Any], str], object]

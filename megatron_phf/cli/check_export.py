@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from megatron_phf.console import print_anything
-from megatron_phf.data.hf_files import read_json_object
+from megatron_phf.files.foreign import read_json_object
 
 
 def load_export(directory: str, base: str | None = None) -> Any:
@@ -156,6 +156,7 @@ def tokenizer_difference(source: str, target: str) -> str | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; 0 within the tolerance, 1 beyond it, 2 where a file is unreadable."""
+    print_anything()
     parser = argparse.ArgumentParser(description="Compare an export's logits with the student's.")
     parser.add_argument("model", help="exported HuggingFace or adapter directory")
     parser.add_argument("probe", help="export_probe.safetensors of the same run")
@@ -196,5 +197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -13,23 +13,17 @@ beside and renamed at the end: it is whole, or as it was.  docs/conversion.md ha
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_phf.config import Config
+from megatron_phf.cli.conversion_steps import start_ranks, verify
+from megatron_phf.cli.job_paths import JobPath, Role, check_paths
+from megatron_phf.config.settings import Config
 from megatron_phf.console import print_anything
-from megatron_phf.data.hf_files import read_json_object
-from megatron_phf.environment import for_children
-from megatron_phf.job_paths import JobPath, Role, check_paths
-from megatron_phf.model.adapter_config import read_adapter_config
-from megatron_phf.model.architecture import check_split, read_architecture
-from megatron_phf.model.weight_files import check_hf_weights
-from megatron_phf.output import (
+from megatron_phf.files.replace import (
     PARTIAL,
     mark,
     not_ours,
@@ -37,18 +31,19 @@ from megatron_phf.output import (
     replace_directory,
     set_aside,
 )
+from megatron_phf.lora.config import read_adapter_config
+from megatron_phf.model.architecture import check_split, read_architecture
 from megatron_phf.train.checkpoint_files import (
     MANIFEST,
     TRACKER,
     check_sizes,
     read_manifest,
 )
+from megatron_phf.weights.headers import check_hf_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 _DTYPES = {"F32": "fp32", "BF16": "bf16"}
 _LORA = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-_BF16_TOLERANCE = 0.25
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def parse_size(text: str) -> int:
@@ -101,7 +96,7 @@ def _check_target(args: argparse.Namespace) -> None:
 
 
 def plan_job(args: argparse.Namespace) -> dict[str, Any]:
-    """The job for ``megatron_phf.convert``, every check without torch done.
+    """The job for ``megatron_phf.cli.convert``, every check without torch done.
 
     Raises:
         ValueError: source, target or sizes do not fit; names the remedy.
@@ -170,73 +165,6 @@ def _check_layout(job: dict[str, Any], arch: Any) -> None:
     check_split(arch, Config().replaced(**sizes, **more))
 
 
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    """Run a command of ours, its standard output ours.
-
-    Raises:
-        ValueError: it failed; the error it gave, else the end of what it said.
-    """
-    # Weights are converted in host memory, where the model's size matters least.
-    fixed = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=for_children({"OMP_NUM_THREADS": "1", **os.environ, **fixed, **environment}),
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="backslashreplace",
-        check=False,
-    )
-    if done.returncode:
-        verdicts = ("error: ", "DIFFERENT: ")
-        said = [line for line in done.stderr.splitlines() if line.startswith(verdicts)]
-        text = said[0].removeprefix("error: ") if said else done.stderr[-3000:].strip()
-        raise ValueError(text or f"{command[0]} failed with status {done.returncode}")
-
-
-def _start_ranks(job: dict[str, Any], directory: str) -> None:
-    path = os.path.join(directory, "job.json")
-    Path(path).write_text(json.dumps(job))
-    if job["action"] == "merge-adapter":
-        merged = {name: value for name, value in job.items() if name != "probe"}
-        Path(path).write_text(json.dumps(merged))
-        return _run(["-m", "megatron_phf.merge", path], {})
-    count = job["tensor_model_parallel_size"] * job["pipeline_model_parallel_size"]
-    module = ["-m", "megatron_phf.convert", path]
-    if count > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        _run([*launcher, *module], {})
-    else:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        _run(module, {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
-
-
-def _merged_in_bf16(job: dict[str, Any]) -> bool:
-    if job["action"] != "merge-adapter" and not (job["action"] == "megatron-to-hf" and job["lora"]):
-        return False
-    return read_json_object(os.path.join(job["target"], "config.json"))["dtype"] == "bfloat16"
-
-
-def _verify(job: dict[str, Any], tolerance: float) -> None:
-    """Compare the probe with what transformers computes from the HuggingFace side."""
-    check, action = ["-m", "megatron_phf.cli.check_export"], job["action"]
-    # An export lies there in its own dtype already.
-    to_megatron, merging = action == "hf-to-megatron", action == "merge-adapter"
-    dtype = _TORCH_NAMES[job["dtype"]] if to_megatron else "float32"
-    model = job["source"] if to_megatron else job["target"]
-    try:
-        if merging:  # peft computes with the adapter beside the weights
-            _run([*check, job["adapter"], job["probe"], "--write", "--base", job["source"]], {})
-        if _merged_in_bf16(job):  # merged weights are rounded, those beside an adapter not
-            tolerance = max(tolerance, _BF16_TOLERANCE)
-        command = [*check, model, job["probe"], "--tolerance", str(tolerance)]
-        if action != "adapter-to-peft":
-            copied = os.path.join(job["target"], *(("release", "hf") if to_megatron else ()))
-            command += ["--tokenizers", job["source"] if merging else job["hf_model"], copied]
-        _run([*command, "--rounded-to", dtype], {})
-    except ValueError as error:
-        raise ValueError(f"verification failed, nothing was kept: {error}") from error
-
-
 def convert(args: argparse.Namespace) -> None:
     """Plan, convert, verify, rename.
 
@@ -250,9 +178,9 @@ def convert(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as directory:
             job["probe"] = os.path.join(directory, "probe.safetensors") if args.verify else None
             os.makedirs(os.path.dirname(partial), exist_ok=True)
-            _start_ranks(job, directory)
+            start_ranks(job, directory)
             if args.verify:
-                _verify(job, args.tolerance)
+                verify(job, args.tolerance)
         mark(partial)
         if not_ours(target) is not None:  # --overwrite, but not a word of throwing it away
             print(f"what was in {target} is in {set_aside([target])[0]} now")
@@ -304,6 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line where that is impossible."""
+    print_anything()
     args = build_parser().parse_args(argv)
     try:
         convert(args)
@@ -315,5 +244,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -20,12 +20,12 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_phf.config import Config
+from megatron_phf.cli.job_paths import evaluation_paths
+from megatron_phf.cli.main import run_rank
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.settings import Config
 from megatron_phf.console import print_anything
 from megatron_phf.data.problems import field_names, read_test_problems
-from megatron_phf.flags import parse_args
-from megatron_phf.job_paths import evaluation_paths
-from megatron_phf.main import run_rank
 
 _DEFAULTS = ["--eval-max-new-tokens", "38912", "--max-prompt-length", "2048"]
 _DEFAULTS += ["--output-dir", "runs/evaluate"]
@@ -86,7 +86,7 @@ def _parse(given: list[str], args: argparse.Namespace) -> tuple[Config, dict[str
 
 
 def _regrade(given: list[str], args: argparse.Namespace) -> None:
-    from megatron_phf.evaluation_job import regrade
+    from megatron_phf.cli.evaluate_job import regrade
 
     try:
         config = parse_args([*_DEFAULTS, *given])
@@ -97,6 +97,7 @@ def _regrade(given: list[str], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """One rank of the evaluation; status 1 and one error line for a mistake."""
+    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         return config
 
     def job(config: Config, *_: object) -> None:
-        from megatron_phf.evaluation_job import evaluate_sets
+        from megatron_phf.cli.evaluate_job import evaluate_sets
 
         evaluate_sets(config, files)
 
@@ -122,5 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    print_anything()
     main()

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from megatron_phf.console import print_anything
-from megatron_phf.output import PARTIAL, mark, not_ours, remove, replace_directory
+from megatron_phf.files.replace import PARTIAL, mark, not_ours, remove, replace_directory
 
 
 def find_gguf(source: str) -> Path:
@@ -92,6 +92,7 @@ def convert(source: str, output: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line where that is impossible."""
+    print_anything()
     parser = argparse.ArgumentParser(description="GGUF -> HuggingFace directory.")
     parser.add_argument("source", help="GGUF file, or package:NAME")
     parser.add_argument("output", help="HuggingFace directory to write")
@@ -106,5 +107,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -21,12 +21,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_phf import preflight
+from megatron_phf.cli import preflight
+from megatron_phf.cli.job_paths import check_paths, training_paths
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.presets import read_flags
 from megatron_phf.console import print_anything
-from megatron_phf.flags import parse_args
-from megatron_phf.job_paths import check_paths, training_paths
-from megatron_phf.output import write_json
-from megatron_phf.presets import read_flags
+from megatron_phf.files.replace import write_json
 
 _LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_phf.sh"
 
@@ -127,6 +127,7 @@ def run_grid(runs: list[Run], processes: int, together: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Status 1 where a run failed, 2 for a mistake in the command."""
+    print_anything()
     words = sys.argv[1:] if argv is None else argv
     split = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
@@ -153,5 +154,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

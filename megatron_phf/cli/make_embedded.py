@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import sys
 
-from megatron_phf.config import Config
-from megatron_phf.data.arithmetic import ARITHMETIC_TEMPLATES
-from megatron_phf.flags import parse_args
-from megatron_phf.job_paths import training_paths
-from megatron_phf.main import run_rank
-from megatron_phf.output import check_new_text
+from megatron_phf.cli.job_paths import training_paths
+from megatron_phf.cli.main import run_rank
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.settings import Config
+from megatron_phf.demo.task import ARITHMETIC_TEMPLATES
+from megatron_phf.files.replace import check_new_text
 
 
 def _read() -> Config:
@@ -35,7 +35,7 @@ def _directory(config: Config) -> str:
 
 
 def _make(config: Config) -> None:
-    from megatron_phf.demo import write_task
+    from megatron_phf.demo.study import write_task
 
     write_task(config, _directory(config), config.output.output_dir)
 

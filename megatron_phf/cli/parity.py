@@ -22,13 +22,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_phf import preflight
-from megatron_phf.config import Config
+from megatron_phf.cli import preflight
+from megatron_phf.cli.processes import model_parallel_size
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.settings import Config
 from megatron_phf.console import print_anything
-from megatron_phf.environment import for_children
-from megatron_phf.flags import parse_args
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
+from megatron_phf.runtime.environment import for_children
 
 _OUTPUT = ("loss", "opsd")
 _OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
@@ -95,7 +96,7 @@ def _deviation(found: float, expected: float) -> float:
 
 def compare(product: tuple[dict, dict], expected: Any) -> list[tuple[str, float, float, float]]:
     """Rows (name, product, reference, relative deviation); gradients by their norm."""
-    from megatron_phf.grad_norm import l2_norm
+    from megatron_phf.runtime.grad_norm import l2_norm
 
     metrics, gradients = product
     rows = []
@@ -167,7 +168,7 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
     config = parse_args(arguments)
     preflight.check(config)
     _check_lora(config)
-    processes = preflight.model_parallel_size(config)
+    processes = model_parallel_size(config)
     preflight.check_world_size(config, processes)
     assert config.model.hf_model is not None and config.rollout.replay_file is not None
     product = run_product(arguments, processes, directory)
@@ -192,6 +193,7 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """0 equal, 1 different, 2 for a mistake in the flags or files."""
+    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -208,5 +210,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

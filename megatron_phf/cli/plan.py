@@ -2,7 +2,7 @@
 
     python tools/plan.py --hf-config path/to/config.json --gpus 64 --gpu-memory 80
 
-No GPU and no torch are needed.  Memory is by the formulas of megatron_phf/train/memory.py, checked
+No GPU and no torch are needed.  Memory is by the formulas of megatron_phf/estimate, checked
 against measured peaks; time is a model (see --help for its assumptions) that ranks layouts, no
 promise.
 """
@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_phf.config import Config, flag_of
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.settings import Config, flag_of
 from megatron_phf.console import print_anything
-from megatron_phf.data.hf_files import read_json_object
-from megatron_phf.flags import parse_args
+from megatron_phf.estimate.flops import forward_flops, student_flops
+from megatron_phf.estimate.memory import Machine, peak_estimate
+from megatron_phf.files.foreign import read_json_object
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
-from megatron_phf.model.flops import forward_flops, student_flops
-from megatron_phf.train.memory import Machine, peak_estimate
 
 _WIDTH = 2  # bf16
 # Flags of the training job that decide memory and time, whatever the layout.
@@ -38,9 +38,10 @@ _FRAMEWORK_GIB = 2.0  # CUDA context, NCCL's buffers, the allocator's fragments
 
 @dataclass(frozen=True)
 class Hardware:
-    """FLOP/s that a GPU reaches; bytes a second between GPUs of a node and of two nodes, and from
+    """What the machines reach.
 
-    its memory; ``launch``: seconds that a layer takes at least for one decoded token.
+    FLOP/s of a GPU; bytes a second between GPUs of a node and of two nodes, and from its memory;
+    ``launch``: seconds that a layer takes at least for one decoded token.
     """
 
     flops: float
@@ -221,6 +222,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the best layouts; status 1 where none fits, 2 for bad input."""
+    print_anything()
     given = _arguments(argv)
     job = {name: getattr(given, name) for name in _JOB if getattr(given, name) is not None}
     try:
@@ -247,5 +249,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_phf.console import print_anything
 from megatron_phf.data.problems import jsonl, read_jsonl
-from megatron_phf.output import write_new_text
+from megatron_phf.files.replace import write_new_text
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 
@@ -60,6 +60,7 @@ def convert(name: str, path: str) -> Iterator[dict[str, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line at the first mistake, with nothing written."""
+    print_anything()
     parser = argparse.ArgumentParser(description="Rewrite a data set as the JSONL of --data.")
     parser.add_argument("format", choices=sorted(CONVERTERS))
     parser.add_argument("input", help="the data set's file, JSONL")
@@ -80,5 +81,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -19,6 +19,7 @@ from megatron_phf.report.runs import read_variants
 
 def main(argv: list[str] | None = None) -> int:
     """Write the report; 2 and one error line for a mistake."""
+    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,5 +41,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_anything()
     sys.exit(main())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_phf.data.microbatches import round_up
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.data.rollouts import Rollout
 from megatron_phf.losses import window_batch
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from megatron_phf.config import DataConfig
-from megatron_phf.data.hf_files import RefusedJson, parse_json, shown
-from megatron_phf.output import free_number, new_file
+from megatron_phf.config.settings import DataConfig
+from megatron_phf.files.foreign import RefusedJson, parse_json, shown
+from megatron_phf.files.replace import free_number, new_file
 
 
 @dataclass(frozen=True)

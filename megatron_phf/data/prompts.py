@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_phf.config import DataConfig
+from megatron_phf.config.settings import DataConfig
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.tokenizer import Tokenizer
 

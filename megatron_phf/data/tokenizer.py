@@ -14,9 +14,9 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
-from megatron_phf.config import Config
-from megatron_phf.data.hf_files import read_json_object
+from megatron_phf.config.settings import Config
 from megatron_phf.data.special_text import SpecialText
+from megatron_phf.files.foreign import read_json_object
 
 # What a tokenizer without a chat template makes of a message, with BOS before it where it has one.
 PLAIN_TEMPLATE = "{message}\n"

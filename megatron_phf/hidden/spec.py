@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.hidden.term import HiddenTerm, load_term
 
 PHF_TERMS = ("direction", "geometry", "adjacent")

@@ -18,7 +18,6 @@ import torch
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from megatron_phf import parallel
 from megatron_phf.hidden.loss import layer_values
 from megatron_phf.hidden.plan import FlowPlan, make_flow_plan
 from megatron_phf.hidden.rows import SequenceShards, gather_rows
@@ -26,6 +25,7 @@ from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows
 from megatron_phf.hidden.targets import FlowTargets
 from megatron_phf.hidden.term import HiddenTerm
+from megatron_phf.runtime import parallel
 
 
 class _AttachLoss(torch.autograd.Function):

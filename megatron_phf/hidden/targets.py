@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_phf import device, parallel
 from megatron_phf.hidden.plan import FlowPlan, Item, Move
+from megatron_phf.runtime import device, parallel
 
 
 class FlowTargets:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_phf import private_names
 from megatron_phf.losses._vocab_parallel import (
     VocabShard,
     divergence_chunk,
@@ -23,6 +22,7 @@ from megatron_phf.losses._vocab_parallel import (
     vocab_shard,
 )
 from megatron_phf.losses.divergence import DivergenceSpec
+from megatron_phf.runtime import private_names
 
 OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
 # Bytes of one block's entries in fp32, of which about 11 tensors exist at a time.  A CPU's caches

@@ -10,27 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.config import Config, ParallelConfig, flag_of
-from megatron_phf.data.hf_files import Fields, read_json_object, shown
+from megatron_phf.config.settings import Config, ParallelConfig, flag_of
 from megatron_phf.data.microbatches import round_up
+from megatron_phf.files.foreign import Fields, read_json_object, shown
+from megatron_phf.model.experts import Experts, read_experts
 from megatron_phf.model.rope import Rope, read_rope
 
 ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen2", "llama")
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The mixture of experts that takes the place of the MLP in every layer.
-
-    ``ffn_hidden_size``: channels of one expert; ``normalize_weights``: the weights of a token's
-    ``per_token`` experts are scaled to sum 1; ``aux_loss_coeff``: of the load-balancing loss.
-    """
-
-    count: int
-    per_token: int
-    ffn_hidden_size: int
-    normalize_weights: bool
-    aux_loss_coeff: float
 
 
 @dataclass(frozen=True)
@@ -149,26 +135,6 @@ def _check_heads(path: str, arch: Architecture) -> None:
         )
 
 
-def _read_experts(content: Fields) -> Experts | None:
-    if content.text("model_type") != "qwen3_moe":
-        return None
-    # transformers 5 writes num_local_experts, the models on the hub say num_experts.
-    name = "num_local_experts" if "num_local_experts" in content.content else "num_experts"
-    experts = Experts(
-        count=content.size(name),
-        per_token=content.size("num_experts_per_tok"),
-        ffn_hidden_size=content.size("moe_intermediate_size"),
-        normalize_weights=content.boolean("norm_topk_prob", False),
-        aux_loss_coeff=content.number("router_aux_loss_coef", 0.001, zero=True),
-    )
-    if experts.per_token == 1 and experts.normalize_weights:
-        raise ValueError(
-            f"{content.path}: num_experts_per_tok=1 with norm_topk_prob gives every expert the "
-            "weight 1, which megatron-core does not support; use more experts a token"
-        )
-    return experts
-
-
 def read_architecture(directory: str, flag: str = "--hf-model") -> Architecture:
     """The architecture of the HuggingFace model in ``directory``, which ``flag`` named.
 
@@ -206,7 +172,7 @@ def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
         rope=read_rope(content),
         tie_word_embeddings=content.boolean("tie_word_embeddings", False),
         initializer_range=content.number("initializer_range", 0.02),
-        experts=_read_experts(content),
+        experts=read_experts(content),
     )
     _check_heads(path, arch)
     return arch

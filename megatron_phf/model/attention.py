@@ -15,8 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_phf import device, parallel
 from megatron_phf.hidden.rows import context_positions
+from megatron_phf.runtime import device, parallel
 
 
 def attend(

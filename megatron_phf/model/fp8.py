@@ -16,7 +16,7 @@ import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 
 # One a module; one an expert where they are grouped.
 _EXTRA_STATE = re.compile(r"\._extra_state\d*$")

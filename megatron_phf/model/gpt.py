@@ -23,8 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 from torch import Tensor
 
-from megatron_phf import device, parallel, private_names
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.attention import CausalAttention
@@ -45,7 +44,8 @@ from megatron_phf.model.userbuffers import (
     switched_off,
     userbuffers_off,
 )
-from megatron_phf.private_names import HiddenStatesOut
+from megatron_phf.runtime import device, parallel, private_names
+from megatron_phf.runtime.private_names import HiddenStatesOut
 
 
 class FlowGPTModel(HiddenStatesOut, GPTModel):

@@ -10,11 +10,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
-from megatron_phf import device, fused
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.fp8 import fp8_settings
 from megatron_phf.model.moe import moe_settings
+from megatron_phf.runtime import device, kernels
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,8 +92,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=fused.rope(implementation).on,
-        gradient_accumulation_fusion=fused.gradient_accumulation(config).on,
+        apply_rope_fusion=kernels.rope(implementation).on,
+        gradient_accumulation_fusion=kernels.gradient_accumulation(config).on,
         # Interleaved stages exchange shapes through batched sends otherwise, which gloo lacks.
         batch_p2p_comm=on_gpu and virtual == 1,
         overlap_p2p_comm=False,

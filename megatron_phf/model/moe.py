@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.moe_utils import (
     reduce_aux_losses_tracker_across_ranks,
 )
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.model.architecture import Architecture, aux_loss_coeff
 
 _TRACKED = "load_balancing_loss"

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_phf.data.hf_files import Fields, shown
+from megatron_phf.files.foreign import Fields, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.microbatches import round_up
 
 _SWITCHES = (

@@ -16,7 +16,11 @@ def load_model(
 ) -> Any:
     """The model with transformers' eager attention, in eval mode; peft adds the adapter."""
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager"
+        directory,
+        dtype=dtype,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
     )
     if adapter is not None:
         from peft import PeftModel  # only where it is needed: tools/parity.py does without

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_phf.output import new_file
+from megatron_phf.files.replace import new_file
 from megatron_phf.report import curves, tables
 from megatron_phf.report.charts import Gallery, looks
 from megatron_phf.report.runs import Variant

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.config import Config
-from megatron_phf.data.hf_files import read_json_object, shown
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import read_jsonl
+from megatron_phf.files.foreign import read_json_object, shown
 from megatron_phf.hidden.spec import FlowSpec, flow_spec
 
 RUN_FILE, METRICS_FILE, EVALUATIONS_FILE = "run.json", "metrics.jsonl", "evaluations.jsonl"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.grading import bootstrap_interval
+from megatron_phf.evaluation.grading import bootstrap_interval
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.report.runs import Line, Run, Variant
 

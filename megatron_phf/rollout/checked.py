@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from megatron_phf import parallel
 from megatron_phf.rollout.engines import FLAG
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
 
 
 class CheckedEngine:

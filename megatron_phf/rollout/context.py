@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.model.teacher_architecture import common_vocab_size
+from megatron_phf.teacher.architecture import common_vocab_size
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from typing import Any
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 
 FLAG = "--rollout-engine"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megatron_phf import parallel
 from megatron_phf.rollout.protocol import Response
+from megatron_phf.runtime import parallel
 
 
 def asked_once(ask: Callable[[], Sequence[Response]]) -> list[Response]:

@@ -10,18 +10,18 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.prompts import PromptPair
-from megatron_phf.data.replay_file import Rollout, is_rollout, read_rollouts, rollout_to_json
+from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.teacher_architecture import read_teacher
 from megatron_phf.rollout.checked import CheckedEngine
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.engines import engine_row, make_by_factory
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import read_teacher
 
 
 class RolloutSource(Protocol):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.microbatches import (
     groups_under_budget,
@@ -15,10 +14,11 @@ from megatron_phf.data.microbatches import (
     round_up,
     split_into,
 )
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.hidden.tap import FlowWindow
 from megatron_phf.model.userbuffers import fixed_row_length
+from megatron_phf.runtime import device, parallel
 
 
 def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShards) -> LocalBatch:

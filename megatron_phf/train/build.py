@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import field_names, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, fill, prompt_templates
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.data.unknown import unknown_tokens
-from megatron_phf.model.adapter_io import load_peft_adapter
+from megatron_phf.lora.files import load_peft_adapter
+from megatron_phf.lora.linears import add_adapters
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
-from megatron_phf.model.hf_weights import load_hf_weights
-from megatron_phf.model.lora import add_adapters
-from megatron_phf.model.sharded_weights import load_weights
-from megatron_phf.teacher import make_teacher
+from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
 from megatron_phf.train.logging import say
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.step import Distiller
+from megatron_phf.weights.huggingface import load_hf_weights
+from megatron_phf.weights.sharded import load_weights
 
 
 def load_student(arch: Architecture, config: Config, directory: str) -> list[FlowGPTModel]:

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
-from megatron_phf.model import torch_dist
+from megatron_phf.config.settings import Config
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.model.sharded_weights import load_weights_state, weights_sharded_state_dict
+from megatron_phf.runtime import device, parallel
 from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.checkpoint_inputs import check_compatible, copy_model_files, inputs
 from megatron_phf.train.logging import say
 from megatron_phf.train.run_files import versions
 from megatron_phf.train.step import Distiller
+from megatron_phf.weights import torch_dist
+from megatron_phf.weights.sharded import load_weights_state, weights_sharded_state_dict
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_phf.data.hf_files import parse_json
-from megatron_phf.output import OLD, PARTIAL, free_number
+from megatron_phf.files.foreign import parse_json
+from megatron_phf.files.replace import OLD, PARTIAL, free_number
 
 TRACKER, MANIFEST = "latest_checkpointed_iteration.txt", "checkpoint.json"
 RELEASE = "release"  # Megatron's name for weights without a run: converted ones

@@ -7,11 +7,11 @@ import os
 import re
 from typing import Any
 
-from megatron_phf.config import Config, flag_of
-from megatron_phf.model import hf_directory
+from megatron_phf.config.settings import Config, flag_of
+from megatron_phf.files.replace import MARKER
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.output import MARKER
 from megatron_phf.train.checkpoint_files import fingerprint
+from megatron_phf.weights import hf_directory
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
 _FIXED = (

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
+from megatron_phf.runtime import device, parallel
 from megatron_phf.train.logging import say
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.tokenizer import Tokenizer
-from megatron_phf.evaluate import Evaluation, TestSet, evaluate
-from megatron_phf.grading import Grader
+from megatron_phf.evaluation.evaluate import Evaluation, TestSet, evaluate
+from megatron_phf.evaluation.grading import Grader
 from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
 from megatron_phf.train.logging import say
 from megatron_phf.train.run_files import step_of
 

@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
-from megatron_phf.model.adapter_io import save_peft_adapter
+from megatron_phf.config.settings import Config
+from megatron_phf.files.replace import free_number
+from megatron_phf.lora.files import save_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.model.hf_weights import save_hf
-from megatron_phf.output import free_number
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
+from megatron_phf.runtime import parallel
 from megatron_phf.train.logging import say
+from megatron_phf.weights.huggingface import save_hf
 
 # Write to (directory, flag that named it); ValueError on every rank where that is impossible.
 Save = Callable[[str, str], None]

@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import keep_lines
+from megatron_phf.runtime import parallel
 from megatron_phf.train.metrics import StepMetrics
 from megatron_phf.train.run_files import metrics_path, plain_config, step_of
 

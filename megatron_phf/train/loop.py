@@ -6,26 +6,27 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.tokenizer import (
     Tokenizer,
     check_token_ids,
     load_tokenizer,
     stop_token_ids,
 )
-from megatron_phf.evaluate import evaluation_sampling, read_test_set
-from megatron_phf.grading import make_grader
+from megatron_phf.estimate.utilisation import Utilisation
+from megatron_phf.evaluation.evaluate import evaluation_sampling, read_test_set
+from megatron_phf.evaluation.grading import make_grader
 from megatron_phf.model.architecture import Architecture, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.model.teacher_architecture import common_vocab_size
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sources import RecordingSource, RolloutSource, make_source
-from megatron_phf.signals import StopSignals
+from megatron_phf.runtime.heartbeat import Heartbeat
+from megatron_phf.runtime.signals import StopSignals
+from megatron_phf.teacher.architecture import common_vocab_size
 from megatron_phf.train.build import load_student, make_distiller, read_prompts
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
 from megatron_phf.train.export import export
-from megatron_phf.train.heartbeat import Heartbeat
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import (
     PhaseTimer,
@@ -38,7 +39,6 @@ from megatron_phf.train.run_files import write_run_file
 from megatron_phf.train.session import Session
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
-from megatron_phf.train.utilisation import Utilisation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
-from megatron_phf.data.replay_file import Rollout, written_stop
+from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout, written_stop
 from megatron_phf.hidden.spec import flow_spec, weighted_terms
+from megatron_phf.runtime import device, parallel
 
 if TYPE_CHECKING:
     from megatron_phf.hidden.tap import FlowTap

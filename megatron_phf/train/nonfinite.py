@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import write_jsonl
-from megatron_phf.data.replay_file import Rollout, rollout_to_json
-from megatron_phf.output import free_number
+from megatron_phf.data.rollouts import Rollout, rollout_to_json
+from megatron_phf.files.replace import free_number
+from megatron_phf.runtime import parallel
 from megatron_phf.train.metrics import OutputLoss
 
 

@@ -15,11 +15,11 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_phf import device
-from megatron_phf.config import Config, TrainConfig
+from megatron_phf.config.schedule import decay_iters
+from megatron_phf.config.settings import Config, TrainConfig
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.schedule_flags import decay_iters
+from megatron_phf.runtime import device
 from megatron_phf.train import adam_state
 
 # Of a parameter group: this run's, whatever a checkpoint has.

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 import megatron_phf
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
+from megatron_phf.files.replace import set_aside, write_json
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.output import set_aside, write_json
+from megatron_phf.runtime import device, parallel
 
 # What a run writes into --output-dir anew, beside its metrics and what its flags name.
 _FILES = ("run.json", "evaluations.jsonl", "export_probe.safetensors")

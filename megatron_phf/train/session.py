@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import time
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
-from megatron_phf.signals import StopSignals
+from megatron_phf.config.settings import Config
+from megatron_phf.runtime import parallel
+from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.train.checkpoint import Checkpointer, Progress
 from megatron_phf.train.logging import say
 from megatron_phf.train.step import Distiller

@@ -6,15 +6,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.hidden.tap import make_flow_tap, set_flow_tap
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
-from megatron_phf.model.teacher_architecture import layer_map
-from megatron_phf.teacher import Teacher
+from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import layer_map
+from megatron_phf.teacher.kinds import Teacher
 from megatron_phf.train.batch import make_batch
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import NonfiniteSteps

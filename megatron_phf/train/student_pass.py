@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.batch import LocalBatch, SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
@@ -18,7 +17,8 @@ from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
-from megatron_phf.model.teacher_architecture import common_vocab_size
+from megatron_phf.runtime import device, parallel
+from megatron_phf.teacher.architecture import common_vocab_size
 from megatron_phf.train.batch import flow_windows
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import OutputLoss

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config, TrainConfig
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.config.flags import departures
+from megatron_phf.config.schedule import decay_iters
+from megatron_phf.config.settings import Config, TrainConfig
+from megatron_phf.data.rollouts import Rollout
 from megatron_phf.data.tokenizer import Tokenizer
-from megatron_phf.flags import departures
-from megatron_phf.fused import feature_table
-from megatron_phf.model.adapter_config import num_adapter_parameters, target_modules
+from megatron_phf.estimate.memory import Machine, memory_estimate
+from megatron_phf.lora.config import num_adapter_parameters, target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt_config import model_dtype, transformer_impl
-from megatron_phf.model.teacher_architecture import layer_map, read_teacher
-from megatron_phf.schedule_flags import decay_iters
-from megatron_phf.train.memory import Machine, memory_estimate
+from megatron_phf.runtime import device, parallel
+from megatron_phf.runtime.kernels import feature_table
+from megatron_phf.teacher.architecture import layer_map, read_teacher
 
 _SHOWN_TOKENS = 12
 

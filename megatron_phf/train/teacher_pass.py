@@ -10,7 +10,7 @@ from megatron_phf.data.batch import LocalBatch
 from megatron_phf.hidden.rows import SequenceShards, gather_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.model.gpt import evaluating
-from megatron_phf.teacher import Teacher
+from megatron_phf.teacher.kinds import Teacher
 from megatron_phf.train.batch import flow_windows
 from megatron_phf.train.pipeline import run_pipeline
 

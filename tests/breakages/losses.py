@@ -52,7 +52,7 @@ LOSSES = (
     ),
     Breakage(
         "a tool's output is scored",
-        "megatron_phf/data/replay_file.py",
+        "megatron_phf/data/rollouts.py",
         "        return self.response_mask\n",
         "        return (True,) * len(self.response_mask)\n",
         (PARITY, "-k", "test_equals_reference and masked_packed_cp2"),

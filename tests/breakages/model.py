@@ -41,7 +41,7 @@ MODEL = (
     ),
     Breakage(
         "an offloaded teacher stays on the device",
-        "megatron_phf/offload.py",
+        "megatron_phf/teacher/offload.py",
         "                p.data = data\n",
         "                del data\n",
         ("tests/unit/test_offload.py",),
@@ -90,21 +90,21 @@ MODEL = (
     ),
     Breakage(
         "sequence-parallel ranks do not sum the gradient of a replicated LoRA matrix",
-        "megatron_phf/model/lora.py",
+        "megatron_phf/lora/linears.py",
         "whole.sequence_parallel = config.parallel.sequence_parallel and tp > 1",
         "whole.sequence_parallel = False",
         (LORA, "-k", "test_value_and_gradient_equal_peft and tp2_sp]"),
     ),
     Breakage(
         "adapters add q, k and v one after the other, not by query group",
-        "megatron_phf/model/lora.py",
+        "megatron_phf/lora/linears.py",
         "torch.cat(parts, -1).flatten(-2)",
         "torch.cat([p.flatten(-2) for p in parts], -1)",
         (LORA, "-k", "test_value_and_gradient_equal_peft and tp2]"),
     ),
     Breakage(
         "a recomputed first layer gets no gradient for its adapters",
-        "megatron_phf/model/lora.py",
+        "megatron_phf/lora/linears.py",
         "return output.requires_grad_() if torch.is_grad_enabled() else output",
         "return output",
         (LORA, "-k", "test_value_and_gradient_equal_peft and pp2_full]"),
@@ -118,7 +118,7 @@ MODEL = (
     ),
     Breakage(
         "zero heads get channels in an adapter",
-        "megatron_phf/model/lora.py",
+        "megatron_phf/lora/linears.py",
         "F.pad(part, padding)",
         "F.pad(part, padding, value=0.1)",
         (LORA, "-k", "test_value_and_gradient_equal_peft and padded_heads"),
@@ -132,7 +132,7 @@ MODEL = (
     ),
     Breakage(
         "an EMA teacher averages weights that are still on their way",
-        "megatron_phf/average.py",
+        "megatron_phf/teacher/average.py",
         "        wait_for_weights(student)\n",
         "",
         (TRAINING, "-k", "ema_dp2_gather"),
@@ -147,7 +147,7 @@ MODEL = (
     ),
     Breakage(
         "the gradient norm is torch's, of each whole tensor",
-        "megatron_phf/grad_norm.py",
+        "megatron_phf/runtime/grad_norm.py",
         "        clip_grads.l2_norm_impl = _multi_tensor_l2_norm\n",
         "        pass\n",
         ("tests/parallel/test_parity.py", "-k", "equals_reference and dp2_tp2 and not empty"),

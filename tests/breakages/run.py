@@ -23,21 +23,21 @@ RUN = (
     ),
     Breakage(
         "an evaluation draws each problem's samples anew after a restart",
-        "megatron_phf/evaluate.py",
+        "megatron_phf/evaluation/evaluate.py",
         "(first + problem) * k + draw",
         "problem * k + draw",
         (EVALUATE, "-k", "every_draw"),
     ),
     Breakage(
         "a grading function may take for ever",
-        "megatron_phf/grader_process.py",
+        "megatron_phf/evaluation/grader_process.py",
         "        timer.start()\n",
         "        threading.Timer(20, _kill, [process]).start()\n",
         (GRADING, "-k", "plug_in_that_fails"),
     ),
     Breakage(
         "a grading function may take all memory",
-        "megatron_phf/grader_process.py",
+        "megatron_phf/evaluation/grader_process.py",
         "    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))\n",
         "",
         (GRADING, "-k", "plug_in_that_fails"),
@@ -142,7 +142,7 @@ RUN = (
     ),
     Breakage(
         "a weight index may lead out of its directory",
-        "megatron_phf/data/hf_files.py",
+        "megatron_phf/files/foreign.py",
         '        check_file_name(name, f"{path}: weight_map[{shown(weight)}]")',
         "        pass",
         (SECURITY, "-k", "test_names_that_lead_out"),
@@ -163,7 +163,7 @@ RUN = (
     ),
     Breakage(
         "JSON nested too deeply ends in a traceback",
-        "megatron_phf/data/hf_files.py",
+        "megatron_phf/files/foreign.py",
         "    except RecursionError as error:",
         "    except MemoryError as error:",
         (FUZZ, "-k", "test_model_configurations"),
@@ -184,7 +184,7 @@ RUN = (
     ),
     Breakage(
         "numbers that differ are left to math-verify, which rounds",
-        "megatron_phf/answers.py",
+        "megatron_phf/evaluation/answers.py",
         "    return False if all(known) else None\n",
         "    return None\n",
         ("tests/unit/test_answers.py", "-k", "not_equal"),

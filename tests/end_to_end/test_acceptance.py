@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import preflight
-from megatron_phf.cli import acceptance
+from megatron_phf.cli import acceptance, preflight
 from megatron_phf.cli.accept import launch, model, rows, table
 from megatron_phf.cli.accept.plan import LAYOUTS, Plan
-from megatron_phf.flags import parse_args
+from megatron_phf.config.flags import parse_args
 from megatron_phf.model.architecture import parse_architecture, read_architecture
 from tests.launch import REPO, run
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_phf.data.replay_file import read_rollouts
+from megatron_phf.data.rollouts import read_rollouts
 from tests.launch import run, torchrun
 from tests.models import make_model, make_replay
 

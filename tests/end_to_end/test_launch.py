@@ -110,7 +110,7 @@ def test_unknown_flag() -> None:
 @pytest.fixture(scope="module")
 def embedded_model(tmp_path_factory) -> str:
     """A HuggingFace directory with a tokenizer and a chat template."""
-    from megatron_phf.data.arithmetic import make_hf_directory
+    from megatron_phf.demo.task import make_hf_directory
 
     path = str(tmp_path_factory.mktemp("model") / "hf")
     make_hf_directory(path, seed=3)
@@ -118,7 +118,7 @@ def embedded_model(tmp_path_factory) -> str:
 
 
 def problems(path: Path, count: int = 6) -> str:
-    from megatron_phf.data.arithmetic import make_problems
+    from megatron_phf.demo.task import make_problems
 
     lines = [
         json.dumps({"problem": p.problem, "solution": p.solution})

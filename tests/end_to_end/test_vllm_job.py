@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_phf import parallel
-from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+from megatron_phf.demo.task import make_hf_directory, make_problems
+from megatron_phf.runtime import parallel
 from tests.end_to_end.test_bad_input import fails_once
 from tests.fake_vllm import SHIFT, FakeVllm, sample
 from tests.launch import torchrun

@@ -107,10 +107,11 @@ def _before(owner: object, name: str, action: Callable[..., None]) -> None:
 
 def main() -> None:
     """Hook the places, then run the product."""
+    from megatron_phf.cli.main import main as product
     from megatron_phf.hidden import tap
-    from megatron_phf.main import main as product
-    from megatron_phf.model import torch_dist
-    from megatron_phf.train import checkpoint_files, heartbeat, session
+    from megatron_phf.runtime import heartbeat
+    from megatron_phf.train import checkpoint_files, session
+    from megatron_phf.weights import torch_dist
 
     faults = Faults(sys.argv[1])
     heard = heartbeat.Heartbeat.at

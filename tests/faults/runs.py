@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+from megatron_phf.demo.task import make_hf_directory, make_problems
 from tests.launch import run, unmeasured
 
 

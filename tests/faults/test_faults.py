@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf.output import OLD, PARTIAL
+from megatron_phf.files.replace import OLD, PARTIAL
 from megatron_phf.train import checkpoint_files
 from tests.faults.runs import (
     flags,

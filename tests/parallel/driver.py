@@ -23,36 +23,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_phf import environment
+from megatron_phf.runtime import environment
 
 environment.set_cuda_defaults(os.environ)  # as the product does
 
 import torch
 from safetensors.torch import save_file
 
-from megatron_phf import device
+from megatron_phf.runtime import device
 
 device.import_megatron()  # as the product does
 
 from megatron.core import dist_checkpointing
 
-from megatron_phf import parallel
 from megatron_phf.cli import cases
-from megatron_phf.config import Config
-from megatron_phf.model.adapter_io import save_peft_adapter
+from megatron_phf.config.settings import Config
+from megatron_phf.lora.files import save_peft_adapter
+from megatron_phf.lora.linears import is_adapter
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.gpt import build_model
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.model.hf_weights import export_hf_weights, load_hf_weights, save_hf
-from megatron_phf.model.lora import is_adapter
-from megatron_phf.model.sharded_weights import load_weights, save_weights
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.sources import ReplaySource
-from megatron_phf.teacher import make_teacher
+from megatron_phf.runtime import parallel
+from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.step import Distiller
+from megatron_phf.weights.huggingface import export_hf_weights, load_hf_weights, save_hf
+from megatron_phf.weights.sharded import load_weights, save_weights
 from tests.counted_device import CountedDevice
 from tests.parallel.engine_contract import contract
 from tests.parallel.loading import check_comparison

@@ -16,14 +16,14 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fake_te")]
 
-from megatron_phf import environment  # noqa: E402
+from megatron_phf.runtime import environment  # noqa: E402
 
 environment.set_cuda_defaults(os.environ)  # as the product does
 
 import torch  # noqa: E402
 import transformer_engine as te  # noqa: E402
 
-from megatron_phf import device  # noqa: E402
+from megatron_phf.runtime import device  # noqa: E402
 
 device.import_megatron()
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
-from megatron_phf.data.replay_file import rollout_to_json
+from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import rollout_to_json
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import engine_row
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sources import make_engine, make_source, sampling_params
+from megatron_phf.runtime import parallel
 from megatron_phf.train.build import load_student, read_prompts
 
 SAMPLES, LIMITS = [7, 3, 11, 900], [12, 1, 5, 12]

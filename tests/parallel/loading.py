@@ -6,19 +6,19 @@ from unittest import mock
 
 import torch
 
-from megatron_phf.config import Config
-from megatron_phf.model import hf_weights
+from megatron_phf.config.settings import Config
+from megatron_phf.lora.linears import is_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.model.lora import is_adapter
-from megatron_phf.model.weight_files import stored_tensors
+from megatron_phf.weights import huggingface
+from megatron_phf.weights.headers import stored_tensors
 
 
 def _problem(chunk: FlowGPTModel, arch: Architecture, config: Config) -> str | None:
     """Of this chunk alone; no collective."""
     assert config.model.hf_model is not None
-    base = [hf_weights._AsMbridgeNames(chunk)]
-    return hf_weights._difference(base, arch, stored_tensors(config.model.hf_model))
+    base = [huggingface._AsMbridgeNames(chunk)]
+    return huggingface._difference(base, arch, stored_tensors(config.model.hf_model))
 
 
 def _turned(weight: torch.Tensor) -> torch.Tensor:
@@ -46,19 +46,19 @@ def check_comparison(chunks: list[FlowGPTModel], arch: Architecture, config: Con
             assert (problem is not None) == changed, name
             seen += changed
         assert seen > 3
-    read = hf_weights._StoredWeights.load_one_hf_weight
+    read = huggingface._StoredWeights.load_one_hf_weight
 
-    def wrong(self: hf_weights._StoredWeights, name: str) -> torch.Tensor:
+    def wrong(self: huggingface._StoredWeights, name: str) -> torch.Tensor:
         """The value projections of the first layer are mistaken for its keys."""
         return read(self, name.replace("layers.0.self_attn.v_", "layers.0.self_attn.k_"))
 
     assert config.model.hf_model is not None
-    with mock.patch.object(hf_weights._StoredWeights, "load_one_hf_weight", wrong):
+    with mock.patch.object(huggingface._StoredWeights, "load_one_hf_weight", wrong):
         try:
-            hf_weights.load_hf_weights(chunks, arch, config, config.model.hf_model)
+            huggingface.load_hf_weights(chunks, arch, config, config.model.hf_model)
         except ValueError as error:
             expected = "after loading, decoder.layers.0.self_attention.linear_qkv.weight is not"
             assert expected in str(error), error
         else:
             raise AssertionError("a mistaken load was not seen")
-    hf_weights.load_hf_weights(chunks, arch, config, config.model.hf_model)
+    huggingface.load_hf_weights(chunks, arch, config, config.model.hf_model)

@@ -55,7 +55,7 @@ PROBED = "SmolLM2-135M"
 
 
 class Jobs:
-    """Job files for ranks of ``megatron_phf.convert``, by their number."""
+    """Job files for ranks of ``megatron_phf.cli.convert``, by their number."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._paths = directory, {1: [], 2: [], 4: []}
@@ -81,7 +81,7 @@ class Jobs:
 
     def launch(self, processes: int) -> None:
         paths = [str(path) for path in self._paths[processes]]
-        done = torchrun(processes, "-m", "megatron_phf.convert", *paths, timeout=900)
+        done = torchrun(processes, "-m", "megatron_phf.cli.convert", *paths, timeout=900)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_phf import reference
-from megatron_phf.data.arithmetic import make_tokenizer
+from megatron_phf.demo.task import make_tokenizer
 from megatron_phf.rollout.engines import ENGINES
 from tests.end_to_end.test_bad_input import fails_once
 from tests.end_to_end.test_vllm_job import write_problems

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+from megatron_phf.demo.task import make_hf_directory, make_problems
 from tests.launch import unmeasured
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_tensors, launch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_phf.model import torch_dist
+from megatron_phf.weights import torch_dist
 from tests.models import make_model
 from tests.parallel.cases import launch
 from tests.parallel.test_parity import PP2, TP2, VPP2

@@ -16,7 +16,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-from megatron_phf import cuda_names
+from megatron_phf.runtime import cuda_on_cpu
 
 _DTYPES = ("Byte", "Int32", "Float32", "Float16", "BFloat16", "Float8E4M3", "Float8E5M2")
 _ENUMS = {
@@ -130,7 +130,7 @@ def make_importable(directory: str) -> None:
 
 def see_a_hopper() -> None:
     """Let Transformer Engine's modules see a Hopper whose memory is the host's."""
-    view = cuda_names._cpu_view()
+    view = cuda_on_cpu._cpu_view()
     properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     view.cuda.is_available = lambda: True
     view.cuda.get_device_capability = lambda *args: (9, 0)

@@ -68,15 +68,15 @@ def signatures(names: list[str]) -> dict[str, list]:
 
 def weights(model: str, flags: list[str]) -> dict[str, float]:
     """How far masters, a teacher's copy and FP8 weights are from those that ``model`` has."""
-    from megatron_phf import device, parallel
+    from megatron_phf.runtime import device, parallel
 
     device.import_megatron()
-    from megatron_phf.flags import parse_args
+    from megatron_phf.config.flags import parse_args
     from megatron_phf.model import gpt
     from megatron_phf.model.architecture import read_architecture
     from megatron_phf.model.fp8 import never_trained
-    from megatron_phf.model.hf_weights import load_hf_weights
     from megatron_phf.train.optimizer import StudentOptimizer
+    from megatron_phf.weights.huggingface import load_hf_weights
 
     config = parse_args(["--hf-model", model, "--transformer-impl", "transformer_engine", *flags])
     store = torch.distributed.HashStore()

@@ -13,7 +13,7 @@ from threading import Event
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from megatron_phf.data.arithmetic import make_hf_directory
+from megatron_phf.demo.task import make_hf_directory
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.vllm.http import Patience

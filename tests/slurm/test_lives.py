@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+from megatron_phf.demo.task import make_hf_directory, make_problems
 from tests.launch import unmeasured
 from tests.slurm.cluster import Cluster
 

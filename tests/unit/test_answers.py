@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_phf.answers import canonical_answer, extract_answer, is_correct
 from megatron_phf.data.problems import Problem
-from megatron_phf.grading import Grader, make_grader
+from megatron_phf.evaluation.answers import canonical_answer, extract_answer, is_correct
+from megatron_phf.evaluation.grading import Grader, make_grader
 
 # Equal for both graders: as text, as exact numbers, or as lists of them.
 EQUAL = [

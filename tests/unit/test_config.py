@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import preflight
-from megatron_phf.config import Config
-from megatron_phf.flags import build_parser, parse_args
+from megatron_phf.cli import preflight
+from megatron_phf.config.flags import build_parser, parse_args
+from megatron_phf.config.settings import Config
 from tests.models import make_model, make_replay
 
 GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'
@@ -63,7 +63,7 @@ def test_an_unknown_flag_names_the_nearest() -> None:
 
 
 def test_help_and_checks_need_no_torch() -> None:
-    code = "import sys; import megatron_phf.preflight; sys.exit('torch' in sys.modules)"
+    code = "import sys; import megatron_phf.cli.preflight; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_phf.data.arithmetic import make_problems, make_tokenizer
 from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.problems import (
     FieldNames,
@@ -18,9 +17,10 @@ from megatron_phf.data.problems import (
     write_jsonl,
 )
 from megatron_phf.data.prompts import PromptTemplates, build_prompt_pairs, fill
-from megatron_phf.data.replay_file import Rollout, read_rollouts, rollout_to_json
+from megatron_phf.data.rollouts import Rollout, read_rollouts, rollout_to_json
 from megatron_phf.data.tokenizer import HFTokenizer
-from megatron_phf.grading import average_at_k, bootstrap_interval, is_correct
+from megatron_phf.demo.task import make_problems, make_tokenizer
+from megatron_phf.evaluation.grading import average_at_k, bootstrap_interval, is_correct
 
 GOOD = {"problem": "1+1?", "solution": "It is 2.", "answer": "2"}
 

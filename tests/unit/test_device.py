@@ -10,7 +10,7 @@ from tests.models import make_model
 
 CODE = """
 import sys, torch
-from megatron_phf import device
+from megatron_phf.runtime import device
 from megatron_phf.train import loop  # what the training job imports
 device.setup()
 device.setup()

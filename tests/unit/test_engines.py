@@ -8,12 +8,13 @@ import sys
 import pytest
 
 from examples.engines.calculator import Calculator, calculate
-from megatron_phf import parallel, preflight
-from megatron_phf.flags import parse_args
+from megatron_phf.cli import preflight
+from megatron_phf.config.flags import parse_args
 from megatron_phf.rollout.checked import CheckedEngine
 from megatron_phf.rollout.engines import ENGINES, check_engine, load_factory, make_by_factory
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import parallel
 from tests.own_engines import Scripted
 
 SAMPLING = SamplingParams(1.0, 1.0, 0, 3, (1,), seed=3)
@@ -49,7 +50,8 @@ def test_what_is_refused_before_launch(flags: list[str], message: str) -> None:
 def test_before_launch_nothing_of_it_runs() -> None:
     """Neither torch nor the user's package is imported: a rank does not know its device yet."""
     code = (
-        "import sys; from megatron_phf.flags import parse_args; from megatron_phf import preflight;"
+        "import sys; from megatron_phf.config.flags import parse_args;"
+        "from megatron_phf.cli import preflight;"
         f"preflight.check_engine(parse_args({[*REAL, 'tests.own_engines:no_engine']!r}));"
         f"preflight.check_engine(parse_args({[*REAL, 'examples.engines.calculator:f']!r}));"
         "assert not {'torch', 'tests', 'tests.own_engines'} & set(sys.modules)"

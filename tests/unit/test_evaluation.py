@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import parallel
 from megatron_phf.data.problems import Problem
-from megatron_phf.evaluate import Answer, Evaluation, joined, majority
-from megatron_phf.evaluation_files import GenerationStore
+from megatron_phf.evaluation.evaluate import Answer, Evaluation, joined, majority
+from megatron_phf.evaluation.generations import GenerationStore
+from megatron_phf.runtime import parallel
 from megatron_phf.train.evaluation import EvaluationLog
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_phf import preflight
-from megatron_phf.flags import parse_args
+from megatron_phf.cli import preflight
+from megatron_phf.config.flags import parse_args
 from megatron_phf.model.architecture import Experts, read_architecture
 from tests.models import make_model, make_replay
 

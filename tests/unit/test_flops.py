@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
+from megatron_phf.estimate.flops import forward_flops, student_flops
+from megatron_phf.estimate.utilisation import gpu_peak, measured_peak
 from megatron_phf.model.architecture import read_architecture
-from megatron_phf.model.flops import forward_flops, student_flops
 from megatron_phf.reference import load_model
-from megatron_phf.train.utilisation import gpu_peak, measured_peak
 from tests.models import make_model
 
 

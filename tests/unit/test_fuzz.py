@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from megatron_phf import preflight
-from megatron_phf.data.hf_files import check_weight_index
+from megatron_phf.cli import preflight
+from megatron_phf.config.flags import build_parser, parse_args
 from megatron_phf.data.problems import read_problems
 from megatron_phf.data.prompts import PromptTemplates, fill, load_template
-from megatron_phf.data.replay_file import read_rollouts
+from megatron_phf.data.rollouts import read_rollouts
 from megatron_phf.data.tokenizer import stop_token_ids
-from megatron_phf.flags import build_parser, parse_args
-from megatron_phf.grading import is_correct
+from megatron_phf.evaluation.grading import is_correct
+from megatron_phf.files.foreign import check_weight_index
 from megatron_phf.model.architecture import check_split, read_architecture
 
 # Derandomised: the same cases in every run, so that a red test is never another's fault.

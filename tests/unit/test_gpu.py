@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import device, fused, gpu_flags, optional_packages, out_of_memory, preflight
-from megatron_phf.data.arithmetic import MODEL_CONFIG
-from megatron_phf.environment import set_cuda_defaults
-from megatron_phf.flags import parse_args
+from megatron_phf.cli import gpu_flags, preflight
+from megatron_phf.config.flags import parse_args
+from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
-from megatron_phf.visible_gpus import count_visible, visible_gpus
+from megatron_phf.runtime import device, kernels, optional_packages, out_of_memory
+from megatron_phf.runtime.environment import set_cuda_defaults
+from megatron_phf.runtime.visible_gpus import count_visible, visible_gpus
 from tests.launch import REPO, environment
 
 FP8 = ["--transformer-impl", "transformer_engine", "--fp8-format", "e4m3"]
@@ -133,19 +134,19 @@ def test_a_transformer_engine_that_does_not_import(
     assert not device.has_module("transformer_engine")
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("transformer_engine")
-    line = fused.layers("local")
+    line = kernels.layers("local")
     assert not line.on and line.why.startswith("transformer_engine is installed but does not")
 
 
 MEGATRON = """
 import json
-from megatron_phf import device
+from megatron_phf.runtime import device
 device.import_megatron()
-from megatron_phf import fused
+from megatron_phf.runtime import kernels
 from megatron.core.optimizer import Adam
 from megatron.core.transformer.transformer_block import LayerNormImpl
 from megatron.core.extensions.transformer_engine import HAVE_TE
-print(json.dumps([HAVE_TE, LayerNormImpl.__name__, Adam.__module__, fused.layers("local").why]))
+print(json.dumps([HAVE_TE, LayerNormImpl.__name__, Adam.__module__, kernels.layers("local").why]))
 """
 
 
@@ -227,27 +228,27 @@ def test_padding(context: int, sequence: int, alignment: int, multiple: int) -> 
 
 def test_the_table_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU; then as it would be on CUDA, with and without the packages."""
-    table = fused.feature_table(parse_args([]), "local")
+    table = kernels.feature_table(parse_args([]), "local")
     first = table.splitlines()[0].split()
     assert first[:4] == ["kernel", "Transformer", "Engine", "layers"]
     assert first[4:] == ["off", "transformer_engine", "is", "not", "installed"]
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     there: set[str] = set()
     monkeypatch.setattr(device, "has_module", lambda name: name in there)
-    state = {f.name: f for f in fused.features(parse_args([]), "local")}
+    state = {f.name: f for f in kernels.features(parse_args([]), "local")}
     assert "apex, built with its CUDA extensions, is missing" in (
         state["gradient accumulation fusion"].why
     )
     assert not state["fused rotary embedding"].on and state["fused SwiGLU"].on
     there |= {"transformer_engine", "fused_weight_gradient_mlp_cuda"}
-    monkeypatch.setattr(fused, "is_te_min_version", lambda version: True)
-    state = {f.name: f for f in fused.features(parse_args(FP8), "transformer_engine")}
+    monkeypatch.setattr(kernels, "is_te_min_version", lambda version: True)
+    state = {f.name: f for f in kernels.features(parse_args(FP8), "transformer_engine")}
     names = ("gradient accumulation fusion", "fused rotary embedding", "fused Adam", "FP8")
     assert all(state[name].on for name in names)
     assert state["FP8"].why == "e4m3, delayed scaling"
-    lora = {f.name: f for f in fused.features(parse_args(["--lora-rank", "8"]), "local")}
+    lora = {f.name: f for f in kernels.features(parse_args(["--lora-rank", "8"]), "local")}
     assert "--lora-rank" in lora["gradient accumulation fusion"].why
-    off = fused.gradient_accumulation(parse_args(["--no-gradient-accumulation-fusion"]))
+    off = kernels.gradient_accumulation(parse_args(["--no-gradient-accumulation-fusion"]))
     assert (off.on, off.why) == (False, "--no-gradient-accumulation-fusion")
 
 
@@ -274,8 +275,8 @@ def test_memory_advice_names_flags_that_the_run_can_still_change() -> None:
 
 OUT_OF_MEMORY = """
 import torch
-from megatron_phf.flags import parse_args
-from megatron_phf.main import run_rank
+from megatron_phf.config.flags import parse_args
+from megatron_phf.cli.main import run_rank
 def job(config, signals, heartbeat):
     heartbeat.at("step 3, student")
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -387,7 +388,7 @@ def test_every_start_sets_cuda_variables(monkeypatch: pytest.MonkeyPatch) -> Non
     starts = {
         "benchmarks": "import benchmarks.harness",
         "driver": "import tests.parallel.driver",
-        "product": "import megatron_phf.main as m; m.preflight.check = end; "
+        "product": "import megatron_phf.cli.main as m; m.preflight.check = end; "
         "m.run_rank(lambda: None, None)",
     }
     for name, code in starts.items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.optimizer import clip_grads
 
-from megatron_phf import device, grad_norm
+from megatron_phf.runtime import device, grad_norm
 from megatron_phf.train import optimizer  # noqa: F401  the product's way to megatron's optimizer
 
 

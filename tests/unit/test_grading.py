@@ -16,7 +16,13 @@ import pytest
 
 from megatron_phf.data.problems import Problem, read_problems
 from megatron_phf.data.prompts import PromptTemplates, fill, load_template
-from megatron_phf.grading import Grader, canonical_answer, check_grader, is_correct, make_grader
+from megatron_phf.evaluation.grading import (
+    Grader,
+    canonical_answer,
+    check_grader,
+    is_correct,
+    make_grader,
+)
 from tests.launch import REPO
 
 TASKS = REPO / "examples/tasks"
@@ -211,7 +217,7 @@ def test_a_grader_ends_with_its_context(plug_in: str) -> None:
 def test_a_grader_does_not_outlive_a_killed_rank(plug_in: str, tmp_path: Path) -> None:
     """Nobody is left to end the function that hangs: it ends by itself."""
     script = (
-        "from megatron_phf.grading import make_grader\n"
+        "from megatron_phf.evaluation.grading import make_grader\n"
         "from megatron_phf.data.problems import Problem\n"
         "with make_grader('my_task:grade', timeout=1.0) as grader:\n"
         "    assert grader.correct('fine', Problem('', '', '7', 0))\n"

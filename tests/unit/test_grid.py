@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import preflight
-from megatron_phf.cli import grid
-from megatron_phf.flags import parse_args
+from megatron_phf.cli import grid, preflight
+from megatron_phf.config.flags import parse_args
 from tests.models import make_model
 
 PRESETS = sorted(Path("examples/ablations").glob("*.args"))

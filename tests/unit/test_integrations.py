@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from megatron_phf import reference
-from megatron_phf.data.arithmetic import make_hf_directory, make_tokenizer
+from megatron_phf.demo.task import make_hf_directory, make_tokenizer
 from tests.launch import REPO
 from tests.models import make_model, make_replay
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import output
+from megatron_phf.cli.job_paths import check_paths, evaluation_paths
+from megatron_phf.config.flags import parse_args
 from megatron_phf.data.problems import keep_lines
-from megatron_phf.flags import parse_args
-from megatron_phf.job_paths import check_paths, evaluation_paths
+from megatron_phf.files import replace
 from tests.user_files import (
     VLLM,
     check,
@@ -165,9 +165,9 @@ def test_an_export_that_was_changed_is_the_users(there: Path, change, said: str)
     with pytest.raises(ValueError) as error:
         check(config_of(there, save_hf="{d}/hf"))
     assert said in str(error.value) and "--save-hf" in str(error.value)
-    output.mark(str(write(there / "partial")))
+    replace.mark(str(write(there / "partial")))
     with pytest.raises(OSError, match=r"^it "):  # and so it is at the end of the run
-        output.replace_directory(str(there / "partial"), str(there / "hf"))
+        replace.replace_directory(str(there / "partial"), str(there / "hf"))
     assert {n: c for n, c in contents(there).items() if not n.startswith("partial")} == before
 
 

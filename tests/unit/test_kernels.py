@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron_phf.model.rows import SequenceShards
 from torch.nn.attention import SDPBackend
 
-from megatron_phf import device
+from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.losses import chunked
-from megatron_phf.model import attention, fp8, torch_dist
+from megatron_phf.model import attention, fp8
+from megatron_phf.runtime import device
 from megatron_phf.train import adam_state
+from megatron_phf.weights import torch_dist
 from tests.launch import REPO
 
 
@@ -86,7 +87,7 @@ def test_decoding_has_no_groups_left(masked: bool, monkeypatch: pytest.MonkeyPat
 
 
 def test_cudnn_attention_is_off_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device.cuda_names, "install", lambda: None)
+    monkeypatch.setattr(device.cuda_on_cpu, "install", lambda: None)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     assert before
     try:

@@ -14,10 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from megatron_phf import preflight
-from megatron_phf.config import Config
-from megatron_phf.merge import merge
-from megatron_phf.model.adapter_config import (
+from megatron_phf.cli import preflight
+from megatron_phf.cli.merge import merge
+from megatron_phf.config.settings import Config
+from megatron_phf.lora.config import (
     ALLOWED,
     READ,
     WITHOUT_EFFECT,
@@ -25,7 +25,7 @@ from megatron_phf.model.adapter_config import (
     num_adapter_parameters,
     read_adapter_config,
 )
-from megatron_phf.model.adapter_io import merge_adapter, read_adapter
+from megatron_phf.lora.files import merge_adapter, read_adapter
 from megatron_phf.model.architecture import read_architecture
 from tests.models import make_adapter, make_model
 

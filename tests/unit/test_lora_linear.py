@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_phf.model.lora import _attach, adapters_off
+from megatron_phf.lora.linears import _attach, adapters_off
 
 
 class Adapter(torch.nn.Module):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_phf import preflight
-from megatron_phf.config import Config
+from megatron_phf.cli import preflight
+from megatron_phf.config.settings import Config
 from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.microbatches import (
     groups_under_budget,
@@ -17,7 +17,7 @@ from megatron_phf.data.microbatches import (
     padded_tokens,
     split_into,
 )
-from megatron_phf.data.replay_file import Rollout
+from megatron_phf.data.rollouts import Rollout
 
 sizes = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=30)
 

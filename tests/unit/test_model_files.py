@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 
 from megatron_phf.cli.check_export import main, tokenizer_difference
 from megatron_phf.cli.convert_checkpoint import _merged_in_bf16
-from megatron_phf.config import TokenizerConfig
-from megatron_phf.data.arithmetic import make_hf_directory
-from megatron_phf.model.hf_directory import copy_model_files
-from megatron_phf.model.model_files import other_files, tokenizer_files
+from megatron_phf.config.settings import TokenizerConfig
+from megatron_phf.demo.task import make_hf_directory
+from megatron_phf.weights.hf_directory import copy_model_files
+from megatron_phf.weights.model_files import other_files, tokenizer_files
 
 CODE = (
     "from transformers import PreTrainedTokenizerFast\n"

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_phf.average import WeightAverage
-from megatron_phf.config import MethodConfig
+from megatron_phf.config.settings import MethodConfig
 from megatron_phf.model.gpt import evaluating
-from megatron_phf.offload import HostWeights
-from megatron_phf.teacher import TEACHERS, EmaTeacher, StatelessTeacher
+from megatron_phf.teacher.average import WeightAverage
+from megatron_phf.teacher.kinds import TEACHERS, EmaTeacher, StatelessTeacher
+from megatron_phf.teacher.offload import HostWeights
 from tests.counted_device import CountedDevice
 
 

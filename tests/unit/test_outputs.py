@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import output, parallel
 from megatron_phf.cli import check_export, convert_checkpoint, gguf_to_hf, make_embedded
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.console import print_anything
 from megatron_phf.data.problems import keep_lines
-from megatron_phf.evaluation_files import GenerationStore
+from megatron_phf.evaluation.generations import GenerationStore
+from megatron_phf.files import replace
 from megatron_phf.report.page import write_report
+from megatron_phf.runtime import parallel
 from megatron_phf.train import checkpoint_files, export, run_files
 from megatron_phf.train.checkpoint_inputs import check_compatible, inputs
 from tests.launch import REPO
@@ -57,7 +58,7 @@ def test_checkpoints_that_we_did_not_write_stay(tmp_path: Path) -> None:
 def test_files_beside_are_not_touched(tmp_path: Path) -> None:
     for name in ("a.tmp", "a.partial", "a.old"):
         (tmp_path / name).write_text("mine")
-    output.write_json(str(tmp_path / "a"), {"x": 1})
+    replace.write_json(str(tmp_path / "a"), {"x": 1})
     keep_lines(str(tmp_path / "a"), lambda number, line: True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "a.old", "a.partial", "a.tmp"]
     assert all(p.read_text() == "mine" for p in tmp_path.iterdir() if p.suffix)
@@ -157,11 +158,11 @@ def test_a_conversion_loses_nothing(there: Path, argv: list[str], said: str) -> 
 
 def test_overwriting_keeps_what_is_not_ours(there: Path, monkeypatch, capsys) -> None:
     def job(args: object) -> dict[str, str]:
-        return {"target": str(there / "mine") + output.PARTIAL, "action": ""}
+        return {"target": str(there / "mine") + replace.PARTIAL, "action": ""}
 
     monkeypatch.setattr(convert_checkpoint, "plan_job", job)
     monkeypatch.setattr(
-        convert_checkpoint, "_start_ranks", lambda job, directory: write(Path(job["target"]))
+        convert_checkpoint, "start_ranks", lambda job, directory: write(Path(job["target"]))
     )
     args = convert_checkpoint.build_parser().parse_args(
         ["hf-to-megatron", "a", "b", "--overwrite", "--no-verify"]
@@ -184,8 +185,8 @@ def test_other_tools_write_over_nothing(there: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"student.txt: is there already, with other content"):
         make_embedded._read()
     with pytest.raises(ValueError, match=r"eval.jsonl: is there already, with other content"):
-        output.write_new_text(str(there / "eval.jsonl"), "ours\n")
-    output.write_new_text(str(there / "eval.jsonl"), "mine\n")
+        replace.write_new_text(str(there / "eval.jsonl"), "ours\n")
+    replace.write_new_text(str(there / "eval.jsonl"), "mine\n")
     assert contents(there) == before
     for name in ("generations.jsonl", "summary.json"):
         (there / "empty" / name).write_text("mine")
@@ -271,9 +272,15 @@ def test_a_program_prints_with_any_encoding(tmp_path: Path) -> None:
 
 
 def test_every_program_begins_so() -> None:
-    """Those that run ranks do it for all of them."""
-    starts = ("print_anything()", "run_rank(", "leave_on_error(", "megatron_phf.main")
-    for path in [*REPO.glob("tools/*.py"), *REPO.glob("megatron_phf/**/*.py")]:
-        program = path.read_text(encoding="utf-8").partition('if __name__ == "__main__":')[2]
+    """Those that run ranks do it for all of them; tools/ call the package's programs."""
+    starts = ("print_anything()", "run_rank(", "leave_on_error(", "megatron_phf.cli.main")
+    for path in REPO.glob("megatron_phf/**/*.py"):
+        before, _, program = path.read_text(encoding="utf-8").partition(
+            'if __name__ == "__main__":'
+        )
         if program and path.name != "grader_process.py":  # it talks through a pipe of its own
+            program += before.partition("\ndef main(")[2]
             assert any(start in program for start in starts), path
+    for path in REPO.glob("tools/[a-z]*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert f"from megatron_phf.cli.{path.stem} import main" in text, path

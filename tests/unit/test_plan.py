@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from megatron_phf.cli import plan
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
+from megatron_phf.estimate.memory import Machine, peak_estimate
 from megatron_phf.model.architecture import parse_architecture
-from megatron_phf.train.memory import Machine, peak_estimate
 from tests.launch import REPO
 
 _COMMON = {

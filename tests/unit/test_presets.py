@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import preflight
-from megatron_phf.config import Config, config_groups, flag_of
-from megatron_phf.flags import build_parser, departures, parse_args
-from megatron_phf.presets import preset_names
+from megatron_phf.cli import preflight
+from megatron_phf.config.flags import build_parser, departures, parse_args
+from megatron_phf.config.presets import preset_names
+from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.train.run_files import plain_config
 from megatron_phf.train.summary import _recipe_line
 from tests.launch import REPO
@@ -215,7 +215,7 @@ def test_presets_are_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = {
         p for pattern in found["package_data"]["megatron_phf"] for p in package.glob(pattern)
     }
-    assert {package / "presets" / f"{name}.args" for name in preset_names()} <= shipped
-    assert "megatron_phf.presets" in found["packages"]
-    assert set(Path(package / "presets").glob("*.args")) <= shipped
+    assert {package / "config" / "presets" / f"{name}.args" for name in preset_names()} <= shipped
+    assert "megatron_phf.config.presets" in found["packages"]
+    assert set(Path(package / "config" / "presets").glob("*.args")) <= shipped
     assert set(config_groups()) >= {"recipe"}

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import device, main, private_names
+from megatron_phf.cli import main
+from megatron_phf.runtime import device, private_names
 from tests.launch import REPO
 
-HOME = "megatron_phf/private_names.py"
+HOME = "megatron_phf/runtime/private_names.py"
 OWN = ("megatron_phf", "tools", "tests", "benchmarks")
 # Of Python itself: the documented way to leave at once, and the flags that a parser knows.
 ALLOWED = {"os._exit", "self._option_string_actions"}
@@ -144,7 +145,7 @@ def test_megatron_core_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
         raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
-    monkeypatch.setattr(device.cuda_names, "import_uncompiled", missing)
+    monkeypatch.setattr(device.cuda_on_cpu, "import_uncompiled", missing)
     with pytest.raises(ValueError, match="imports triton, which is not installed: pip install"):
         device.import_megatron()
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf import preflight
-from megatron_phf.config import Config
-from megatron_phf.flags import departures, parse_args
+from megatron_phf.cli import preflight
+from megatron_phf.config.flags import departures, parse_args
+from megatron_phf.config.settings import Config
 from megatron_phf.model.architecture import read_architecture
 from tests.launch import REPO
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from megatron_phf.grading import bootstrap_interval
+from megatron_phf.evaluation.grading import bootstrap_interval
 from megatron_phf.hidden.spec import FlowSpec
 from megatron_phf.report.charts import Gallery, looks
 from megatron_phf.report.page import PAGE, write_report

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf.train.run_lock import RunLock
+from megatron_phf.runtime.run_lock import RunLock
 from tests.launch import REPO
 
 WAITS = """
 import time
-from megatron_phf.signals import StopSignals
+from megatron_phf.runtime.signals import StopSignals
 s = StopSignals()
 s.install()
 print("ready", flush=True)
@@ -23,7 +23,7 @@ time.sleep(60)
 """
 HOLDS = """
 import sys, time
-from megatron_phf.train.run_lock import RunLock
+from megatron_phf.runtime.run_lock import RunLock
 lock = RunLock(sys.argv[1], "--save")
 print("ready", flush=True)
 time.sleep(60)
@@ -70,7 +70,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 
 
 def test_a_directory_takes_one_run(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_phf.train.run_lock._PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("megatron_phf.runtime.run_lock._PATIENCE_SECONDS", 0.5)
     process = start(HOLDS, str(tmp_path))
     try:
         with pytest.raises(ValueError, match=rf"--save {tmp_path} is in use by .*{process.pid}"):

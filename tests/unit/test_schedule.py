@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_phf import device
-from megatron_phf.config import Config
-from megatron_phf.flags import parse_args
-from megatron_phf.schedule_flags import check_schedule, decay_iters
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.schedule import check_schedule, decay_iters
+from megatron_phf.config.settings import Config
+from megatron_phf.runtime import device
 
 device.import_megatron()
 

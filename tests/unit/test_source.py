@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.rollout.context import Prompts, RolloutContext
@@ -17,6 +16,7 @@ from megatron_phf.rollout.sources import (
     ResponseRoom,
     reference_source,
 )
+from megatron_phf.runtime import parallel
 
 STOP = 9
 

@@ -9,8 +9,7 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken
 
-from megatron_phf.config import Config
-from megatron_phf.data.arithmetic import make_tokenizer
+from megatron_phf.config.settings import Config
 from megatron_phf.data.tokenizer import (
     HFTokenizer,
     Tokenizer,
@@ -18,6 +17,7 @@ from megatron_phf.data.tokenizer import (
     load_tokenizer,
     stop_token_ids,
 )
+from megatron_phf.demo.task import make_tokenizer
 from tests.models import make_sentencepiece
 
 TEXT = "The answer is 12, and né 7."

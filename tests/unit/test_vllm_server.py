@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from megatron_phf.data.arithmetic import MODEL_CONFIG
-from megatron_phf.flags import parse_args
+from megatron_phf.config.flags import parse_args
+from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.losses import chunked_log_probs
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.rollout.protocol import Response

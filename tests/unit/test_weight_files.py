@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_phf.model.architecture import read_architecture
-from megatron_phf.model.weight_files import check_hf_weights
+from megatron_phf.weights.headers import check_hf_weights
 from tests.models import make_adapter, make_model
 
 

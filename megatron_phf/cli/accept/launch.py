@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_phf.cli.accept.plan import CASES, MEASURE, MODEL, START_LIMIT, Case, Plan
-from megatron_phf.environment import for_children, set_cuda_defaults
+from megatron_phf.runtime.environment import for_children, set_cuda_defaults
 
 LATE = "out of time"
 _GRACE = 45.0  # torchrun needs 30 to end ranks that do not react

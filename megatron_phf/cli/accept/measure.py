@@ -27,26 +27,26 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 
-from megatron_phf import device
+from megatron_phf.runtime import device
 
 device.import_megatron()
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
-from megatron_phf.data.replay_file import Rollout
-from megatron_phf.flags import parse_args
+from megatron_phf.config.flags import parse_args
+from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout
+from megatron_phf.estimate.memory import Machine, kv_cache_bytes, peak_estimate
+from megatron_phf.estimate.utilisation import Utilisation
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.teacher import make_teacher
+from megatron_phf.runtime import parallel
+from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.build import load_student
 from megatron_phf.train.checkpoint import Checkpointer, Progress
-from megatron_phf.train.memory import Machine, kv_cache_bytes, peak_estimate
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.step import Distiller
-from megatron_phf.train.utilisation import Utilisation
 
 _GIB = 2**30
 

@@ -36,7 +36,7 @@ def write_large(directory: str, cuda: bool) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from megatron_phf.data.arithmetic import make_tokenizer
+    from megatron_phf.demo.task import make_tokenizer
 
     tokenizer = make_tokenizer()
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -52,7 +52,7 @@ def write_large(directory: str, cuda: bool) -> None:
 
 def write_tiny(directory: str) -> None:
     """A random model and rollouts for parity; another with a tokenizer, problems and templates."""
-    from megatron_phf.data.arithmetic import make_hf_directory, make_problems
+    from megatron_phf.demo.task import make_hf_directory, make_problems
     from megatron_phf.reference.tiny import make_model, make_replay
 
     os.makedirs(directory)
@@ -67,7 +67,7 @@ def write_tiny(directory: str) -> None:
 
 
 if __name__ == "__main__":
-    from megatron_phf import device
+    from megatron_phf.runtime import device
 
     write_large(sys.argv[1], device.has_cuda())
     Path(sys.argv[1] + ".json").write_text("{}", encoding="utf-8")  # what the others leave, too

@@ -12,8 +12,8 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_phf.estimate.flops import forward_flops
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.model.flops import forward_flops
 
 # Starts: cases of one share processes.
 WRITE, PARITY, TRAIN, LARGE, ENGINE, ENGINE_TRAIN, ENGINE_LARGE, ENGINE_FP8 = range(8)

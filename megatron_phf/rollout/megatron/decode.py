@@ -17,10 +17,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from megatron_phf import parallel
+from megatron_phf.lora.linears import AdaptedLinear
 from megatron_phf.model.attention import attend, attend_token
 from megatron_phf.model.layer import FlowTransformerLayer
-from megatron_phf.model.lora import AdaptedLinear
+from megatron_phf.runtime import parallel
 
 
 class KVCache:

@@ -9,15 +9,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
-from megatron_phf import device, parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, evaluating, without_sequence_parallel
-from megatron_phf.model.teacher_architecture import common_vocab_size
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.megatron.decode import KVCache, decode_layer
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams, VocabularyShard, sample, uniforms
+from megatron_phf.runtime import device, parallel
+from megatron_phf.teacher.architecture import common_vocab_size
 
 # A compaction copies the cache once; worth it when it frees this share of the rows.
 _COMPACT_BELOW = 0.75

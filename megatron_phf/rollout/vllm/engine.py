@@ -11,14 +11,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
+from megatron_phf.config.settings import Config
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.shared import asked_once
 from megatron_phf.rollout.vllm.server import Question, VllmServer
 from megatron_phf.rollout.vllm.sync import WeightSync, connect, deadline
+from megatron_phf.runtime import parallel
 
 
 def make_engine(context: RolloutContext) -> VllmRollouts:

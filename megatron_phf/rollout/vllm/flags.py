@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 
-from megatron_phf.config import Config, flag_of
+from megatron_phf.config.settings import Config, flag_of
 
 _AT_LEAST_ONE = ("vllm_sync_interval", "vllm_concurrency")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_phf.data.hf_files import parse_json
+from megatron_phf.files.foreign import parse_json
 
 _MOST_BYTES = 2**28
 _LONGEST_WAIT = 60.0

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.data.hf_files import shown
+from megatron_phf.files.foreign import shown
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.vllm.http import HttpServer, StatusError, TransientError

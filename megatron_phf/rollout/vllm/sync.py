@@ -7,13 +7,11 @@ import shutil
 import threading
 import time
 
-from megatron_phf import parallel
-from megatron_phf.config import Config
-from megatron_phf.model.adapter_io import save_peft_adapter
+from megatron_phf.config.settings import Config
+from megatron_phf.files.replace import is_copy, mark, not_ours
+from megatron_phf.lora.files import save_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.model.hf_weights import save_hf
-from megatron_phf.output import is_copy, mark, not_ours
 from megatron_phf.rollout.vllm.flags import (
     read_api_key,
     server_urls,
@@ -22,6 +20,8 @@ from megatron_phf.rollout.vllm.flags import (
 )
 from megatron_phf.rollout.vllm.http import Patience
 from megatron_phf.rollout.vllm.server import VllmServer
+from megatron_phf.runtime import parallel
+from megatron_phf.weights.huggingface import save_hf
 
 # Of --distributed-timeout-minutes: what a phase may take while other ranks wait for its end.
 _PHASE_SHARE = 0.9

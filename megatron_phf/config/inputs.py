@@ -1,0 +1,165 @@
+"""Settings of what a run starts from: recipe, model, layout, data, rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field that is a flag, with its help text and choices."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    preset: str | None = flag(
+        None,
+        "start from a published recipe (docs/recipes.md): phf, phf_8b, phf_as_written, opsd, "
+        "opsd_8b or opsd_first; any other flag wins, wherever it stands",
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hf_model: str | None = flag(
+        None, "HuggingFace model directory (Qwen3, Qwen3-MoE, Qwen2, Llama)"
+    )
+    trust_remote_code: bool = flag(False, "run Python code that comes with the tokenizer")
+    dtype: str = flag("auto", "auto: bf16 on CUDA, fp32 on CPU", ("auto", "fp32", "bf16"))
+    transformer_impl: str = flag(
+        "auto",
+        "layer spec; auto: Transformer Engine on CUDA where installed, else local",
+        ("auto", "local", "transformer_engine"),
+    )
+    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to this x TP size")
+    pad_attention_heads: bool = flag(
+        False, "add exact zero heads where the model's do not divide by the TP size"
+    )
+    moe_aux_loss_coeff: float | None = flag(
+        None, "weight of the routers' load-balancing loss (None: the model's own; 0 is off)"
+    )
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """FP8 in the student's training pass, with Transformer Engine's layers (docs/gpu.md)."""
+
+    fp8_format: str | None = flag(
+        None, "hybrid: E4M3 forward, E5M2 backward; e4m3: both", ("hybrid", "e4m3")
+    )
+    fp8_recipe: str = flag(
+        "delayed",
+        "where scales come from; mxfp8 needs Blackwell",
+        ("delayed", "tensorwise", "blockwise", "mxfp8"),
+    )
+    fp8_amax_history_len: int = flag(1, "of delayed scaling")
+    fp8_amax_compute_algo: str = flag("most_recent", "of delayed scaling", ("most_recent", "max"))
+    fp8_param_gather: bool = flag(False, "keep and gather the linears' weights in FP8")
+    first_last_layers_bf16: bool = flag(False, "first and last layers in bf16")
+    num_layers_at_start_in_bf16: int = flag(1, "with --first-last-layers-bf16")
+    num_layers_at_end_in_bf16: int = flag(1, "with --first-last-layers-bf16")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    tokenizer_type: str = flag(
+        "HFTokenizer", "kind of tokenizer", ("HFTokenizer", "SentencePieceTokenizer")
+    )
+    tokenizer_model: str | None = flag(
+        None, "HuggingFace directory, or SentencePiece file; without it --hf-model's tokenizer"
+    )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = flag(1, "tensor parallel size")
+    pipeline_model_parallel_size: int = flag(1, "pipeline parallel size")
+    num_virtual_stages_per_pipeline_rank: int = flag(1, "virtual (interleaved) stages")
+    context_parallel_size: int = flag(1, "context parallel size: shard sequences")
+    expert_model_parallel_size: int = flag(1, "expert parallel size, within data parallelism")
+    sequence_parallel: bool = flag(False, "shard activations along the sequence over TP")
+    use_distributed_optimizer: bool = flag(False, "shard the optimizer state over DP")
+    overlap_grad_reduce: bool = flag(
+        False, "reduce gradients over DP while the backward pass goes on"
+    )
+    overlap_param_gather: bool = flag(
+        False, "gather updated weights over DP until something reads them"
+    )
+    tp_comm_overlap: bool = flag(
+        False, "overlap TP's communication with GEMMs in the student's training pass"
+    )
+    gradient_accumulation_fusion: bool = flag(
+        True, "add weight gradients in the GEMM (on CUDA, with NVIDIA's apex)"
+    )
+    num_layers_in_first_pipeline_stage: int | None = flag(None, "uneven split: first stage")
+    num_layers_in_last_pipeline_stage: int | None = flag(None, "uneven split: last stage")
+    account_for_embedding_in_pipeline_split: bool = flag(
+        False, "the embedding takes a layer's place in the split over stages"
+    )
+    account_for_loss_in_pipeline_split: bool = flag(False, "so does the output head")
+    recompute_granularity: str | None = flag(None, "activation recompute", ("full", "selective"))
+    recompute_method: str = flag("uniform", "of full recompute", ("uniform", "block"))
+    recompute_num_layers: int = flag(1, "of full recompute")
+    distributed_timeout_minutes: float = flag(10.0, "a collective that waits longer fails")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data: str | None = flag(None, "JSONL of problems with reference solutions")
+    problem_field: str = flag("problem", "name of the problem's field")
+    solution_field: str = flag("solution", "name of the solution's field")
+    answer_field: str = flag("answer", "name of the optional answer's field")
+    student_template: str | None = flag(None, "file with the student's prompt ({problem})")
+    teacher_template: str | None = flag(
+        None, "file with the teacher's prompt ({problem}, {solution})"
+    )
+    student_thinking: bool = flag(False, "the student's chat template in thinking mode")
+    teacher_thinking: bool = flag(True, "the teacher's chat template in thinking mode")
+    max_prompt_length: int = flag(512, "student prompt, tokens")
+    max_teacher_prompt_length: int = flag(2048, "teacher prompt, tokens")
+    overlong_prompts: str = flag("drop", "drop (counted) or fail", ("drop", "error"))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    rollout_engine: str = flag(
+        "megatron",
+        "megatron, vllm, replay or reference; or package.module:factory of your own "
+        "(docs/engines.md)",
+    )
+    replay_file: str | None = flag(None, "recorded rollouts for --rollout-engine replay")
+    record_rollouts: str | None = flag(None, "write every rollout to this replay file")
+    max_new_tokens: int = flag(
+        1024, "tokens a rollout at most (fewer where the model's positions end)"
+    )
+    rollout_temperature: float = flag(1.1, "sampling temperature; 0 is greedy")
+    rollout_top_p: float = flag(0.95, "nucleus sampling")
+    rollout_top_k: int = flag(20, "top-k sampling; 0 is off")
+    rollout_batch_size: int = flag(64, "sequences generated at once on a data-parallel rank")
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """Only read with --rollout-engine vllm (docs/vllm.md)."""
+
+    vllm_url: str | None = flag(
+        None, "vLLM server(s) for --rollout-engine vllm, as http://127.0.0.1:8000[,...]"
+    )
+    vllm_api_key_file: str | None = flag(None, "file with the servers' --api-key")
+    vllm_weight_sync: str = flag(
+        "auto",
+        "how the student's weights reach the servers; auto: adapter with --lora-rank",
+        ("auto", "adapter", "checkpoint"),
+    )
+    vllm_sync_interval: int = flag(1, "sync the weights every so many steps")
+    vllm_sync_dir: str | None = flag(
+        None, "directory that servers read weights from (default: vllm under --output-dir)"
+    )
+    vllm_concurrency: int = flag(64, "requests at once of a data-parallel rank")
+    vllm_timeout_seconds: float = flag(300.0, "a request without its answer fails")
+    vllm_max_retries: int = flag(8, "of a request that fails, before the run ends")
+    vllm_backoff_seconds: float = flag(1.0, "wait before the first retry; doubles up to 60")
+    vllm_drift_warning: float = flag(
+        0.05, "warn where sampled tokens' log-probabilities differ more on average, nats"
+    )

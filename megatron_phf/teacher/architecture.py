@@ -1,0 +1,207 @@
+"""A teacher that is another model (``--teacher-hf-model``): what it needs to fit its student.
+
+Without torch: the checks before launch read it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from megatron_phf.config.settings import Config, flag_of
+from megatron_phf.files.foreign import parse_json
+from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
+from megatron_phf.hidden.spec import flow_spec, flow_weights
+from megatron_phf.model.architecture import Architecture, check_split, read_architecture
+
+TEACHER_FLAG = "--teacher-hf-model"
+# Whatever both directories have of these is compared; the first decides.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def teacher_config(config: Config) -> Config:
+    """The settings that the other model is built with: the run's, with its own split."""
+    teacher = config.teacher
+    assert teacher.teacher_hf_model is not None
+    return config.replaced(
+        hf_model=teacher.teacher_hf_model,
+        num_layers_in_first_pipeline_stage=teacher.teacher_num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=teacher.teacher_num_layers_in_last_pipeline_stage,
+        account_for_embedding_in_pipeline_split=False,
+        account_for_loss_in_pipeline_split=False,
+        recompute_granularity=None,
+        max_prompt_length=config.data.max_teacher_prompt_length,
+        eval_data=None,
+        lora_rank=0,
+        lora_adapter=None,
+    )
+
+
+def read_teacher(arch: Architecture, config: Config) -> Architecture | None:
+    """The other model's architecture, its vocabulary cut or padded to the student's; or None.
+
+    With equal rows, tensor-parallel ranks hold the same tokens of both heads.
+    """
+    directory = config.teacher.teacher_hf_model
+    if directory is None:
+        return None
+    own = read_architecture(directory, TEACHER_FLAG)
+    return dataclasses.replace(own, vocab_size=arch.vocab_size, stored_vocab_size=own.vocab_size)
+
+
+def common_vocab_size(arch: Architecture, config: Config) -> int:
+    """Token ids that both models have; a vocabulary may be padded beyond the tokenizer's."""
+    teacher = read_teacher(arch, config)
+    if teacher is None or teacher.stored_vocab_size is None:
+        return arch.vocab_size
+    return min(arch.vocab_size, teacher.stored_vocab_size)
+
+
+def layer_map(config: Config, student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """The teacher layer of each student layer: ``--teacher-layer-map``, or by relative depth.
+
+    Raises:
+        ValueError: the map given is malformed or does not fit.
+    """
+    given = config.teacher.teacher_layer_map
+    if given is None:
+        return relative_layer_map(student_layers, teacher_layers)
+    try:
+        layers = tuple(int(word) for word in given.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"--teacher-layer-map {given}: not layer numbers separated by commas, as 2,4,6,8"
+        ) from error
+    try:
+        check_layer_map(layers, student_layers, teacher_layers)
+    except ValueError as error:
+        raise ValueError(f"--teacher-layer-map {given}: {error}") from error
+    return layers
+
+
+def _vocabulary(path: str) -> dict[str, int]:
+    """Token -> id of a ``tokenizer.json`` (added tokens too) or a ``vocab.json``."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = parse_json(f.read())
+        if path.endswith("vocab.json"):
+            return dict(content)
+        vocab: Any = content["model"]["vocab"]
+        if isinstance(vocab, list):  # Unigram: [token, score] in the order of their ids
+            vocab = {token: i for i, (token, _) in enumerate(vocab)}
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        return {**vocab, **added}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no readable vocabulary ({error}); copy it again") from error
+
+
+def _compare_vocabularies(student: str, teacher: str, common: int) -> None:
+    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    for token in [*ours, *theirs]:
+        if ours.get(token) != theirs.get(token):
+            raise ValueError(
+                f"{TEACHER_FLAG}: token {token!r} has id {theirs.get(token)} in {teacher} and "
+                f"{ours.get(token)} in {student}; the teacher must have the student's tokenizer"
+            )
+    largest = max(ours.values(), default=0)
+    if largest >= common:
+        raise ValueError(
+            f"{TEACHER_FLAG}: {student} gives token ids up to {largest}, but student and teacher "
+            f"have embeddings for 0 to {common} - 1 only"
+        )
+
+
+def _same_bytes(first: str, second: str) -> bool:
+    with open(first, "rb") as a, open(second, "rb") as b:
+        return a.read() == b.read()
+
+
+def check_tokenizers(student: str, teacher: str, common: int, required: bool) -> None:
+    """Raise ValueError where the directories' tokenizers give a token another id.
+
+    ``common``: token ids that both models have; ``required``: whether a directory without a
+    tokenizer is a mistake (a replay needs none).
+    """
+    for name in _TOKENIZER_FILES:
+        ours, theirs = (os.path.join(directory, name) for directory in (student, teacher))
+        if not (os.path.isfile(ours) and os.path.isfile(theirs)):
+            continue
+        if name.endswith(".json"):
+            _compare_vocabularies(ours, theirs, common)
+        elif not _same_bytes(ours, theirs):
+            raise ValueError(
+                f"{TEACHER_FLAG}: {theirs} is not the student's {ours}; the teacher must have the "
+                "student's tokenizer"
+            )
+        return
+    if required:
+        raise ValueError(
+            f"{TEACHER_FLAG} {teacher}: no tokenizer file ({', '.join(_TOKENIZER_FILES)}) to "
+            f"compare with that of {student}; copy it there"
+        )
+
+
+def check_teacher_flags(config: Config) -> None:
+    """Raise ValueError for flags of a teacher that exclude each other, or need one another."""
+    teacher = config.teacher
+    if teacher.teacher_offload and config.method.teacher == "live":
+        raise ValueError(
+            "--teacher-offload: a live teacher has no weights of its own; leave it out"
+        )
+    if teacher.teacher_offload and config.lora.lora_rank and teacher.teacher_hf_model is None:
+        raise ValueError(
+            "--teacher-offload: with --lora-rank the teacher shares the student's weights; leave "
+            f"it out, or name another model with {TEACHER_FLAG}"
+        )
+    if teacher.teacher_hf_model is None:
+        for f in dataclasses.fields(teacher):
+            if f.name != "teacher_offload" and getattr(teacher, f.name) is not None:
+                raise ValueError(f"{flag_of(f.name)} needs {TEACHER_FLAG}")
+        return
+    if config.method.teacher != "frozen":
+        raise ValueError(
+            f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
+            "another model: use --teacher frozen, or leave one of the two out"
+        )
+    if config.model.hf_model is None:
+        raise ValueError(f"{TEACHER_FLAG} needs --hf-model (and --data): the student")
+
+
+def check_models(config: Config, directory: str) -> None:
+    """Raise ValueError where student (in ``directory``) or teacher do not fit the layout."""
+    arch, own = read_architecture(directory), config
+    if config.teacher.teacher_hf_model is not None:  # the long prompt is the other model's
+        own = config.replaced(max_teacher_prompt_length=config.data.max_prompt_length)
+    check_split(arch, own)
+    check_teacher(arch, config)
+    check_flow(arch, config)
+
+
+def check_flow(arch: Architecture, config: Config) -> None:
+    """Raise ValueError where the flow loss that the flags choose does not fit the two models."""
+    spec, teacher = flow_spec(config), read_teacher(arch, config) or arch
+    try:
+        flow_weights(arch.num_layers, spec, teacher.hidden_size == arch.hidden_size)
+    except ValueError as error:
+        raise ValueError(f"--phf-terms {config.method.phf_terms}, --phf-layers: {error}") from error
+
+
+def check_teacher(arch: Architecture, config: Config) -> None:
+    """Raise ValueError where the other model does not fit the student or the layout."""
+    teacher = read_teacher(arch, config)
+    if teacher is None:
+        return
+    directory = config.teacher.teacher_hf_model
+    assert directory is not None and config.model.hf_model is not None
+    try:
+        check_split(teacher, teacher_config(config))
+    except ValueError as error:
+        raise ValueError(
+            f"{TEACHER_FLAG} {directory}: {error} (of the teacher: "
+            "--teacher-num-layers-in-first-pipeline-stage and its sibling)"
+        ) from error
+    layer_map(config, arch.num_layers, teacher.num_layers)
+    replaying = config.rollout.rollout_engine == "replay"
+    common = common_vocab_size(arch, config)
+    check_tokenizers(config.model.hf_model, directory, common, required=not replaying)

@@ -1,0 +1,157 @@
+"""The privileged teacher: a co-located parallel model without optimizer, DDP or gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_phf.config.settings import Config
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.model.fp8 import never_trained
+from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
+from megatron_phf.teacher.adapters import AdapterEmaTeacher, BaseModelTeacher
+from megatron_phf.teacher.architecture import TEACHER_FLAG, read_teacher, teacher_config
+from megatron_phf.teacher.average import WeightAverage
+from megatron_phf.teacher.offload import HostWeights
+from megatron_phf.weights.huggingface import load_hf_weights
+
+# Where a teacher's weights are during its passes.
+Resident = Callable[[], contextlib.AbstractContextManager[None]]
+_always: Resident = contextlib.nullcontext
+
+
+class Teacher(Protocol):
+    """Model chunks that read the privileged prompt, and their update after each step."""
+
+    chunks: list[FlowGPTModel]
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Within, ``chunks`` compute with the teacher's weights; every teacher pass runs there."""
+        ...
+
+    def update(self, student: list[FlowGPTModel]) -> None:
+        """Follow the student's new weights (after an optimizer step)."""
+        ...
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold to resume: empty, or fp32 averages keyed ``teacher.``."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what a checkpoint held for :meth:`sharded_state_dict`."""
+        ...
+
+
+class StatelessTeacher:
+    """Frozen on weights of its own, or live on the student's: nothing to keep."""
+
+    def __init__(self, chunks: list[FlowGPTModel], resident: Resident = _always) -> None:
+        self.chunks, self._resident = chunks, resident
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """The weights are in place, or come from the host."""
+        return self._resident()
+
+    def update(self, student: list[FlowGPTModel]) -> None:
+        """Nothing."""
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Empty: the start of a run makes the teacher again."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class EmaTeacher:
+    """theta_T <- rho theta_T + (1 - rho) theta_S after each optimizer step, on a copy."""
+
+    def __init__(
+        self, chunks: list[FlowGPTModel], decay: float, resident: Resident = _always
+    ) -> None:
+        self.chunks, self._resident = chunks, resident
+        self.average = WeightAverage(chunks, decay, copy=False)
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """The weights are in place, or come from the host."""
+        return self._resident()
+
+    def update(self, student: list[FlowGPTModel]) -> None:
+        """One step of the average."""
+        self.average.update(student)
+        self._apply()
+
+    @torch.no_grad()
+    def _apply(self) -> None:
+        for weight, average in self.average.pairs():
+            if weight.data.dtype is not average.dtype:  # else they are one tensor
+                weight.copy_(average)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The average."""
+        return self.average.sharded_state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The average of a checkpoint."""
+        self.average.load_state_dict(state)
+        self._apply()
+
+
+def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
+    """The model of ``--teacher-hf-model``, in the student's layout and with its vocabulary rows."""
+    teacher, settings = read_teacher(arch, config), never_trained(teacher_config(config))
+    assert teacher is not None and settings.model.hf_model is not None
+    chunks = build_model(teacher, settings)
+    load_hf_weights(chunks, teacher, settings, settings.model.hf_model, TEACHER_FLAG)
+    for chunk in chunks:
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
+@dataclass(frozen=True)
+class TeacherKind:
+    """How a kind of teacher is made.
+
+    ``on_weights``: of chunks with weights of its own and where these are kept; ``on_adapters``: of
+    a student that trains adapters alone, whose base weights it shares; each None where the kind
+    has none of its own and is ``on_student``, the student's own weights.
+    """
+
+    on_weights: Callable[[list[FlowGPTModel], Config, Resident], Teacher] | None = None
+    on_adapters: Callable[[list[FlowGPTModel], Config], Teacher] | None = None
+    on_student: Callable[[list[FlowGPTModel]], Teacher] | None = None
+
+
+# --teacher; its choices stand in the settings, which import nothing.
+TEACHERS = {
+    "frozen": TeacherKind(
+        on_weights=lambda chunks, config, resident: StatelessTeacher(chunks, resident),
+        on_adapters=lambda student, config: BaseModelTeacher(student),
+    ),
+    "ema": TeacherKind(
+        on_weights=lambda chunks, config, resident: EmaTeacher(
+            chunks, config.method.ema_decay, resident
+        ),
+        on_adapters=lambda student, config: AdapterEmaTeacher(student, config.method.ema_decay),
+    ),
+    "live": TeacherKind(on_student=StatelessTeacher),
+}
+
+
+def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
+    """The teacher of ``--teacher``, starting at the student's weights; or another model."""
+    kind = TEACHERS[config.method.teacher]
+    if kind.on_student is not None:
+        return kind.on_student(student)
+    other = config.teacher.teacher_hf_model is not None
+    if config.lora.lora_rank and not other:
+        assert kind.on_adapters is not None
+        return kind.on_adapters(student, config)
+    chunks = _other_model(arch, config) if other else frozen_copy(student, arch, config)
+    resident = HostWeights(chunks).on_device if config.teacher.teacher_offload else _always
+    assert kind.on_weights is not None
+    return kind.on_weights(chunks, config, resident)
