@@ -31,6 +31,7 @@ device.import_megatron()  # as the product does
 from megatron_phf.cli import preflight  # noqa: E402
 from megatron_phf.config.flags import parse_args  # noqa: E402
 from megatron_phf.config.settings import Config  # noqa: E402
+from megatron_phf.console import print_anything  # noqa: E402
 from megatron_phf.lora.files import export_adapter  # noqa: E402
 from megatron_phf.model.architecture import read_architecture  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
@@ -124,6 +125,7 @@ def run_case(config: Config, case: dict[str, Any], path: str) -> object:
 
 def main(run: RunCase = run_case) -> None:
     """All cases; a failed one is named and ends the run."""
+    print_anything()
     cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     device.setup()
     device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
