@@ -41,8 +41,8 @@ def test_mistakes() -> None:
 
 def test_the_norm_is_the_jobs_own() -> None:
     """Not one of the gradients, which would be right where the job clips by a wrong one."""
-    metrics = dict.fromkeys((*parity._VALUES, *parity._OTHERS), 1.0)
-    metrics |= {key: [1.0] for key in parity._LISTS}
+    metrics = dict.fromkeys((*parity._OUTPUT, *parity._OTHERS, "flow", "flow_geometry"), 1.0)
+    metrics["flow_geometry_per_layer"] = [1.0]
     gradients = {"w": torch.tensor([3.0, 4.0])}
     product = {**metrics, "grad_norm": 5.1}, gradients
     expected = SimpleNamespace(metrics={**metrics, "grad_norm": 5.0}, gradients=gradients)

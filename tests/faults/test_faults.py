@@ -70,7 +70,7 @@ def test_full_disk_then_damage_then_truncated_data(files: Path) -> None:
     the undisturbed one.
     """
     plan = write_plan(
-        files / "full.json", {"rank": 1, "step": 4, "where": "save_files", "action": "FSIZE"}
+        files / "full.json", {"rank": 0, "step": 4, "where": "save_files", "action": "FSIZE"}
     )
     arguments = [*flags(files, STEPS), *outputs(files, "full"), "--save-interval", "1"]
     done = launch(plan, arguments)
@@ -89,16 +89,16 @@ def test_full_disk_then_damage_then_truncated_data(files: Path) -> None:
     data.write_text(whole)
 
     newest = Path(checkpoint_files.iteration_directory(str(files / "full/checkpoints"), 3))
-    shard = newest / "__1_0.distcp"
+    shard = newest / "__0_0.distcp"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     done = launch(none, [*arguments, "--exact-checkpoint"])
     assert done.returncode != 0
-    assert f"{newest}: __1_0.distcp: its checksum is wrong (--exact-checkpoint)" in done.stderr
+    assert f"{newest}: __0_0.distcp: its checksum is wrong (--exact-checkpoint)" in done.stderr
     done = launch(none, arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"damaged checkpoint: {newest}: __1_0.distcp: its checksum is wrong" in done.stdout
+    assert f"damaged checkpoint: {newest}: __0_0.distcp: its checksum is wrong" in done.stdout
     assert "after step 2" in done.stdout
     assert steps_of(files / "full") == steps_of(files / "straight")
     assert same_weights(files / "full", files / "straight")

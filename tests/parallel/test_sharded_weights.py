@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_phf.weights import torch_dist
-from tests.models import make_model
+from tests.models import make_model, make_replay
 from tests.parallel.cases import launch
 from tests.parallel.test_parity import PP2, TP2, VPP2
 
@@ -25,7 +25,7 @@ MODELS = {
 }
 COMMON = ["--dtype", "fp32", "--make-vocab-size-divisible-by", "100", "--pad-attention-heads"]
 COMMON += ["--max-prompt-length", "32", "--max-teacher-prompt-length", "32"]
-COMMON += ["--rollout-engine", "replay", "--replay-file", __file__, "--global-batch-size", "4"]
+COMMON += ["--rollout-engine", "replay", "--global-batch-size", "4"]
 SAVED = ("one", "tp2", "pp2_vpp2")
 
 
@@ -34,12 +34,20 @@ def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("sharded")
     for name, settings in MODELS.items():
         make_model(str(directory / name), **settings)
+    replay = make_replay(str(directory / "replay.jsonl"), [1, 1, 1, 1], vocab_size=200)
     jobs: dict[tuple[int, bool], list[dict]] = {}
     for model in MODELS:
         for layout, argv in LAYOUTS.items():
             base = {
                 "kind": "reshard",
-                "argv": ["--hf-model", str(directory / model), *COMMON, *argv],
+                "argv": [
+                    "--hf-model",
+                    str(directory / model),
+                    "--replay-file",
+                    replay,
+                    *COMMON,
+                    *argv,
+                ],
             }
             if layout in SAVED:
                 case = {"name": f"{model}-{layout}", "save": str(directory / f"{model}-{layout}.w")}
