@@ -260,6 +260,10 @@ def distill_case(
     return [first, *steps(distiller, source, case["steps"], path)]
 
 
-if __name__ == "__main__":
-    # Late, so that another driver may replace it.
+def main() -> None:
+    """All cases; ``run_case`` is looked up late, so that another driver may replace it."""
     cases.main(lambda *each: run_case(*each))
+
+
+if __name__ == "__main__":
+    main()
