@@ -228,4 +228,6 @@ def _copy_tensors(state: Any, buffers: HostBuffers, place: tuple[Any, ...] = ())
 
 def _short(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    # torch's own words for a file that did not grow as it should: "unexpected pos 704 vs 598".
+    full = " (is the disk full?)" if "inline_container" in text else ""
+    return f"{type(error).__name__}: {text[:300]}{full}"

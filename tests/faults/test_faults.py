@@ -76,7 +76,7 @@ def test_full_disk_then_damage_then_truncated_data(files: Path) -> None:
     done = launch(plan, arguments)
     assert done.returncode != 0
     error = next(x for x in done.stderr.splitlines() if x.startswith("error: "))
-    assert "--save" in error and "cannot be written" in error and "File too large" in error
+    assert "--save" in error and "cannot be written" in error and "is the disk full" in error
     assert latest(files / "full") == 3
     none = files / "none.json"
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from megatron_phf import reference
@@ -135,6 +136,6 @@ def test_rollouts_are_greedy(name: str, results: Path, files: Path) -> None:
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     rows = json.loads((results / f"{name}.json").read_text())
     for prompt, row in zip(prompts(), rows, strict=True):
-        ids = reference.torch.tensor([prompt])
+        ids = torch.tensor([prompt])
         output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
         assert row == output[0, len(prompt) :].tolist()
