@@ -100,7 +100,7 @@ RUN = (
     ),
     Breakage(
         "vLLM's log-probabilities meet those of the next token",
-        "megatron_phf/train/step.py",
+        "megatron_phf/train/student_pass.py",
         "batch.log_probs[here])",
         "batch.log_probs[here].roll(1))",
         (VLLM_JOB, "-k", "adapters or checkpoints"),

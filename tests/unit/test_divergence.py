@@ -19,7 +19,7 @@ from megatron_phf.losses import (
     generalized_jsd,
     policy_gradient_loss,
 )
-from megatron_phf.losses.chunked import _BLOCK_ENTRIES
+from megatron_phf.losses.chunked import _BLOCK_BYTES
 
 seeds = st.integers(0, 2**31 - 1)
 specs = st.builds(
@@ -195,7 +195,7 @@ def test_blocks_within_a_chunk_change_nothing(objective: str, monkeypatch) -> No
         return [*found, *torch.autograd.grad(found.loss, (rows, weight))]
 
     whole = result()
-    monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", 20)  # two rows a block
+    monkeypatch.setitem(_BLOCK_BYTES, "cpu", 4 * 20)  # two rows a block
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(result(), whole, strict=True))
 
 
@@ -218,7 +218,7 @@ class _Alive(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_more_than_two_logits_of_a_chunk(dtype: torch.dtype, monkeypatch) -> None:
     """The student's and the teacher's; not those of the chunk before, nor their gradient."""
-    monkeypatch.setitem(_BLOCK_ENTRIES, "cpu", 40)
+    monkeypatch.setitem(_BLOCK_BYTES, "cpu", 4 * 40)
     rows, teacher = (torch.randn(32, 4, dtype=dtype) for _ in range(2))
     weight = torch.randn(40, 4, dtype=dtype).requires_grad_()
     with _Alive(8 * 40) as alive:

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from megatron_phf.cli.check_export import main, tokenizer_difference
-from megatron_phf.cli.convert_checkpoint import _merged_in_bf16
+from megatron_phf.cli.conversion_steps import _merged_in_bf16
 from megatron_phf.config.settings import TokenizerConfig
 from megatron_phf.demo.task import make_hf_directory
 from megatron_phf.weights.hf_directory import copy_model_files
