@@ -10,8 +10,15 @@ import time
 
 # What schedulers send, Ctrl-C, and a terminal that is closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+# nohup and shells ignore these for a program that is to outlive them.  Job scripts ignore the others
+# for torchrun, which they would end, and its ranks inherit that: yet they are meant for the ranks.
+_LEFT_IGNORED = (signal.SIGHUP, signal.SIGINT)
 # Ctrl-C may reach a rank twice: from the terminal, and handed on by torchrun.
 _SAME_SECONDS = 1.0
+
+
+def _stays_ignored(number: int) -> bool:
+    return number in _LEFT_IGNORED and signal.getsignal(number) is signal.SIG_IGN
 
 
 class StopSignals:
@@ -29,7 +36,7 @@ class StopSignals:
     def install(self) -> None:
         """From now on a signal waits for the end of the step."""
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            if not _stays_ignored(number):
                 signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="stop-signals", daemon=True).start()
@@ -38,7 +45,7 @@ class StopSignals:
         """Signals end the process again; at once where one has come before."""
         signal.set_wakeup_fd(-1)
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if not _stays_ignored(number):
                 signal.signal(number, signal.SIG_DFL)
 
     def _watch(self) -> None:

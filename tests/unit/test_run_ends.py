@@ -69,6 +69,17 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
+def test_what_a_job_script_ignores_for_torchrun_reaches_the_ranks() -> None:
+    """``trap "" USR1`` is inherited: a rank that left it ignored would never save and requeue."""
+    ignored = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+    process = start(ignored + WAITS)
+    process.send_signal(signal.SIGUSR1)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.3)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=5) == 128 + signal.SIGUSR1
+
+
 def test_a_directory_takes_one_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("megatron_phf.runtime.run_lock._PATIENCE_SECONDS", 0.5)
     process = start(HOLDS, str(tmp_path))
