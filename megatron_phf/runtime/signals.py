@@ -10,8 +10,8 @@ import time
 
 # What schedulers send, Ctrl-C, and a terminal that is closed.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# nohup and shells ignore these for a program that is to outlive them.  Job scripts ignore the others
-# for torchrun, which they would end, and its ranks inherit that: yet they are meant for the ranks.
+# nohup and shells ignore these for a program that is to outlive them.  Job scripts ignore the rest
+# for torchrun, which they would end; its ranks inherit that, and yet they are meant for the ranks.
 _LEFT_IGNORED = (signal.SIGHUP, signal.SIGINT)
 # Ctrl-C may reach a rank twice: from the terminal, and handed on by torchrun.
 _SAME_SECONDS = 1.0
