@@ -37,6 +37,7 @@ def layer_values(
     On layer 1 no term over pairs has any.
     """
     values = {}
+    counts = {kind: row_counts(kind, valid) for kind in {term.states for term in terms}}
     for term in terms:
         if term.over == "pair" and layer == 1:
             continue
@@ -47,7 +48,7 @@ def layer_values(
                 student.products(term.states, term.over),
                 teacher.products(term.states, term.over),
             )
-        values[term.name] = term.value(*both, row_counts(term.states, valid))
+        values[term.name] = term.value(*both, counts[term.states])
     return values
 
 

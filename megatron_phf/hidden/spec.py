@@ -73,8 +73,7 @@ def terms_of(spec: FlowSpec, equal_widths: bool = True) -> list[HiddenTerm]:
     Args:
         equal_widths: False where student and teacher have other hidden sizes.
     """
-    usable = [t for t, _ in weighted_terms(spec.terms) if equal_widths or not t.needs_equal_widths]
-    return usable
+    return [t for t, _ in weighted_terms(spec.terms) if equal_widths or not t.needs_equal_widths]
 
 
 def flow_weights(
