@@ -118,7 +118,7 @@ LOSSES = (
         "megatron_phf/losses/chunked.py",
         "            del d_logits",
         "            #",
-        ("tests/unit/test_divergence.py", "-k", "no_more_than_two"),
+        ("tests/unit/losses/test_divergence.py", "-k", "no_more_than_two"),
     ),
     Breakage(
         "a recomputed layer takes the directions of another piece's graph for its input's",

@@ -44,7 +44,7 @@ MODEL = (
         "megatron_phf/teacher/offload.py",
         "                p.data = data\n",
         "                del data\n",
-        ("tests/unit/test_offload.py",),
+        ("tests/unit/teacher/test_offload.py",),
     ),
     Breakage(
         "padding counts in the routers' load-balancing loss",
@@ -143,7 +143,7 @@ MODEL = (
         """    wait_for_weights(chunks)
     modes =""",
         "    modes =",
-        ("tests/unit/test_offload.py", "-k", "waits_for_them"),
+        ("tests/unit/teacher/test_offload.py", "-k", "waits_for_them"),
     ),
     Breakage(
         "the gradient norm is torch's, of each whole tensor",

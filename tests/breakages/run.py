@@ -6,10 +6,10 @@ from tests.breakages.breakage import Breakage
 
 RESUME = "tests/parallel/test_resume.py"
 EVALUATE = "tests/end_to_end/test_evaluate.py"
-VLLM = "tests/unit/test_vllm_server.py"
+VLLM = "tests/unit/rollout/test_vllm_server.py"
 VLLM_JOB = "tests/end_to_end/test_vllm_job.py"
-GRADING = "tests/unit/test_grading.py"
-REPORT = "tests/unit/test_report.py"
+GRADING = "tests/unit/evaluation/test_grading.py"
+REPORT = "tests/unit/report/test_report.py"
 SECURITY = "tests/unit/test_security.py"
 FUZZ = "tests/unit/test_fuzz.py"
 
@@ -19,7 +19,7 @@ RUN = (
         "megatron_phf/train/evaluation.py",
         "bool(done) and 0 <= step_of(line) <= done",
         "True",
-        ("tests/unit/test_evaluation.py", "-k", "resumed_run"),
+        ("tests/unit/evaluation/test_evaluation.py", "-k", "resumed_run"),
     ),
     Breakage(
         "an evaluation draws each problem's samples anew after a restart",
@@ -61,14 +61,14 @@ RUN = (
         "examples/engines/calculator.py",
         "sampling.seed, turn) if turn else sampling.seed",
         "sampling.seed, turn) if not turn else sampling.seed",
-        ("tests/unit/test_engines.py", "-k", "dialogue"),
+        ("tests/unit/rollout/test_engines.py", "-k", "dialogue"),
     ),
     Breakage(
         "ranks of one model may train on different responses",
         "megatron_phf/rollout/checked.py",
         "digest = None if problem else _digest(responses)",
         "digest = None",
-        ("tests/unit/test_engines.py", "-k", "differ_between"),
+        ("tests/unit/rollout/test_engines.py", "-k", "differ_between"),
     ),
     Breakage(
         "vLLM samples with the weights of the first step for ever",
@@ -173,27 +173,27 @@ RUN = (
         "megatron_phf/data/special_text.py",
         "return self._names.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)",
         "return text",
-        ("tests/unit/test_special_text.py", "-k", "names_of_special_tokens"),
+        ("tests/unit/data/test_special_text.py", "-k", "names_of_special_tokens"),
     ),
     Breakage(
         "config.json's stop tokens are not read",
         "megatron_phf/data/tokenizer.py",
         '("generation_config.json", "config.json")',
         '("generation_config.json",)',
-        ("tests/unit/test_special_text.py", "-k", "stop_tokens"),
+        ("tests/unit/data/test_special_text.py", "-k", "stop_tokens"),
     ),
     Breakage(
         "numbers that differ are left to math-verify, which rounds",
         "megatron_phf/evaluation/answers.py",
         "    return False if all(known) else None\n",
         "    return None\n",
-        ("tests/unit/test_answers.py", "-k", "not_equal"),
+        ("tests/unit/evaluation/test_answers.py", "-k", "not_equal"),
     ),
     Breakage(
         "top-p 1 loses the tail",
         "megatron_phf/rollout/sampling.py",
         "    if top_p == 1:",
         "    if top_p > 1:",
-        ("tests/unit/test_sampling.py", "-k", "top_p_of_one"),
+        ("tests/unit/rollout/test_sampling.py", "-k", "top_p_of_one"),
     ),
 )

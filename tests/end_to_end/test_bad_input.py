@@ -70,7 +70,7 @@ def test_too_few_rollouts(model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--hf-model", "--teacher-hf-model"])
 def test_damaged_weights_are_refused_before_launch(model: str, tmp_path: Path, flag: str) -> None:
-    """All kinds of damage: tests/unit/test_weight_files.py."""
+    """All kinds of damage: tests/unit/weights/test_weight_files.py."""
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     weights = broken / "model.safetensors"

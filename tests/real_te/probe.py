@@ -117,7 +117,7 @@ def weights(model: str, flags: list[str]) -> dict[str, float]:
 def adam() -> dict[str, float]:
     """torch's Adam after six steps against two of it, two of the real fused one, two of it."""
     from megatron_phf.train import adam_state
-    from tests.unit.test_kernels import resume, saved
+    from tests.unit.runtime.test_kernels import resume, saved
 
     extension.see_a_hopper()
     fused = importlib.import_module("transformer_engine.pytorch.optimizers").FusedAdam

@@ -78,3 +78,10 @@ def test_every_folder_says_what_lives_there() -> None:
         text = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
         assert text and len(text.splitlines()) >= 3, folder
     assert len([p for p in PACKAGE.glob("*.py")]) <= MOST_FLAT
+
+
+def test_the_unit_tests_mirror_the_folders() -> None:
+    """What concerns one folder is tested under its name; what concerns all lies beside."""
+    unit = REPO / "tests" / "unit"
+    folders = {path.parent.name for path in unit.glob("*/test_*.py")}
+    assert folders <= set(FOLDERS) and len(folders) > len(FOLDERS) - 4

@@ -352,7 +352,7 @@ class NoPairs(Halves):
 
 
 def test_a_term_of_ones_own() -> None:
-    spec = FlowSpec(("tests.unit.test_flow:Halves=3",))
+    spec = FlowSpec(("tests.unit.hidden.test_flow:Halves=3",))
     flow = flow_loss(hidden(1), hidden(2), all_valid(), spec=spec)
     wanted = sum(((a - b) / 2).square().mean() for a, b in zip(hidden(1), hidden(2), strict=True))
     assert float(flow.loss) == pytest.approx(3 * float(wanted) / LAYERS)
@@ -360,7 +360,7 @@ def test_a_term_of_ones_own() -> None:
 
 
 def test_specs_that_say_nothing_are_refused() -> None:
-    here = "tests.unit.test_flow"
+    here = "tests.unit.hidden.test_flow"
     for values, message in (
         ({"terms": ("direction", "colour")}, "term 'colour': name one of direction, geometry"),
         ({"terms": ()}, "name at least one"),

@@ -84,5 +84,5 @@ def test_synchronisations_are_counted_by_phase_and_place(monkeypatch: pytest.Mon
     assert found["phases"] == {"teacher": 1, "student": 3}
     (phase, where, count), _ = found["places"]
     assert (phase, count) == ("student", 3)
-    assert where.startswith("tests/unit/test_acceptance_starts.py:")
+    assert where.startswith("tests/unit/cli/test_acceptance_starts.py:")
     assert modes == ["warn", "default"]
