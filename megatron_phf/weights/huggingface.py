@@ -162,7 +162,7 @@ def _bridge(arch: Architecture, config: Config) -> Any:
     )
     tp = parallel.tensor_parallel_size()
     divisible_by = config.model.make_vocab_size_divisible_by
-    bridge = bridge_class(_Bridge, arch.model_type, norms, arch=arch)(
+    bridge = bridge_class(_Bridge, arch.family.bridge, norms, arch=arch)(
         hf_config, dtype=model_dtype(config), make_vocab_size_divisible_by=divisible_by * tp
     )
     bridge.vocab_size = arch.vocab_size
