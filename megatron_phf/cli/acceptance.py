@@ -40,12 +40,25 @@ def engine_problem(cuda: bool) -> str | None:
         return "CUDA and Transformer Engine"
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine"
-    code = [sys.executable, "-c", "import transformer_engine.pytorch"]
-    done = subprocess.run(code, capture_output=True, text=True, check=False, timeout=120)
-    if done.returncode == 0:
-        return None
-    said = done.stderr.strip().splitlines()[-1:] or ["its import fails"]
-    return f"Transformer Engine ({said[0][:150]})"
+    reason = _asked(
+        "from megatron_phf.runtime.optional_packages import import_failure as failure; "
+        "print(failure('transformer_engine') or '')"
+    )
+    return f"Transformer Engine ({reason})" if reason else None
+
+
+def _asked(code: str) -> str:
+    """What ``code`` prints in another process: a context here would take memory from the cases."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=for_children(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    good = done.returncode == 0
+    return done.stdout.strip() if good else f"unknown ({done.stderr.strip()[-200:]})"
 
 
 def _job(args: argparse.Namespace, tiny: str, steps: int) -> list[str]:
@@ -91,13 +104,8 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
 
 
 def machine() -> str:
-    """Its devices; asked by another process, as a context here would take memory from the cases."""
-    code = "from megatron_phf.runtime import device; print(device.describe())"
-    asked = [sys.executable, "-c", code]
-    done = subprocess.run(
-        asked, env=for_children(os.environ), capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or f"unknown ({done.stderr.strip()[-200:]})"
+    """Its devices."""
+    return _asked("from megatron_phf.runtime import device; print(device.describe())")
 
 
 def describe(plan: Plan, where: str, given: str | None, began: float) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from megatron_phf.cli import preflight  # noqa: E402
 from megatron_phf.config.flags import parse_args  # noqa: E402
 from megatron_phf.config.settings import Config  # noqa: E402
 from megatron_phf.console import print_anything  # noqa: E402
+from megatron_phf.files.replace import write_json  # noqa: E402
 from megatron_phf.lora.files import export_adapter  # noqa: E402
 from megatron_phf.model.architecture import read_architecture  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
@@ -136,9 +137,8 @@ def main(run: RunCase = run_case) -> None:
         except Exception:
             print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
             os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            with open(base + ".json", "w", encoding="utf-8") as f:
-                json.dump(result, f)
+        if parallel.is_first_rank():
+            write_json(base + ".json", result)
         parallel.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 

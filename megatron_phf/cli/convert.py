@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_phf.files.replace import write_json, write_text
 from megatron_phf.runtime import device
 
 device.import_megatron()  # before anything else does
@@ -128,10 +129,8 @@ def _write_rest(job: Job, directory: str, dtype: str) -> None:
         "dtype": str(_DTYPES[dtype]),
         "files": files.settle(directory, files.files_below(directory)),
     }
-    with open(os.path.join(directory, files.MANIFEST), "w", encoding="utf-8") as f:
-        json.dump(manifest, f, indent=1)
-    with open(os.path.join(job.target, files.TRACKER), "w", encoding="utf-8") as f:
-        f.write(files.RELEASE)
+    write_json(os.path.join(directory, files.MANIFEST), manifest)
+    write_text(os.path.join(job.target, files.TRACKER), files.RELEASE)
 
 
 def hf_to_megatron(job: Job, arch: Architecture) -> None:

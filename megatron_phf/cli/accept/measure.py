@@ -27,6 +27,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 
+from megatron_phf.files.replace import write_json
 from megatron_phf.runtime import device
 
 device.import_megatron()
@@ -236,10 +237,8 @@ def main() -> None:
         except Exception:
             print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
             os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            partial = Path(output, f"{case['name']}.partial")
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.rename(partial.with_suffix(".json"))
+        if parallel.is_first_rank():
+            write_json(os.path.join(output, f"{case['name']}.json"), result)
     parallel.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
