@@ -26,9 +26,9 @@ from typing import Any
 from megatron_phf.cli.accept.launch import Clock, run_all
 from megatron_phf.cli.accept.model import large_settings, write_tiny
 from megatron_phf.cli.accept.plan import LAYOUTS, Plan
-from megatron_phf.cli.accept.rows import evaluate
 from megatron_phf.cli.accept.table import render, write_report
-from megatron_phf.console import print_anything
+from megatron_phf.cli.accept.verdicts import evaluate
+from megatron_phf.console import program
 from megatron_phf.runtime.environment import for_children
 
 _PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine")
@@ -161,9 +161,9 @@ def run(args: argparse.Namespace, directory: str) -> int:
     return 1 if any(row.result in ("fail", "late") for row in rows) else 0
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """0 passed, 1 failed, 2 for a mistake in the command line."""
-    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -181,14 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps and args.steps < 4:
         parser.error("--steps: need at least 4")
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            if args.table is not None:
-                print(render(args.table))
-                return 0
-            return run(args, directory)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        if args.table is not None:
+            print(render(args.table))
+            return 0
+        return run(args, directory)
 
 
 if __name__ == "__main__":

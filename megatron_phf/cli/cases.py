@@ -124,8 +124,10 @@ def run_case(config: Config, case: dict[str, Any], path: str) -> object:
     return gradients_and_norm(make_distiller(arch, config, student), source, path)
 
 
-def main(run: RunCase = run_case) -> None:
-    """All cases; a failed one is named and ends the run."""
+def main(
+    run: RunCase = run_case, after: Callable[[], None] = parallel.destroy_model_parallel
+) -> None:
+    """All cases, ``after`` each; a failed one is named and ends the run."""
     print_anything()
     cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     device.setup()
@@ -139,7 +141,7 @@ def main(run: RunCase = run_case) -> None:
             os._exit(1)
         if parallel.is_first_rank():
             write_json(base + ".json", result)
-        parallel.destroy_model_parallel()
+        after()
     torch.distributed.destroy_process_group()
 
 

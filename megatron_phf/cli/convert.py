@@ -34,10 +34,10 @@ from megatron_phf.lora.files import save_peft_adapter
 from megatron_phf.lora.linears import add_adapters
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
-from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train import checkpoint_files as files
+from megatron_phf.train.export import export_probe
 from megatron_phf.train.logging import say
 from megatron_phf.weights import torch_dist
 from megatron_phf.weights.hf_directory import copy_model_files
@@ -115,9 +115,7 @@ def write_probe(
             p.data = p.data.to(dtype).float()
         chunk.config.params_dtype = chunk.config.pipeline_dtype = torch.float32
         chunk.config.bf16 = False
-    tokens = torch.randint(arch.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    logits = MegatronRollouts(chunks, arch.vocab_size, len(tokens)).next_token_logits(tokens)
-    on_first_rank(save_file, {"tokens": tokens, "logits": logits}, path)
+    on_first_rank(save_file, export_probe(chunks, arch, 2, 16), path)
 
 
 def _write_rest(job: Job, directory: str, dtype: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_phf.cli.conversion_steps import start_ranks, verify
 from megatron_phf.cli.job_paths import JobPath, Role, check_paths
 from megatron_phf.config.settings import Config
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.files.replace import (
     PARTIAL,
     mark,
@@ -230,15 +230,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line where that is impossible."""
-    print_anything()
     args = build_parser().parse_args(argv)
-    try:
-        convert(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    convert(args)
     print(f"written to {args.target}")
     return 0
 
