@@ -161,38 +161,44 @@ def _stored_dtype(directory: str) -> str:
     return _NAMES[dtype]
 
 
-def _load_checkpoint(job: Job, arch: Architecture, config: Config) -> list[FlowGPTModel]:
+def _export(
+    job: Job,
+    arch: Architecture,
+    dtype: str | None,
+    save: Callable[[list[FlowGPTModel], Config, torch.dtype], None],
+) -> None:
+    """Load the checkpoint, ``save`` it, and write the probe of what was saved."""
+    stored = _stored_dtype(job.source)
+    config, kept = job.config(stored), _DTYPES[dtype or stored]
+    before = psutil.Process().memory_info().rss
     chunks = build_model(arch, config)
     if job.lora is not None:
         add_adapters(chunks, arch, config)
     load_weights(chunks, job.source)
-    return chunks
+    save(chunks, config, kept)
+    _report_memory(chunks, before)
+    if job.probe is not None:
+        write_probe(chunks, arch, kept, job.probe)
 
 
 def megatron_to_hf(job: Job, arch: Architecture) -> None:
     """Write the weights of ``source`` as a HuggingFace directory, adapters merged into them."""
-    stored = _stored_dtype(job.source)
-    config = job.config(stored)
-    before = psutil.Process().memory_info().rss
-    chunks = _load_checkpoint(job, arch, config)
-    dtype = _DTYPES[job.dtype or stored]
-    limit = job.max_shard_bytes
-    save_hf(chunks, arch, config, job.hf_model, job.target, dtype=dtype, max_shard_bytes=limit)
-    _report_memory(chunks, before)
-    if job.probe is not None:
-        write_probe(chunks, arch, dtype, job.probe)
+
+    def save(chunks: list[FlowGPTModel], config: Config, dtype: torch.dtype) -> None:
+        limit = job.max_shard_bytes
+        save_hf(chunks, arch, config, job.hf_model, job.target, dtype=dtype, max_shard_bytes=limit)
+
+    _export(job, arch, job.dtype, save)
 
 
 def adapter_to_peft(job: Job, arch: Architecture) -> None:
     """Write the adapters of ``source`` as a PEFT directory; its base is ``hf_model``."""
-    stored = _stored_dtype(job.source)
-    config = job.config(stored)
-    before = psutil.Process().memory_info().rss
-    chunks = _load_checkpoint(job, arch, config)
-    save_peft_adapter(chunks, arch, config, job.target)
-    _report_memory(chunks, before)
-    if job.probe is not None:
-        write_probe(chunks, arch, _DTYPES[stored], job.probe)
+    _export(
+        job,
+        arch,
+        None,
+        lambda chunks, config, _: save_peft_adapter(chunks, arch, config, job.target),
+    )
 
 
 ACTIONS: dict[str, Callable[[Job, Architecture], None]] = {
