@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_phf.cli.conversion_steps import start_ranks, verify
 from megatron_phf.cli.job_paths import JobPath, Role, check_paths
+from megatron_phf.config.flags import check_fields
 from megatron_phf.config.settings import Config
 from megatron_phf.console import program
 from megatron_phf.files.replace import (
@@ -157,12 +158,11 @@ def _check_manifest(source: str) -> dict[str, Any]:
 
 def _check_layout(job: dict[str, Any], arch: Any) -> None:
     sizes = {name: job[name] for name in job if name.endswith("_parallel_size")}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: need at least 1")
     more: dict[str, Any] = {"max_prompt_length": 1, "max_teacher_prompt_length": 1}
     more |= {"sequence_parallel": True, "pad_attention_heads": True}
-    check_split(arch, Config().replaced(**sizes, **more))
+    config = Config().replaced(**sizes, **more)
+    check_fields(config)
+    check_split(arch, config)
 
 
 def convert(args: argparse.Namespace) -> None:
