@@ -62,10 +62,8 @@ class _Demo:
         self.config = config
         self.directory = config.output.output_dir
         initial = os.path.join(self.directory, "initial_model")
-        parallel.raise_together(
-            write_directory(
-                *(initial, "--output-dir"), lambda d: make_hf_directory(d, seed=config.train.seed)
-            )
+        write_directory(
+            initial, "--output-dir", lambda d: make_hf_directory(d, seed=config.train.seed)
         )
         self.models = read_models(config.replaced(hf_model=initial))
         self.arch = self.models.student
