@@ -12,6 +12,7 @@ from tqdm import tqdm
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train.hooks import RunHook
 from megatron_phf.train.metrics import StepMetrics
 from megatron_phf.train.run_files import metrics_path, plain_config, step_of
@@ -41,15 +42,21 @@ class RunLogger(RunHook):
     """Records the steps of one run on rank 0; does nothing elsewhere."""
 
     def __init__(self, config: Config, done: int = 0) -> None:
-        """``done``: steps of a run that is resumed; what was recorded after them goes."""
+        """Every rank calls it.
+
+        Args:
+            done: steps of a run that is resumed; what was recorded after them goes.
+
+        Raises:
+            ValueError: a package is missing; on every rank.
+        """
         self._active = parallel.is_first_rank()
         self._total = config.train.train_iters
         self._metrics: Any = None
         self._board: Any = None
         self._wandb: Any = None
         self._bar: Any = None
-        if self._active:
-            self._open(config, done)
+        on_first_rank(self._open, config, done)
 
     def _open(self, config: Config, done: int) -> None:
         output, name = config.output, config.output.run_name
