@@ -124,7 +124,7 @@ def train(
     source = make_source(context)  # what can be refused without weights is
     student = context.student
     distiller = make_distiller(models, config, student)
-    checkpoints = Checkpoints(config, distiller, heartbeat)
+    checkpoints, end = Checkpoints(config, distiller, heartbeat), EndOfRun(config, signals)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
@@ -132,7 +132,7 @@ def train(
     hooks: list[RunHook] = [
         logger,
         checkpoints,
-        EndOfRun(config, signals),
+        end,
         *more,
         Export(config, models.student, student),
     ]
