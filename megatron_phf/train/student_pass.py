@@ -98,8 +98,7 @@ class StudentPass:
         flow_scale: float,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            assert teacher.head is not None, "the last stage computes the loss"
-            target = teacher.rows.pop(index), teacher.head
+            target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
             return self._output_loss(batches[index], hidden, target, token_weight)
 
         self._optimizer.zero_grad()
@@ -128,13 +127,13 @@ class StudentPass:
         self,
         batch: SequenceBatch,
         hidden: Tensor,
-        teacher: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight.
+        weight; None where the loss does not look at it.
         """
         rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
         here, kept = batch.scored & mine, mine[batch.scored]
@@ -142,11 +141,12 @@ class StudentPass:
         targets, head = batch.target_ids()[kept], self._head_split(weight)
         if batch.log_probs is not None:
             self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
+        read, other = (rows, weight) if teacher is None else (teacher[0][kept], teacher[1])
         result = chunked_divergence(
             rows,
-            teacher[0][kept],
+            read,
             weight,
-            teacher[1],
+            other,
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
             target_ids=targets,
@@ -154,7 +154,9 @@ class StudentPass:
             **head,
         )
         sequence = here.nonzero()[:, 0]
-        report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
+        entropy = result.teacher_entropy
+        entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
+        report = OutputLoss(result.per_token, result.clipped, entropy, sequence)
         return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:
