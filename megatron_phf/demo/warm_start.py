@@ -9,12 +9,13 @@ from megatron.core import tensor_parallel
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import SequenceBatch, flow_window, make_local_batch
+from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.rows import gather_rows
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
 from megatron_phf.runtime import device, parallel
+from megatron_phf.train.batch import PlacedBatch, place
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
 
@@ -22,16 +23,16 @@ _AVERAGED_STEPS = 10
 
 
 def cross_entropy(
-    chunk: FlowGPTModel, hidden: Tensor, batch: SequenceBatch, vocab_size: int
+    chunk: FlowGPTModel, hidden: Tensor, batch: PlacedBatch, vocab_size: int
 ) -> Tensor:
     """hidden [s, b, h] -> sum over the response tokens of -log p, nats."""
-    rows = gather_rows(hidden, batch.predicting, sequence_shards(chunk.config))[batch.scored]
+    rows = gather_rows(hidden, batch.scored, sequence_shards(chunk.config))
     rows = tensor_parallel.copy_to_tensor_model_parallel_region(rows)
     logits = (rows @ chunk.output_weight().T).float().unsqueeze(1)
     first = parallel.tensor_parallel_rank() * logits.shape[-1]
     padding = torch.arange(first, first + logits.shape[-1], device=logits.device) >= vocab_size
     logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
-    targets = batch.target_ids().unsqueeze(1)
+    targets = batch.targets.unsqueeze(1)
     return tensor_parallel.vocab_parallel_cross_entropy(logits, targets).sum()
 
 
@@ -58,7 +59,7 @@ def supervised_step(
         flow_window(2, "even"),
         length_multiple=shards.multiple_with(device.row_multiple()),
     )
-    batches = [m.student.to(device.device()) for m in batch.microbatches]
+    batches = [place(m.student, shards) for m in batch.microbatches]
     count = torch.tensor([float(batch.num_tokens)], device=device.device())
     total = float(parallel.sum_over_data_parallel(count))
     # As in Distiller: undo the schedule's and DDP's averaging.
