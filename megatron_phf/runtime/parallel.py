@@ -139,11 +139,6 @@ def context_parallel_size() -> int:
     return mpu.get_context_parallel_world_size()
 
 
-def is_first_stage() -> bool:
-    """Whether this process embeds the tokens (of its first virtual chunk)."""
-    return mpu.is_pipeline_first_stage(ignore_virtual=True)
-
-
 def is_last_stage() -> bool:
     """Whether this process holds the output head (of its last virtual chunk)."""
     return mpu.is_pipeline_last_stage(ignore_virtual=True)
@@ -281,10 +276,10 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's picklable ``value`` on every rank."""
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's picklable ``value`` on every rank (of the world where no group is given)."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
