@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import LocalBatch, SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
@@ -18,7 +17,7 @@ from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import Models
-from megatron_phf.train.batch import flow_windows
+from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
@@ -60,15 +59,15 @@ class StudentPass:
         self._drift = DriftMeter(config)
         self._vocab_size = models.vocab_size
 
-    def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
+    def __call__(self, batch: StepBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
 
         Raises:
             ValueError: the global batch has no token to train on.
         """
         measured = sum(m.student.log_probs is not None for m in batch.microbatches)
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), measured]
-        totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts, measured]
+        totals = parallel.sum_over_data_parallel(device.from_host(torch.tensor(counts)))
         num_tokens, num_sequences, useful, computed, measured = totals.tolist()
         if num_tokens == 0:
             raise ValueError(
@@ -92,7 +91,7 @@ class StudentPass:
 
     def _run(
         self,
-        batches: Sequence[SequenceBatch],
+        batches: Sequence[PlacedBatch],
         teacher: TeacherOutput,
         token_weight: float,
         flow_scale: float,
@@ -113,19 +112,18 @@ class StudentPass:
             self._tap.stop()
         return outputs
 
-    def _mask_padding(self, batches: Sequence[SequenceBatch]) -> None:
+    def _mask_padding(self, batches: Sequence[PlacedBatch]) -> None:
         """Padding must not count in the routers' load-balancing loss.
 
         The schedule gives that loss its share of the mean over microbatches.
         """
         if self._arch.experts is not None:
-            pieces = [self._shards.piece(b.padding, b.cu_seqlens) for b in batches]
-            set_padding(self._student, pieces)
+            set_padding(self._student, [b.padding for b in batches])
             reset_aux_loss()
 
     def _output_loss(
         self,
-        batch: SequenceBatch,
+        batch: PlacedBatch,
         hidden: Tensor,
         teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
@@ -135,13 +133,18 @@ class StudentPass:
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
         weight; None where the loss does not look at it.
         """
-        rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
-        here, kept = batch.scored & mine, mine[batch.scored]
-        rows, weight = rows[here], self._student[-1].output_weight()
-        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        rows = part_rows(hidden, batch.own, self._shards)
+        weight = self._student[-1].output_weight()
+        head = self._head_split(weight)
         if batch.log_probs is not None:
-            self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
-        read, other = (rows, weight) if teacher is None else (teacher[0][kept], teacher[1])
+            mine = chunked_log_probs(rows, weight, batch.targets, **head)
+            self._drift.add(mine, batch.log_probs)
+        if teacher is None:
+            read, other = rows, weight
+        else:
+            kept = batch.kept
+            read = teacher[0] if kept is None else teacher[0].index_select(0, kept)
+            other = teacher[1]
         result = chunked_divergence(
             rows,
             read,
@@ -149,14 +152,13 @@ class StudentPass:
             other,
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
-            target_ids=targets,
+            target_ids=batch.targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
-        sequence = here.nonzero()[:, 0]
         entropy = result.teacher_entropy
         entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
-        report = OutputLoss(result.per_token, result.clipped, entropy, sequence)
+        report = OutputLoss(result.per_token, result.clipped, entropy, batch.sequence)
         return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:
