@@ -53,6 +53,7 @@ def _reference_options(config: Config) -> Any:
         window_size=m.phf_window_size,
         window_rule=m.phf_window_rule,
         objective=m.opsd_objective,
+        opsd_weight=m.opsd_weight,
         terms=m.phf_terms,
         layers=flow_spec(config).layers,
         layer_map=layers,

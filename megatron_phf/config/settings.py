@@ -46,7 +46,8 @@ class MethodConfig:
     phf_terms: str = flag(
         "direction,geometry,adjacent",
         "terms of the hidden-state loss, comma separated: direction, geometry, adjacent (PHF), "
-        "pointwise, cka, or package.module:Class of your own; name=weight for another weight",
+        "pointwise, mse, nmse, cka, cka_adjacent, last_layer, or package.module:Class of your own; "
+        "name=weight for another weight",
     )
     phf_layers: str | None = flag(
         None, "layers of the flow loss from 1 on, as 2,4,6 (the paper: all)"
@@ -56,6 +57,9 @@ class MethodConfig:
         "output loss; cross_entropy ignores the teacher (with --rollout-engine reference: "
         "supervised fine-tuning)",
         ("jsd", "policy_gradient", "cross_entropy"),
+    )
+    opsd_weight: float = flag(
+        1.0, "weight of the output loss; 0 trains on hidden states alone (OPRD)", at_least(0)
     )
     opsd_beta: float = flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD", FROM_0_TO_1)
     opsd_temperature: float = flag(1.1, "softmax temperature of both distributions", ABOVE_0)

@@ -30,17 +30,22 @@ class Ends(Protocol):
 
 
 def layer_values(
-    terms: Sequence[HiddenTerm], layer: int, student: Ends, teacher: Ends, valid: Tensor
+    terms: Sequence[HiddenTerm],
+    layer: int,
+    student: Ends,
+    teachers: Mapping[str, Ends],
+    valid: Tensor,
 ) -> dict[str, Tensor]:
     """Each term's values [b] at layer ``layer`` (1-based); pairs are those with the layer before.
 
-    On layer 1 no term over pairs has any.
+    On layer 1 no term over pairs has any.  ``teachers``: by what terms are compared ``against``.
     """
     values = {}
     counts = {kind: row_counts(kind, valid) for kind in {term.states for term in terms}}
     for term in terms:
         if term.over == "pair" and layer == 1:
             continue
+        teacher = teachers[term.against]
         if term.compares == "states":
             both = student.states(term.states), teacher.states(term.states)
         else:
@@ -101,9 +106,14 @@ def flow_loss(
     kinds = dict.fromkeys(term.states for term in terms)
     student = _ends([{k: make_states(k, h, valid) for k in kinds} for h in student_hidden])
     teacher = _ends([{k: make_states(k, h.detach(), valid) for k in kinds} for h in mapped])
+    last = LayerEnds(
+        {t.states: make_states(t.states, teacher_hidden[-1].detach(), valid)
+         for t in terms if t.against == "last"}
+    )  # fmt: skip
     found: dict[str, list[Tensor]] = {term.name: [] for term in terms}
-    for layer, ends in enumerate(zip(student, teacher, strict=True), 1):
-        for name, value in layer_values(terms, layer, *ends, valid).items():
+    for layer, (own, ends) in enumerate(zip(student, teacher, strict=True), 1):
+        teachers = {"mapped": ends, "last": last}
+        for name, value in layer_values(terms, layer, own, teachers, valid).items():
             found[name].append(value.mean())
     zero = torch.zeros((), device=valid.device)
     values = {name: torch.stack(x) if x else zero.new_zeros(0) for name, x in found.items()}

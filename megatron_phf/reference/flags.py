@@ -23,6 +23,7 @@ def flags(o: Options, model: str, replay: str, batch: int, **more: object) -> li
         "opsd-clip": o.clip,
         "opsd-top-k": o.top_k,
         "opsd-objective": o.objective,
+        "opsd-weight": o.opsd_weight,
         "logits-chunk-tokens": 16,
         "train-iters": 1,
         "max-prompt-length": 32,

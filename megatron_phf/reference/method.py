@@ -72,7 +72,7 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
     opsd = sum(t[0] for t in tokens) / len(tokens)
     means = {name: _mean([flow[name] for flow in flows]) for name in flows[0]}
     flow = flow_objective(means, o)
-    loss = opsd + o.alpha * flow
+    loss = o.opsd_weight * opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),

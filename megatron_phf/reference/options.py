@@ -18,6 +18,7 @@ class Options:
     window_size: int = 128
     window_rule: str = "even"
     objective: str = "jsd"
+    opsd_weight: float = 1.0  # of the output loss
     layer_map: tuple[int, ...] | None = None  # None: by relative depth
     terms: str = "direction,geometry,adjacent"  # of the flow loss; name or name=weight each
     layers: tuple[int, ...] | None = None  # in the flow loss; None: all

@@ -80,7 +80,7 @@ class StudentPass:
         # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
         # averaged over context-parallel ranks too, for which the schedule makes up alike.
         replicas = parallel.data_parallel_size()
-        token_weight = replicas * len(batches) / num_tokens
+        token_weight = self._config.method.opsd_weight * replicas * len(batches) / num_tokens
         averaged = replicas * parallel.context_parallel_size()
         flow_scale = self._config.method.phf_alpha * averaged / num_sequences
         outputs = self._run(batches, teacher, token_weight, flow_scale)

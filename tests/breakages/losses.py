@@ -23,6 +23,13 @@ LOSSES = (
         (PARITY, "-k", "test_equals_reference and pointwise"),
     ),
     Breakage(
+        "the last layer's targets are those of each layer",
+        "megatron_phf/hidden/tap.py",
+        '"last": [last] * len(layer_map)',
+        '"last": layer_map',
+        (PARITY, "-k", "test_equals_reference and last_layer_pp4"),
+    ),
+    Breakage(
         "the supervised loss is weighted as the policy gradient",
         "megatron_phf/losses/_vocab_parallel.py",
         "torch.ones_like(sums[0]) if supervised else",
@@ -46,8 +53,8 @@ LOSSES = (
     Breakage(
         "the output loss forgets the number of microbatches",
         "megatron_phf/train/student_pass.py",
-        "token_weight = replicas * len(batches) / num_tokens",
-        "token_weight = replicas / num_tokens",
+        "opsd_weight * replicas * len(batches) / num_tokens",
+        "opsd_weight * replicas / num_tokens",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
     Breakage(

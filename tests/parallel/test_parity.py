@@ -20,6 +20,7 @@ BATCH = 8
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-2
 BF16 = "bf16_tp2_pp2_sp"
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
+PP4 = ["--pipeline-model-parallel-size", "4"]
 SP = ["--sequence-parallel"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
 OVERLAP = ["--overlap-grad-reduce"]
@@ -54,7 +55,7 @@ CASES = {
     ),
     "dp2_pp2_vpp2_overlap": (4, "qwen3", [*PP2, *VPP2, *OVERLAP], {}),
     "pp2_vpp2": (2, "qwen3", PP2 + VPP2, {}),
-    "pp4": (4, "qwen3", ["--pipeline-model-parallel-size", "4"], {}),
+    "pp4": (4, "qwen3", PP4, {}),
     "pp2_full": (2, "qwen3", [*PP2, *FULL, "1"], {}),
     "pp2_full_two": (2, "qwen3", [*PP2, *FULL, "2", *MB2], {}),
     "pp2_vpp2_block": (2, "qwen3", [*PP2, *VPP2, *BLOCK], {}),
@@ -89,6 +90,28 @@ CASES = {
         [*TP2, *PP2, *SP, *FULL, "1"],
         {"terms": "geometry,cka=0.3,pointwise=2,adjacent", "layers": (2, 3, 4)},
     ),
+    # What PHF is compared with: squares, pairs of products, the teacher's last layer everywhere.
+    "rivals_pp2_vpp2": (
+        2,
+        "qwen3",
+        [*PP2, *VPP2],
+        {"terms": "nmse,mse=0.5,cka_adjacent,last_layer=2", "beta": 0.5},
+    ),
+    "rivals_tp2_pp2_sp_full": (
+        4,
+        "qwen3",
+        [*TP2, *PP2, *SP, *FULL, "1"],
+        {"terms": "direction,last_layer,cka_adjacent,cka=0", "layers": (1, 2, 3)},
+    ),
+    "rivals_packed_cp2": (
+        2,
+        "qwen3",
+        PACKED_CP2,
+        {"terms": "nmse,mse,cka_adjacent,last_layer", "replay": "masked"},
+    ),
+    "last_layer_pp4": (4, "qwen3", PP4, {"terms": "last_layer"}),
+    # Hidden states alone: OPRD.
+    "oprd_dp2": (2, "untied", MB2, {"terms": "mse", "opsd_weight": 0.0, "replay": "empty"}),
     "supervised": (2, "qwen3", [*TP2, *SP], {"objective": "cross_entropy", "temperature": 1.0}),
     "empty_dp2": (2, "qwen3", [], {"replay": "empty"}),
     "empty_dp2_pp2": (4, "qwen3", PP2, {"replay": "empty"}),
