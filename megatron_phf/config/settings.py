@@ -70,6 +70,26 @@ class MethodConfig:
     opsd_top_k: int = flag(
         0, "only the teacher's top-k entries; 0 is the full vocabulary", at_least(0)
     )
+    token_weighting: str = flag(
+        "none",
+        "what each response token counts in both losses: twice where the teacher's entropy is high "
+        "(EOPD), the student's most uncertain ones alone (TIP), later ones more (PW-OPSD), those "
+        "of greatest divergence alone (TIP)",
+        ("none", "teacher_entropy", "student_entropy", "position", "divergence_top_p"),
+    )
+    token_keep_fraction: float = flag(
+        0.5,
+        "share of a response's tokens that student_entropy and divergence_top_p keep",
+        ABOVE_0_TO_1,
+    )
+    token_entropy_threshold: float = flag(
+        0.8, "nats above which a token counts twice with teacher_entropy", at_least(0)
+    )
+    skip_first_tokens: int = flag(
+        0,
+        "tokens at the start of each response that are in no loss (a fixed <think> line)",
+        at_least(0),
+    )
     logits_chunk_tokens: int = flag(256, "tokens whose logits exist at the same time", at_least(1))
     teacher: str = flag("frozen", "the privileged teacher's weights", ("frozen", "ema", "live"))
     ema_decay: float = flag(0.999, "rho of the ema teacher", FROM_0_TO_1)

@@ -48,6 +48,19 @@ class SequenceBatch:
         rows = self.tokens.expand(len(self.predicting), -1)
         return rows.gather(1, self.predicting + 1)[self.scored]
 
+    def at_window(self, values: Tensor) -> Tensor:
+        """values [b, r] of the response tokens -> those of the window's [b, m], 0 where not valid.
+
+        A window's token is predicted one position before its own.
+        """
+        if values.shape[1] == 0:  # all responses are empty
+            return values.new_zeros(self.window.shape)
+        number = torch.arange(values.shape[1], device=values.device)
+        # Where the first response token is predicted: any scored one tells.
+        first = (self.predicting - number).masked_fill(~self.scored, 0).amax(1, keepdim=True)
+        index = (self.window - 1 - first).clamp(0, values.shape[1] - 1)
+        return values.gather(1, index) * self.window_valid
+
     def to(self, device: torch.device) -> SequenceBatch:
         """A copy on ``device``."""
         fields = vars(self).values()

@@ -51,13 +51,15 @@ class FlowWindow:
 
     ``positions`` [b, m]: absolute positions of the window's tokens; ``valid`` bool [b, m]: False
     where a shorter window is padded; ``gradient_scale``: what one sequence's L_flow is multiplied
-    with in the training objective; ``cu_seqlens``: of a packed row, see ``hidden.rows``.
+    with in the training objective; ``cu_seqlens``: of a packed row, see ``hidden.rows``;
+    ``weights`` [b, m]: of the tokens, None where all count the same.
     """
 
     positions: Tensor
     valid: Tensor
     gradient_scale: float
     cu_seqlens: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class FlowTap:
 
     def finish_recording(self) -> None:
         """The teacher's pass is over; every rank of the pipeline calls it."""
+        self._windows = {}  # the student may be read before it is compared
         for targets in self._targets.values():
             targets.exchange()
 
@@ -188,7 +191,7 @@ class FlowTap:
             against: _TeacherEnds(self._targets, against, microbatch, layer)
             for against, _ in self._targets
         }
-        values = layer_values(self.terms, layer, student, teachers, window.valid)
+        values = layer_values(self.terms, layer, student, teachers, window.valid, window.weights)
         absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
         terms = torch.stack([values.get(term.name, absent) for term in self.terms])
         self.values[microbatch, layer] = terms.detach()

@@ -23,4 +23,8 @@ class Options:
     terms: str = "direction,geometry,adjacent"  # of the flow loss; name or name=weight each
     layers: tuple[int, ...] | None = None  # in the flow loss; None: all
     aux_coeff: float = 0.0  # of the routers' load-balancing loss
+    token_weighting: str = "none"
+    token_keep_fraction: float = 0.5
+    token_entropy_threshold: float = 0.8
+    skip_first_tokens: int = 0
     micro_batch_size: int = 1  # over which it is computed

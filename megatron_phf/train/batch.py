@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from megatron_phf.config.settings import Config
 from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.microbatches import (
@@ -28,7 +30,7 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
     """
     method, where = config.method, device.device()
     batch = make_local_batch(
-        rollouts,
+        [r.skipping(method.skip_first_tokens) for r in rollouts],
         config.train.micro_batch_size,
         flow_window(method.phf_window_size, method.phf_window_rule),
         length_multiple=_row_multiple(config, shards),
@@ -41,9 +43,22 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
     return dataclasses.replace(batch, microbatches=moved)
 
 
-def flow_windows(batches: Sequence[SequenceBatch], scale: float = 0.0) -> list[FlowWindow]:
-    """The flow loss's window in each microbatch; ``scale``: see ``FlowWindow.gradient_scale``."""
-    return [FlowWindow(b.window, b.window_valid, scale, b.cu_seqlens) for b in batches]
+def flow_windows(
+    batches: Sequence[SequenceBatch],
+    scale: float = 0.0,
+    weights: Sequence[Tensor] | None = None,
+) -> list[FlowWindow]:
+    """The flow loss's window in each microbatch; ``scale``: see ``FlowWindow.gradient_scale``.
+
+    ``weights`` [b, r]: of each microbatch's response tokens.
+    """
+    given = [None] * len(batches) if weights is None else weights
+    return [
+        FlowWindow(
+            b.window, b.window_valid, scale, b.cu_seqlens, None if w is None else b.at_window(w)
+        )
+        for b, w in zip(batches, given, strict=True)
+    ]
 
 
 def _row_multiple(config: Config, shards: SequenceShards) -> int:

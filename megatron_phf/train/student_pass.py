@@ -24,6 +24,7 @@ from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
 from megatron_phf.train.teacher_pass import TeacherOutput
+from megatron_phf.train.token_weights import OutputHead, TokenWeigher
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class StudentPass:
             top_k=method.opsd_top_k,
         )
         self._drift = DriftMeter(config)
-        self._vocab_size = models.vocab_size
+        self._head = OutputHead(models.vocab_size, method.logits_chunk_tokens)
+        self._weigh = TokenWeigher(config, student, self._spec, self._head, shards)
 
     def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
@@ -83,7 +85,8 @@ class StudentPass:
         token_weight = self._config.method.opsd_weight * replicas * len(batches) / num_tokens
         averaged = replicas * parallel.context_parallel_size()
         flow_scale = self._config.method.phf_alpha * averaged / num_sequences
-        outputs = self._run(batches, teacher, token_weight, flow_scale)
+        weights = self._weigh(batches, teacher)
+        outputs = self._run(batches, teacher, token_weight, flow_scale, weights)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
         balance = mean_aux_loss(self._arch, self._config, len(batches))
         extra |= {} if balance is None else {"moe_aux_loss": balance}
@@ -96,15 +99,17 @@ class StudentPass:
         teacher: TeacherOutput,
         token_weight: float,
         flow_scale: float,
+        weights: list[Tensor] | None,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
             assert teacher.head is not None, "the last stage computes the loss"
             target = teacher.rows.pop(index), teacher.head
-            return self._output_loss(batches[index], hidden, target, token_weight)
+            weight = None if weights is None else weights[index]
+            return self._output_loss(batches[index], hidden, target, token_weight, weight)
 
         self._optimizer.zero_grad()
         if self._tap is not None:
-            self._tap.start_comparing(flow_windows(batches, flow_scale))
+            self._tap.start_comparing(flow_windows(batches, flow_scale, weights))
         self._mask_padding(batches)
         outputs = run_pipeline(
             self._optimizer.wrapped, batches, loss, self._shards, forward_only=False
@@ -130,16 +135,19 @@ class StudentPass:
         hidden: Tensor,
         teacher: tuple[Tensor, Tensor],
         token_weight: float,
+        weights: Tensor | None,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight.
+        weight; ``weights`` [b, r]: what each token counts, None for all the same.
         """
         rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
         here, kept = batch.scored & mine, mine[batch.scored]
         rows, weight = rows[here], self._student[-1].output_weight()
-        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        targets, head = batch.target_ids()[kept], self._head.split(weight)
+        counts = torch.full((rows.shape[0],), token_weight, device=rows.device)
+        own = None if weights is None else weights[here]
         if batch.log_probs is not None:
             self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
         result = chunked_divergence(
@@ -147,22 +155,13 @@ class StudentPass:
             teacher[0][kept],
             weight,
             teacher[1],
-            torch.full((rows.shape[0],), token_weight, device=rows.device),
+            counts if own is None else counts * own,
             self._spec,
             target_ids=targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
         sequence = here.nonzero()[:, 0]
-        report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
+        per_token = result.per_token if own is None else result.per_token * own
+        report = OutputLoss(per_token, result.clipped, result.teacher_entropy, sequence)
         return result.loss, report
-
-    def _head_split(self, weight: Tensor) -> dict[str, Any]:
-        """Which rows of the output head this rank has, and how many tokens a chunk has."""
-        group = parallel.tensor_parallel_group()
-        return {
-            "group": group if parallel.tensor_parallel_size() > 1 else None,
-            "vocab_start": parallel.tensor_parallel_rank() * weight.shape[0],
-            "vocab_size": self._vocab_size,
-            "chunk_tokens": self._config.method.logits_chunk_tokens,
-        }

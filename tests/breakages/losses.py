@@ -58,6 +58,20 @@ LOSSES = (
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
     Breakage(
+        "the hidden states' loss does not see the tokens' weights",
+        "megatron_phf/train/batch.py",
+        "None if w is None else b.at_window(w)",
+        "None",
+        (PARITY, "-k", "test_equals_reference and position_pp2_vpp2"),
+    ),
+    Breakage(
+        "context ranks know the statistics of their own tokens alone",
+        "megatron_phf/train/token_weights.py",
+        "if found and self._shards.context is not None:",
+        "if False:",
+        (PARITY, "-k", "test_equals_reference and divergence_packed_cp2"),
+    ),
+    Breakage(
         "a tool's output is scored",
         "megatron_phf/data/rollouts.py",
         "        return self.response_mask\n",
