@@ -74,8 +74,8 @@ class StudentPass:
         num_tokens, num_sequences, useful, computed, measured = totals.tolist()
         if num_tokens == 0:
             raise ValueError(
-                "all responses of a global batch are empty, or nothing in them is the student's: "
-                "nothing to train on"
+                "all responses of a global batch are empty, or nothing in them is the student's "
+                "or behind --skip-first-tokens: nothing to train on"
             )
         batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
