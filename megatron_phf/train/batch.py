@@ -52,7 +52,7 @@ def flow_windows(
 
     ``weights`` [b, r]: of each microbatch's response tokens.
     """
-    given = [None] * len(batches) if weights is None else weights
+    given: Sequence[Tensor | None] = [None] * len(batches) if weights is None else weights
     return [
         FlowWindow(
             b.window, b.window_valid, scale, b.cu_seqlens, None if w is None else b.at_window(w)
