@@ -48,23 +48,18 @@ class SequenceBatch:
         rows = self.tokens.expand(len(self.predicting), -1)
         return rows.gather(1, self.predicting + 1)[self.scored]
 
-    def at_window(self, values: Tensor) -> Tensor:
-        """values [b, r] of the response tokens -> those of the window's [b, m], 0 where not valid.
+    def window_tokens(self) -> Tensor:
+        """Which response token each of the window's is, int64 [b, m]; 0 where it is not valid.
 
-        A window's token is predicted one position before its own.
+        A token is predicted one position before its own.
         """
-        if values.shape[1] == 0:  # all responses are empty
-            return values.new_zeros(self.window.shape)
-        number = torch.arange(values.shape[1], device=values.device)
+        number = torch.arange(self.scored.shape[1])
         # Where the first response token is predicted: any scored one tells.
-        first = (self.predicting - number).masked_fill(~self.scored, 0).amax(1, keepdim=True)
-        index = (self.window - 1 - first).clamp(0, values.shape[1] - 1)
-        return values.gather(1, index) * self.window_valid
-
-    def to(self, device: torch.device) -> SequenceBatch:
-        """A copy on ``device``."""
-        fields = vars(self).values()
-        return SequenceBatch(*(t.to(device) if isinstance(t, Tensor) else t for t in fields))
+        first = (self.predicting - number).masked_fill(~self.scored, 0)
+        if first.shape[1] == 0:  # all responses are empty
+            return torch.zeros_like(self.window)
+        index = self.window - 1 - first.amax(1, keepdim=True)
+        return index.masked_fill(~self.window_valid, 0)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.losses import (
     TOKEN_WEIGHTINGS,
@@ -30,6 +29,7 @@ from megatron_phf.losses import (
 )
 from megatron_phf.model.gpt import FlowGPTModel, evaluating
 from megatron_phf.runtime import device, parallel
+from megatron_phf.train.batch import PlacedBatch
 from megatron_phf.train.pipeline import run_pipeline
 from megatron_phf.train.teacher_pass import TeacherOutput
 
@@ -52,6 +52,17 @@ class OutputHead:
         }
 
 
+@dataclass(frozen=True)
+class TokenWeights:
+    """What each token of a microbatch counts.
+
+    ``own`` [n]: those whose loss this context rank computes; ``window`` [b, m]: the window's.
+    """
+
+    own: Tensor
+    window: Tensor
+
+
 class TokenWeigher:
     """Weights of the response tokens of each microbatch, the same on every rank of the model."""
 
@@ -71,87 +82,95 @@ class TokenWeigher:
         self._options = WeightingOptions(method.token_keep_fraction, method.token_entropy_threshold)
 
     def __call__(
-        self, batches: Sequence[SequenceBatch], teacher: TeacherOutput
-    ) -> list[Tensor] | None:
-        """Weights [b, r] of each microbatch; None: all tokens count the same.
+        self, batches: Sequence[PlacedBatch], teacher: TeacherOutput
+    ) -> list[TokenWeights] | None:
+        """Of each microbatch; None: all tokens count the same.
 
         Every rank calls it.  The teacher's rows stay as they are.
         """
         if self._name == "none":
             return None
         statistic = TOKEN_WEIGHTINGS[self._name].statistic
-        values: list[Tensor] | list[None] = [None] * len(batches)
-        if statistic is not None:
-            if statistic == "teacher_entropy":
-                found = self._of_teacher(batches, teacher)
-            else:
-                found = self._of_student(batches, teacher, statistic)
-            values = self._shared(batches, found)
-        return [
-            token_weights(self._name, batch.scored, each, self._options)
-            for batch, each in zip(batches, values, strict=True)
-        ]
+        if statistic is None:
+            return [self._weights(batch, None) for batch in batches]
+        if statistic == "teacher_entropy":
+            found = self._of_teacher(teacher)
+        else:
+            found = self._of_student(batches, teacher, statistic)
+        shared = self._shared(batches, found)
+        return [self._weights(b, values) for b, values in zip(batches, shared, strict=True)]
 
-    def _of_teacher(
-        self, batches: Sequence[SequenceBatch], teacher: TeacherOutput
-    ) -> dict[int, Tensor]:
-        """Entropies on the last stage; each context rank computes its share of the tokens."""
+    def _weights(self, batch: PlacedBatch, values: Tensor | None) -> TokenWeights:
+        """values [N] of the scored tokens, or None -> what they count."""
+        scored = batch.responses
+        if scored.shape[1] == 0:  # all responses are empty
+            none = torch.zeros(batch.window_tokens.shape, device=device.device())
+            return TokenWeights(none[:0, 0], none)
+        places = device.from_host(scored.flatten().nonzero()[:, 0])
+        spread = None
+        if values is not None:
+            spread = values.new_zeros(scored.numel()).index_copy(0, places, values)
+            spread = spread.view(scored.shape)
+        weights = token_weights(self._name, device.from_host(scored), spread, self._options)
+        own = weights.flatten().index_select(0, places)
+        window = weights.gather(1, device.from_host(batch.window_tokens)) * batch.window_valid
+        return TokenWeights(own if batch.kept is None else own.index_select(0, batch.kept), window)
+
+    def _of_teacher(self, teacher: TeacherOutput) -> dict[int, Tensor]:
+        """Entropies [N] on the last stage; each context rank computes its share of the tokens."""
         found: dict[int, Tensor] = {}
+        share = slice(parallel.context_parallel_rank(), None, parallel.context_parallel_size())
         for index, rows in teacher.rows.items():
-            assert teacher.head is not None
-            found[index] = rows.new_zeros(batches[index].scored.shape, dtype=torch.float32)
-            share = slice(parallel.context_parallel_rank(), None, parallel.context_parallel_size())
-            entropy = rows.new_zeros(len(rows), dtype=torch.float32)
-            entropy[share] = chunked_entropy(
+            assert teacher.head is not None, "the last stage has it"
+            found[index] = rows.new_zeros(len(rows), dtype=torch.float32)
+            found[index][share] = chunked_entropy(
                 rows[share], teacher.head, self._spec.temperature, **self._head.split(teacher.head)
-            )
-            found[index][batches[index].scored] = entropy
+            ).float()
         return found
 
     def _of_student(
-        self, batches: Sequence[SequenceBatch], teacher: TeacherOutput, statistic: str
+        self, batches: Sequence[PlacedBatch], teacher: TeacherOutput, statistic: str
     ) -> dict[int, Tensor]:
-        """A forward pass of the student: values on the last stage, of a context rank's tokens."""
+        """A forward pass of the student: [N] on the last stage, 0 but for this context rank's."""
         found: dict[int, Tensor] = {}
 
         def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
             batch, weight = batches[index], self._student[-1].output_weight()
-            rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
-            here, kept = batch.scored & mine, mine[batch.scored]
+            rows, kept = part_rows(hidden, batch.own, self._shards), batch.kept
             head = self._head.split(weight)
-            found[index] = hidden.new_zeros(here.shape, dtype=torch.float32)
             if statistic == "student_entropy":
-                values = chunked_entropy(rows[here], weight, self._spec.temperature, **head)
+                values = chunked_entropy(rows, weight, self._spec.temperature, **head)
             else:
                 assert teacher.head is not None, "the last stage has it"
+                read = teacher.rows[index]
                 values = chunked_divergence(
-                    rows[here],
-                    teacher.rows[index][kept],
+                    rows,
+                    read if kept is None else read.index_select(0, kept),
                     weight,
                     teacher.head,
-                    rows.new_ones(len(kept.nonzero()), dtype=torch.float32),
+                    rows.new_ones(len(rows), dtype=torch.float32),
                     self._spec,
                     **head,
                 ).per_token
-            found[index][here] = values.float()
+            if kept is not None:
+                whole = values.new_zeros(int(batch.responses.sum()))
+                values = whole.index_copy(0, kept, values)
+            found[index] = values.float()
             return hidden.new_zeros(()), None
 
         with evaluating(self._student):
             run_pipeline(self._student, batches, keep, self._shards, forward_only=True)
         return found
 
-    def _shared(self, batches: Sequence[SequenceBatch], found: dict[int, Tensor]) -> list[Tensor]:
-        """What the last stage found [b, r], on every rank of the model."""
-        sizes = [batch.scored.numel() for batch in batches]
+    def _shared(self, batches: Sequence[PlacedBatch], found: dict[int, Tensor]) -> list[Tensor]:
+        """What the last stage found [N], on every rank of the model."""
+        sizes = [int(batch.responses.sum()) for batch in batches]
         flat = torch.zeros(sum(sizes), device=device.device())
-        for index, part in enumerate(flat.split(sizes)):
-            if index in found:
-                part.copy_(found[index].flatten())
+        parts = flat.split(sizes)
+        for index, values in found.items():
+            parts[index].copy_(values)
         if len(flat):  # alike on all ranks of the model
             if found and self._shards.context is not None:
                 dist.all_reduce(flat, group=self._shards.context)
             parallel.broadcast_from_last_stage(flat)
-        return [
-            part.view(batch.scored.shape)
-            for part, batch in zip(flat.split(sizes), batches, strict=True)
-        ]
+        return list(parts)

@@ -60,8 +60,8 @@ LOSSES = (
     Breakage(
         "the hidden states' loss does not see the tokens' weights",
         "megatron_phf/train/batch.py",
-        "None if w is None else b.at_window(w)",
-        "None",
+        "FlowWindow(b.window, b.window_valid, scale, w)",
+        "FlowWindow(b.window, b.window_valid, scale, None)",
         (PARITY, "-k", "test_equals_reference and position_pp2_vpp2"),
     ),
     Breakage(
