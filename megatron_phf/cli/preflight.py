@@ -78,9 +78,14 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("--replay-file and --rollout-engine replay belong together")
     if recorded and model is None:
         raise ValueError("--rollout-engine replay needs --hf-model, the model of the recording")
-    objective = config.method.opsd_objective
-    if objective != "jsd" and config.method.opsd_top_k:
-        raise ValueError(f"--opsd-top-k does not apply to --opsd-objective {objective}")
+
+
+def _check_method(config: Config) -> None:
+    method = config.method
+    if method.opsd_objective != "jsd" and method.opsd_top_k:
+        raise ValueError(f"--opsd-top-k does not apply to --opsd-objective {method.opsd_objective}")
+    if method.opsd_weight == 0 and method.phf_alpha == 0:
+        raise ValueError("--opsd-weight 0 needs --phf-alpha above 0: nothing else is trained on")
 
 
 def _check_evaluation(config: Config) -> None:
@@ -135,6 +140,7 @@ def _check_weights(models: Models, config: Config) -> None:
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_combinations(config)
+    _check_method(config)
     check_fields(config)
     check_schedule(config)
     _check_batching(config)

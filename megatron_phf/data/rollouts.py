@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -39,6 +40,13 @@ class Rollout:
         if self.response_mask is None:
             return (True,) * len(self.response_ids)
         return self.response_mask
+
+    def skipping(self, count: int) -> Rollout:
+        """The same, the first ``count`` tokens of the response read and not scored."""
+        if count == 0:
+            return self
+        scored = tuple(s and i >= count for i, s in enumerate(self.scored))
+        return dataclasses.replace(self, response_mask=scored)
 
 
 def written_stop(ids: Sequence[int], mask: Sequence[bool] | None, stop_ids: Sequence[int]) -> bool:

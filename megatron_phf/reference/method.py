@@ -13,6 +13,7 @@ from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, wi
 from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
 from megatron_phf.reference.options import Options
 from megatron_phf.reference.output_loss import cross_entropy, divergence, sampled_token
+from megatron_phf.reference.weights import token_weights, weighted_terms
 
 
 @dataclass
@@ -37,20 +38,28 @@ def sequence_terms(
     logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
     # Tokens that the student did not write are read, and that is all.
     written = [i for i, m in enumerate(sample.get("response_mask") or [1] * len(response)) if m]
+    written = [i for i in written if i >= o.skip_first_tokens]
+    pairs = [(logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i])
+             for i in written]  # fmt: skip
     tokens = []
-    for i in written:
+    for i, pair in zip(written, pairs, strict=True):
         token = response[i]
-        pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
         if o.objective == "jsd":
             tokens.append(divergence(*pair, o))
         elif o.objective == "cross_entropy":
             tokens.append(cross_entropy(*pair, token, o))
         else:
             tokens.append(sampled_token(*pair, token, o))
-    w = [written[i] for i in window(len(written), o.window_size, o.window_rule)]
+    chosen = window(len(written), o.window_size, o.window_rule)
+    w = [written[i] for i in chosen]
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
     sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
-    return tokens, named_terms(*sides, o), routers
+    if o.token_weighting == "none":
+        return tokens, named_terms(*sides, o), routers
+    weights = token_weights(pairs, o)
+    tokens = [(x * loss, *rest) for x, (loss, *rest) in zip(weights, tokens, strict=True)]
+    here = torch.tensor([weights[i] for i in chosen])
+    return tokens, weighted_terms(*sides, here, o), routers
 
 
 def _mean(lists: list[list[Tensor] | None]) -> list[Tensor] | None:
@@ -72,7 +81,7 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
     opsd = sum(t[0] for t in tokens) / len(tokens)
     means = {name: _mean([flow[name] for flow in flows]) for name in flows[0]}
     flow = flow_objective(means, o)
-    loss = opsd + o.alpha * flow
+    loss = o.opsd_weight * opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),

@@ -39,6 +39,11 @@ def _terms(variants: Sequence[Variant]) -> dict[str, str]:
     }
 
 
+def _words(term: str) -> str:
+    """Of ``last_layer``: Last layer."""
+    return term.replace("_", " ").capitalize()
+
+
 def _label(term: str) -> str:
     """What its values are; a report runs no code of terms that are not ours."""
     return load_term(term).label if term in TERMS else ""
@@ -61,7 +66,7 @@ def losses(report: Report) -> Section:
         ("loss", "Loss", "loss"),
         ("opsd", "Output divergence", "nats a token"),
         ("flow", "Flow loss", "L_flow"),
-        *((f"flow_{t}", f"{t.capitalize()} term", _label(t)) for t in _terms(report.variants)),
+        *((f"flow_{t}", f"{_words(t)} term", _label(t)) for t in _terms(report.variants)),
         ("grad_norm", "Gradient norm", "before clipping"),
     ):
         _curves(report, section, title, label, key=key)

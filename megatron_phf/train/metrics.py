@@ -156,7 +156,7 @@ def summarize(
     per_layer = sums[:-4].view_as(flow) / config.train.global_batch_size
     fields = _flow_metrics(per_layer if alpha > 0 else None, tap, config)
     return StepMetrics(
-        loss=opsd / tokens + alpha * (fields["flow"] or 0.0),
+        loss=config.method.opsd_weight * opsd / tokens + alpha * (fields["flow"] or 0.0),
         opsd=opsd / tokens,
         grad_norm=grad_norm,
         learning_rate=learning_rate,

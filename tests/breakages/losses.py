@@ -23,6 +23,13 @@ LOSSES = (
         (PARITY, "-k", "test_equals_reference and pointwise"),
     ),
     Breakage(
+        "the last layer's targets are those of each layer",
+        "megatron_phf/hidden/tap.py",
+        '"last": [last] * len(layer_map)',
+        '"last": layer_map',
+        (PARITY, "-k", "test_equals_reference and last_layer_pp4"),
+    ),
+    Breakage(
         "the supervised loss is weighted as the policy gradient",
         "megatron_phf/losses/_vocab_parallel.py",
         "torch.ones_like(sums[0]) if supervised else",
@@ -46,9 +53,23 @@ LOSSES = (
     Breakage(
         "the output loss forgets the number of microbatches",
         "megatron_phf/train/student_pass.py",
-        "token_weight = replicas * len(batches) / num_tokens",
-        "token_weight = replicas / num_tokens",
+        "opsd_weight * replicas * len(batches) / num_tokens",
+        "opsd_weight * replicas / num_tokens",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
+    ),
+    Breakage(
+        "the hidden states' loss does not see the tokens' weights",
+        "megatron_phf/train/batch.py",
+        "FlowWindow(b.window, b.window_valid, scale, w)",
+        "FlowWindow(b.window, b.window_valid, scale, None)",
+        (PARITY, "-k", "test_equals_reference and position_pp2_vpp2"),
+    ),
+    Breakage(
+        "context ranks know the statistics of their own tokens alone",
+        "megatron_phf/train/token_weights.py",
+        "if found and self._shards.context is not None:",
+        "if False:",
+        (PARITY, "-k", "test_equals_reference and divergence_packed_cp2"),
     ),
     Breakage(
         "a tool's output is scored",
