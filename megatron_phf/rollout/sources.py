@@ -42,7 +42,9 @@ class ProblemOrder:
         """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
         first = (iteration - 1) * self._batch
         sample_ids = parallel.local_share(range(first, first + self._batch))
-        return list(sample_ids), [self._pairs[self._problem_of(i)] for i in sample_ids]
+        return list(sample_ids), [
+            self._pairs[self._problem_of(i)].at(iteration) for i in sample_ids
+        ]
 
     def _problem_of(self, sample_id: int) -> int:
         epoch, position = divmod(sample_id, len(self._pairs))
