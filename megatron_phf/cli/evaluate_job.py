@@ -30,6 +30,7 @@ from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.sources import make_engine
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train.build import load_student
 from megatron_phf.train.checkpoint_files import newest_weights
 from megatron_phf.train.checkpoint_inputs import inputs
@@ -146,20 +147,16 @@ def _open_store(
     name: str, settings: dict[str, Any], config: Config, tests: TestSet
 ) -> tuple[GenerationStore | None, list[Evaluation]]:
     """Rank 0's store of the test set, and on every rank what is in it."""
-    store, problem = None, None
-    parts: list[Evaluation] = []
-    if parallel.is_first_rank():
-        try:
-            store = GenerationStore(os.path.join(config.output.output_dir, name), settings)
-            parts = store.done(tests.problems)
-        except ValueError as error:
-            problem = str(error)
-    problem, parts = parallel.broadcast_object((problem, parts))
-    if problem is not None:
-        raise ValueError(problem)
+    opened: list[GenerationStore] = []
+
+    def done() -> list[Evaluation]:
+        opened.append(GenerationStore(os.path.join(config.output.output_dir, name), settings))
+        return opened[0].done(tests.problems)
+
+    parts = on_first_rank(done)
     if parts:
         say(f"{name}: {len(parts)} problems were done before")
-    return store, parts
+    return next(iter(opened), None), parts
 
 
 def _settings(config: Config, file: str, sampling: SamplingParams) -> dict[str, Any]:

@@ -55,10 +55,8 @@ class _Demo:
         self.config = config
         self.directory = config.output.output_dir
         initial = os.path.join(self.directory, "initial_model")
-        parallel.raise_together(
-            write_directory(
-                *(initial, "--output-dir"), lambda d: make_hf_directory(d, seed=config.train.seed)
-            )
+        write_directory(
+            initial, "--output-dir", lambda d: make_hf_directory(d, seed=config.train.seed)
         )
         self.arch = read_architecture(initial)
         check_split(self.arch, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import keep_lines
+from megatron_phf.data.problems import append_jsonl, keep_lines
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
 from megatron_phf.model.architecture import Architecture
@@ -21,6 +20,7 @@ from megatron_phf.rollout.engines import engine_row, make_by_factory
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.teacher.architecture import read_teacher
 
 
@@ -219,15 +219,15 @@ class RecordingSource:
 
     def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
         self._source, self._path = source, path
-        if parallel.is_first_rank():
-            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-            keep_lines(path, lambda number, line: number <= kept, is_rollout)
+        on_first_rank(self._begin, kept)
+
+    def _begin(self, kept: int) -> None:
+        os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
+        keep_lines(self._path, lambda number, line: number <= kept, is_rollout)
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
         local = self._source.rollouts(iteration)
         shares = parallel.gather_over_data_parallel([rollout_to_json(r) for r in local])
-        if parallel.is_first_rank():
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for share in shares for r in share)
+        on_first_rank(append_jsonl, self._path, [r for share in shares for r in share])
         return local

@@ -9,7 +9,7 @@ import dataclasses
 import os
 from typing import Any
 
-from megatron_phf.config.settings import Config, flag_of
+from megatron_phf.config.settings import Config
 from megatron_phf.files.foreign import parse_json
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.hidden.spec import flow_spec, flow_weights
@@ -155,17 +155,12 @@ def check_teacher_flags(config: Config) -> None:
             f"it out, or name another model with {TEACHER_FLAG}"
         )
     if teacher.teacher_hf_model is None:
-        for f in dataclasses.fields(teacher):
-            if f.name != "teacher_offload" and getattr(teacher, f.name) is not None:
-                raise ValueError(f"{flag_of(f.name)} needs {TEACHER_FLAG}")
         return
     if config.method.teacher != "frozen":
         raise ValueError(
             f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
             "another model: use --teacher frozen, or leave one of the two out"
         )
-    if config.model.hf_model is None:
-        raise ValueError(f"{TEACHER_FLAG} needs --hf-model (and --data): the student")
 
 
 def check_models(config: Config, directory: str) -> None:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import keep_lines
+from megatron_phf.data.problems import append_jsonl, keep_lines
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.evaluation.evaluate import Evaluation, TestSet, evaluate
 from megatron_phf.evaluation.grading import Grader
 from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train.logging import say
 from megatron_phf.train.run_files import step_of
 
@@ -28,25 +28,22 @@ class EvaluationLog:
     def __init__(self, directory: str, done: int = 0) -> None:
         """``done``: steps of a run that is resumed; later evaluations are forgotten."""
         self._path = os.path.join(directory, "evaluations.jsonl")
-        known: dict[int, float] = {}
-        if parallel.is_first_rank():
-            os.makedirs(directory, exist_ok=True)
-            keep_lines(
-                self._path,
-                lambda number, line: bool(done) and 0 <= step_of(line) <= done,
-                lambda line: step_of(line) >= 0,
-            )
-            with open(self._path, encoding="utf-8") as f:
-                known = {o["step"]: o["average_at_k"] for o in map(json.loads, f)}
-        self.averages: dict[int, float] = parallel.broadcast_object(known)
+        self.averages = on_first_rank(self._begin, done)
+
+    def _begin(self, done: int) -> dict[int, float]:
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        keep_lines(
+            self._path,
+            lambda number, line: bool(done) and 0 <= step_of(line) <= done,
+            lambda line: step_of(line) >= 0,
+        )
+        with open(self._path, encoding="utf-8") as f:
+            return {o["step"]: o["average_at_k"] for o in map(json.loads, f)}
 
     def add(self, step: int, evaluation: Evaluation) -> None:
         """Record the evaluation after ``step`` steps."""
         self.averages[step] = evaluation.average
-        if parallel.is_first_rank():
-            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)  # removed meanwhile
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, **evaluation.record(_SHOWN)}) + "\n")
+        on_first_rank(append_jsonl, self._path, [{"step": step, **evaluation.record(_SHOWN)}])
 
     def describe(self) -> str:
         """Best and last, in one line."""

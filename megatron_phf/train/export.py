@@ -18,6 +18,7 @@ from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train.logging import say
 from megatron_phf.weights.huggingface import save_hf
 
@@ -50,7 +51,7 @@ def save_or_rescue(save: Save, flag: str, target: str, output_dir: str) -> str |
         return None
     except ValueError as error:
         problem = str(error)
-    for path in parallel.broadcast_object(_elsewhere(flag, output_dir)):
+    for path in on_first_rank(_elsewhere, flag, output_dir):
         try:
             save(path, "instead of it")
         except ValueError as error:
