@@ -79,6 +79,7 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
         "flow": flow.item(),
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
+        "student_entropy": sum(t[3] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
     for name, values in means.items():

@@ -155,8 +155,7 @@ class StudentPass:
             **head,
         )
         sequence = here.nonzero()[:, 0]
-        report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
-        return result.loss, report
+        return result.loss, OutputLoss(*result[1:], sequence)
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:
         """Which rows of the output head this rank has, and how many tokens a chunk has."""

@@ -86,7 +86,7 @@ def test_equals_reference(seed: int, spec: DivergenceSpec) -> None:
         top_k=min(spec.top_k, 7),
     )  # fmt: skip
     for i in range(len(student)):
-        value, clipped, entropy = reference.divergence(student[i], teacher[i], options)
+        value, clipped, entropy, _ = reference.divergence(student[i], teacher[i], options)
         assert float(found.per_token[i]) == pytest.approx(float(value), abs=1e-9)
         assert float(found.clipped[i]) == pytest.approx(clipped)
         assert float(found.teacher_entropy[i]) == pytest.approx(entropy, abs=1e-9)
@@ -161,6 +161,15 @@ def test_chunked_equals_whole(seed: int, spec: DivergenceSpec, chunk: int, paddi
     assert torch.allclose(found.per_token, whole.per_token, atol=1e-9)
     assert torch.allclose(found.clipped, whole.clipped.double())
     assert torch.allclose(found.teacher_entropy, whole.teacher_entropy, atol=1e-9)
+    options = reference.Options(
+        beta=spec.beta, temperature=spec.temperature, top_k=min(spec.top_k, real)
+    )
+    both = rows.detach() @ weight[:real].detach().T, teacher_rows @ teacher_weight[:real].T
+    entropies = [reference.divergence(s, t, options)[3] for s, t in zip(*both, strict=True)]
+    assert found.student_entropy.tolist() == pytest.approx(entropies, abs=1e-9)
+    kept = both[1].topk(min(spec.top_k or real, real)).indices
+    same = both[0].gather(1, kept).argmax(1) == 0  # of those, the teacher's first is its largest
+    assert found.agreement.tolist() == same.double().tolist()
     for ours, wanted in zip(torch.autograd.grad(found.loss, (rows, weight)), expected, strict=True):
         assert torch.allclose(ours, wanted, atol=1e-9)
 
