@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron_phf.config.settings import Config, flag_of
 from megatron_phf.data.microbatches import round_up
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.rollout.engines import reads_data
 from megatron_phf.runtime.optional_packages import why_missing
 
 
@@ -104,7 +105,7 @@ def _check_overlap(config: Config) -> None:
 
 def check_row(config: Config, flag: str) -> None:
     """Raise ValueError, naming ``flag``, where a packed row cannot hold the longest rollout."""
-    if config.rollout.rollout_engine == "replay":  # by their own lengths: check_replay
+    if not reads_data(config):  # by their own lengths: check_replay
         return
     data, cp = config.data, config.parallel.context_parallel_size
     prompt = max(data.max_prompt_length, data.max_teacher_prompt_length)

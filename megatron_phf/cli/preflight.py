@@ -24,20 +24,17 @@ from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.evaluation.grader_process import check_grader
 from megatron_phf.lora.config import check_lora, target_modules
 from megatron_phf.model.architecture import (
-    Architecture,
-    check_split,
     parse_architecture,
-    read_architecture,
 )
-from megatron_phf.rollout.engines import check_engine
+from megatron_phf.rollout.engines import check_engine, reads_data
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
     TEACHER_FLAG,
-    check_flow,
+    Models,
     check_models,
     check_teacher_flags,
-    read_teacher,
+    read_models,
 )
 from megatron_phf.weights.headers import check_hf_weights
 
@@ -60,7 +57,7 @@ def _check_batching(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
-    parallel, rollout = config.parallel, config.rollout
+    parallel = config.parallel
     if config.recipe.preset is not None and config.is_embedded:
         raise ValueError(
             "--preset needs --hf-model and --data: the embedded task has settings of its own"
@@ -75,15 +72,12 @@ def _check_combinations(config: Config) -> None:
             "--num-virtual-stages-per-pipeline-rank above 1 needs "
             "--pipeline-model-parallel-size above 1"
         )
-    if (config.model.hf_model is None) != (config.data.data is None):
-        replaying = rollout.rollout_engine == "replay" and config.model.hf_model is not None
-        if not replaying:
-            raise ValueError(
-                "--hf-model and --data belong together (without both: the embedded task)"
-            )
-    if (rollout.rollout_engine == "replay") != (rollout.replay_file is not None):
+    recorded, model = not reads_data(config), config.model.hf_model
+    if (model is None) != (config.data.data is None) and not (recorded and model is not None):
+        raise ValueError("--hf-model and --data belong together (without both: the embedded task)")
+    if recorded != (config.rollout.replay_file is not None):
         raise ValueError("--replay-file and --rollout-engine replay belong together")
-    if rollout.rollout_engine == "replay" and config.model.hf_model is None:
+    if recorded and model is None:
         raise ValueError("--rollout-engine replay needs --hf-model, the model of the recording")
     objective = config.method.opsd_objective
     if objective != "jsd" and config.method.opsd_top_k:
@@ -112,14 +106,12 @@ def _check_tokenizer(config: Config) -> None:
         raise ValueError(f"--tokenizer-model {path}: no such file")
 
 
-def _check_expert_flags(arch: Architecture, config: Config) -> None:
-    coefficient = config.model.moe_aux_loss_coeff
+def _check_expert_flags(models: Models, config: Config) -> None:
+    arch, coefficient = models.student, config.model.moe_aux_loss_coeff
     if coefficient is not None and arch.experts is None:
         raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
-    teacher = read_teacher(arch, config)
-    if config.parallel.expert_model_parallel_size > 1 and not (
-        arch.experts or (teacher and teacher.experts)
-    ):
+    experts = arch.experts or models.teacher.experts
+    if config.parallel.expert_model_parallel_size > 1 and not experts:
         raise ValueError("--expert-model-parallel-size is for models with experts; leave it out")
     on_experts = {"gate_proj", "up_proj", "down_proj"} & set(target_modules(config.lora))
     if config.lora.lora_rank and arch.experts and on_experts:
@@ -129,12 +121,14 @@ def _check_expert_flags(arch: Architecture, config: Config) -> None:
         )
 
 
-def _check_weights(config: Config) -> None:
-    paths = {"--hf-model": config.model.hf_model, TEACHER_FLAG: config.teacher.teacher_hf_model}
-    for flag, path in paths.items():
+def _check_weights(models: Models, config: Config) -> None:
+    for flag, path, arch in (
+        ("--hf-model", config.model.hf_model, models.student),
+        (TEACHER_FLAG, config.teacher.teacher_hf_model, models.teacher),
+    ):
         if path is not None:
             try:
-                check_hf_weights(path, read_architecture(path))
+                check_hf_weights(path, arch)
             except ValueError as error:
                 raise ValueError(f"{flag}: {error}") from error
 
@@ -150,26 +144,21 @@ def check(config: Config) -> None:
     check_engine(config)
     check_vllm(config)
     check_gpu(config)
-    if config.model.hf_model is not None:
-        arch = read_architecture(config.model.hf_model)
-        _check_expert_flags(arch, config)
-        check_fp8_model(config, arch)
-        check_models(config, config.model.hf_model)
-        _check_weights(config)
-    else:
-        arch = parse_architecture(MODEL_CONFIG, "the embedded model")
-        _check_expert_flags(arch, config)
-        check_split(arch, config)
-        check_flow(arch, config)
-        check_fp8_model(config, arch)
+    embedded = config.model.hf_model is None
+    student = parse_architecture(MODEL_CONFIG, "the embedded model") if embedded else None
+    models = read_models(config, student)
+    _check_expert_flags(models, config)
+    check_fp8_model(config, models.student)
+    check_models(models, config, tokenizers=reads_data(config))
+    _check_weights(models, config)
     _check_tokenizer(config)
     _check_evaluation(config)
     data = config.data
-    check_privileged(config)
+    check_privileged(config, reads_data(config))
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")
-    check_replay(arch, config)
+    check_replay(models, config)
     prompt_templates(data)
 
 

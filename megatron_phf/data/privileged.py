@@ -233,10 +233,13 @@ def training_problems(config: Config) -> list[Problem]:
     )
 
 
-def check_privileged(config: Config) -> None:
-    """Raise ValueError where --data cannot give what --privileged shows, or nothing reads it."""
+def check_privileged(config: Config, reads_data: bool) -> None:
+    """Raise ValueError where --data cannot give what --privileged shows, or nothing reads it.
+
+    ``reads_data``: whether rollouts start from --data's problems.
+    """
     privileged = parse_privileged(config.data.privileged)
-    reads = config.data.data is not None and config.rollout.rollout_engine != "replay"
+    reads = config.data.data is not None and reads_data
     if not reads and privileged != Privileged("solution"):
         raise ValueError(
             f"--privileged {config.data.privileged} needs --hf-model and --data: the embedded "

@@ -13,7 +13,6 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import append_jsonl, keep_lines
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.rollout.checked import CheckedEngine
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.engines import engine_row, make_by_factory
@@ -21,7 +20,7 @@ from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.together import on_first_rank
-from megatron_phf.teacher.architecture import read_teacher
+from megatron_phf.teacher.architecture import Models
 
 
 class RolloutSource(Protocol):
@@ -69,11 +68,10 @@ class ResponseRoom:
         return min(*behind, self.max_new_tokens)
 
 
-def response_room(config: Config, arch: Architecture) -> ResponseRoom:
+def response_room(config: Config, models: Models) -> ResponseRoom:
     """Where student and teacher, which may be another model, end a response."""
-    teacher = read_teacher(arch, config) or arch
-    positions = arch.max_position_embeddings, teacher.max_position_embeddings
-    return ResponseRoom(*positions, config.rollout.max_new_tokens)
+    student, teacher = (m.max_position_embeddings for m in (models.student, models.teacher))
+    return ResponseRoom(student, teacher, config.rollout.max_new_tokens)
 
 
 def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
@@ -173,7 +171,7 @@ def _order(context: RolloutContext) -> ProblemOrder:
 
 def reference_source(context: RolloutContext) -> ReferenceSource:
     """``--rollout-engine reference``."""
-    prompts, room = context.prompts, response_room(context.config, context.arch)
+    prompts, room = context.prompts, response_room(context.config, context.models)
     end = prompts.tokenizer.eos_id
     stop = prompts.stop_ids[0] if end is None else end
     return ReferenceSource(prompts.tokenizer.encode, stop, _order(context), room)
@@ -207,8 +205,16 @@ def make_source(context: RolloutContext) -> RolloutSource:
         source: RolloutSource = make_by_factory(spec, context)
         return source
     sampling = sampling_params(config, context.prompts.stop_ids)
-    room = response_room(config, context.arch)
+    room = response_room(config, context.models)
     return OnPolicySource(make_engine(context), _order(context), sampling, room)
+
+
+def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
+    """With ``--record-rollouts`` in that file too, behind the rollouts of ``done`` steps."""
+    path = config.rollout.record_rollouts
+    if path is None:
+        return source
+    return RecordingSource(source, path, done * config.train.global_batch_size)
 
 
 class RecordingSource:

@@ -39,15 +39,16 @@ class PhaseTimer:
     ``memory_bytes``: the phase's peak on CUDA, the resident set at its end on CPU.
     """
 
-    def __init__(self, entered: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, entered: Callable[[str], None] = lambda name: None, where: str = "") -> None:
+        """``entered`` hears of each phase, its name behind ``where``."""
         self.seconds: dict[str, float] = {}
         self.memory_bytes: dict[str, int] = {}
-        self._entered = entered
+        self._entered, self._where = entered, where
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time within to phase ``name``."""
-        self._entered(name)
+        self._entered(self._where + name)
         device.synchronize()
         device.start_peak()
         start = time.perf_counter()

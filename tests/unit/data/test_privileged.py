@@ -190,13 +190,15 @@ def test_what_cannot_be_shown(tmp_path: Path, lines: list, flags: dict, message:
     content = [x if isinstance(x, dict) else vars(x) for x in lines]
     (tmp_path / "d").write_text("".join(json.dumps(x) + "\n" for x in content))
     with pytest.raises(ValueError, match=message):
-        check_privileged(Config().replaced(**{"data": str(tmp_path / "d"), **flags}))
+        check_privileged(
+            Config().replaced(**{"data": str(tmp_path / "d"), **flags}), "replay_file" not in flags
+        )
 
 
 def test_what_needs_no_solution(tmp_path: Path) -> None:
     (tmp_path / "d").write_text('{"problem": "p", "answer": 1}\n')
     for kind in ("none", "answer"):
-        check_privileged(Config().replaced(data=str(tmp_path / "d"), privileged=kind))
+        check_privileged(Config().replaced(data=str(tmp_path / "d"), privileged=kind), True)
 
 
 def test_the_checks_before_launch_know_it() -> None:
