@@ -96,6 +96,7 @@ def _rollout(pair: PromptPair, response: Response) -> Rollout:
         None if logs is None else tuple(logs),
         None if mask is None else tuple(mask),
         response.policy_version,
+        pair.problem.solution or None,
     )
 
 
