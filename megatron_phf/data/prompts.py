@@ -73,7 +73,8 @@ def prompt_templates(config: DataConfig) -> PromptTemplates:
         if (path := getattr(config, f"{side}_template")) is not None
     }
     templates = PromptTemplates(
-        **{"teacher": kind.template, **given},
+        given.get("student", STUDENT_TEMPLATE),
+        given.get("teacher", kind.template),
         student_thinking=config.student_thinking,
         teacher_thinking=config.teacher_thinking,
     )
