@@ -33,6 +33,8 @@ from megatron_phf.train.session import Checkpoints, EndOfRun
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
 
+_BRIEF_STEPS = 10
+
 
 class Steps:
     """Steps one by one: rollouts, training on them, and what is measured of both."""
@@ -44,11 +46,11 @@ class Steps:
         prompts: Prompts | None,
         heartbeat: Heartbeat,
         example: bool,
-        signs: CollapseSigns | None = None,
+        signs: CollapseSigns,
     ) -> None:
         """``prompts`` None: unknown; ``example``: show the first rollout as both models read it."""
         self._source, self._distiller, self._heartbeat = source, distiller, heartbeat
-        self._signs = signs or CollapseSigns(distiller.config)
+        self._signs = signs
         self._tokenizer = None if prompts is None else prompts.tokenizer
         self._stop_ids = None if prompts is None else prompts.stop_ids
         self._utilisation = Utilisation(distiller.config, distiller.models)
@@ -116,7 +118,7 @@ def train(
     Args:
         prompts: those of ``--data``, where they have been read.
         more: hooks beside the job's own, before the export.
-        brief: without the start-up summary and the example.
+        brief: without the start-up summary and the example, and a line for every tenth step.
     """
     directory = config.model.hf_model
     assert directory is not None
@@ -130,17 +132,17 @@ def train(
     source = make_source(context)  # what can be refused without weights is
     student = context.student
     distiller = make_distiller(models, config, student)
-    signs = CollapseSigns(config)
+    signs, end = CollapseSigns(config), EndOfRun(config, signals)
     checkpoints = Checkpoints(config, distiller, heartbeat, signs)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
-    logger = RunLogger(config, done)
+    logger = RunLogger(config, done, every=_BRIEF_STEPS if brief else 1)
     hooks: list[RunHook] = [
         logger,
         signs,  # before what it keeps from being written
         checkpoints,
-        EndOfRun(config, signals),
+        end,
         *more,
         Export(config, models.student, student),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +31,13 @@ class OutputLoss:
     teacher_entropy: Tensor
     student_entropy: Tensor
     agreement: Tensor
-    sequence: Tensor  # row of each token in its microbatch
+    sequence: Tensor  # row of each token in its microbatch, on the host
 
 
 class PhaseTimer:
-    """Seconds and memory of the phases of one step, the device waited for at each end.
+    """Seconds and memory of the phases of one step, the device waited for at the end of each.
+
+    They follow one another: what is left of the device's work when a phase begins is next to none.
 
     ``memory_bytes``: the phase's peak on CUDA, the resident set at its end on CPU.
     """
@@ -49,7 +52,6 @@ class PhaseTimer:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time within to phase ``name``."""
         self._entered(self._where + name)
-        device.synchronize()
         device.start_peak()
         start = time.perf_counter()
         try:
@@ -71,7 +73,8 @@ class StepMetrics:
     layer or pair, None also where the teacher has another hidden size and the term needs the
     student's; ``clipped_fraction``: of the vocabulary entries (entry clip) or of the tokens (token
     clip); ``teacher_entropy``, ``student_entropy``: nats a token, at the loss's temperature;
-    ``teacher_agreement``: share of the tokens where both models have the same most probable one.
+    ``teacher_agreement``: share of the tokens where both models have the same most probable one;
+    None of what is the teacher's where it has read nothing.
     """
 
     loss: float
@@ -82,9 +85,9 @@ class StepMetrics:
     learning_rate: float
     clipped_fraction: float
     clip_mode: str
-    teacher_entropy: float
+    teacher_entropy: float | None
     student_entropy: float
-    teacher_agreement: float
+    teacher_agreement: float | None
     rollout_tokens: int
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +106,7 @@ def _mean(values: Sequence[float]) -> float:
 def _flow_metrics(per_layer: Tensor | None, tap: FlowTap, config: Config) -> dict[str, Any]:
     """per_layer [T, L]: means of the tap's terms (None: not computed) -> the fields of the flow.
 
-    A term over pairs is that with the layer before: its first number is unused.
+    On the host.  A term over pairs is that with the layer before: its first number is unused.
     """
     flow, rows = None, {}
     if per_layer is not None:
@@ -153,7 +156,8 @@ def summarize(
     if parallel.tensor_parallel_rank() > 0:  # they hold the same values as rank 0
         sums.zero_()
     dist.all_reduce(sums)
-    *means, tokens = (float(x) for x in sums[-6:])
+    sums = sums.cpu()
+    *means, tokens = sums[-6:].tolist()
     opsd, clipped, teacher_entropy, student_entropy, agreement = (x / tokens for x in means)
     alpha = config.method.phf_alpha
     per_layer = sums[:-6].view_as(flow) / config.train.global_batch_size
@@ -165,9 +169,9 @@ def summarize(
         learning_rate=learning_rate,
         clipped_fraction=clipped,
         clip_mode=config.method.opsd_clip_mode,
-        teacher_entropy=teacher_entropy,
+        teacher_entropy=None if math.isnan(teacher_entropy) else teacher_entropy,
         student_entropy=student_entropy,
-        teacher_agreement=agreement,
+        teacher_agreement=None if math.isnan(agreement) else agreement,
         rollout_tokens=round(tokens),
         **fields,
     )

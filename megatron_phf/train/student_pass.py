@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import LocalBatch, SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
@@ -18,7 +17,7 @@ from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import Models
-from megatron_phf.train.batch import flow_windows
+from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
@@ -60,15 +59,15 @@ class StudentPass:
         self._drift = DriftMeter(config)
         self._vocab_size = models.vocab_size
 
-    def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
+    def __call__(self, batch: StepBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
 
         Raises:
             ValueError: the global batch has no token to train on.
         """
         measured = sum(m.student.log_probs is not None for m in batch.microbatches)
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), measured]
-        totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts, measured]
+        totals = parallel.sum_over_data_parallel(device.from_host(torch.tensor(counts)))
         num_tokens, num_sequences, useful, computed, measured = totals.tolist()
         if num_tokens == 0:
             raise ValueError(
@@ -92,14 +91,13 @@ class StudentPass:
 
     def _run(
         self,
-        batches: Sequence[SequenceBatch],
+        batches: Sequence[PlacedBatch],
         teacher: TeacherOutput,
         token_weight: float,
         flow_scale: float,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            assert teacher.head is not None, "the last stage computes the loss"
-            target = teacher.rows.pop(index), teacher.head
+            target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
             return self._output_loss(batches[index], hidden, target, token_weight)
 
         self._optimizer.zero_grad()
@@ -114,47 +112,55 @@ class StudentPass:
             self._tap.stop()
         return outputs
 
-    def _mask_padding(self, batches: Sequence[SequenceBatch]) -> None:
+    def _mask_padding(self, batches: Sequence[PlacedBatch]) -> None:
         """Padding must not count in the routers' load-balancing loss.
 
         The schedule gives that loss its share of the mean over microbatches.
         """
         if self._arch.experts is not None:
-            pieces = [self._shards.piece(b.padding, b.cu_seqlens) for b in batches]
-            set_padding(self._student, pieces)
+            set_padding(self._student, [b.padding for b in batches])
             reset_aux_loss()
 
     def _output_loss(
         self,
-        batch: SequenceBatch,
+        batch: PlacedBatch,
         hidden: Tensor,
-        teacher: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight.
+        weight; None where the loss does not look at it.
         """
-        rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
-        here, kept = batch.scored & mine, mine[batch.scored]
-        rows, weight = rows[here], self._student[-1].output_weight()
-        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        rows = part_rows(hidden, batch.own, self._shards)
+        weight = self._student[-1].output_weight()
+        head = self._head_split(weight)
         if batch.log_probs is not None:
-            self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
+            mine = chunked_log_probs(rows, weight, batch.targets, **head)
+            self._drift.add(mine, batch.log_probs)
+        if teacher is None:
+            read, other = rows, weight
+        else:
+            kept = batch.kept
+            read = teacher[0] if kept is None else teacher[0].index_select(0, kept)
+            other = teacher[1]
         result = chunked_divergence(
             rows,
-            teacher[0][kept],
+            read,
             weight,
-            teacher[1],
+            other,
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
-            target_ids=targets,
+            target_ids=batch.targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
-        sequence = here.nonzero()[:, 0]
-        return result.loss, OutputLoss(*result[1:], sequence)
+        report = OutputLoss(*result[1:], batch.sequence)
+        if teacher is None:  # what was compared with is the student itself
+            unknown = torch.full_like(report.agreement, torch.nan)
+            report = replace(report, teacher_entropy=unknown, agreement=unknown)
+        return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:
         """Which rows of the output head this rank has, and how many tokens a chunk has."""
