@@ -89,13 +89,15 @@ def _wrong_answer(problem: Problem, answers: Sequence[str], generator: random.Ra
         last = number.end() - 1
         digit = (int(problem.answer[last]) + generator.randrange(1, 10)) % 10
         return f"{problem.answer[:last]}{digit}{problem.answer[last + 1 :]}"
-    different = [a for a in answers if _spelling(a) != _spelling(problem.answer)]
-    if not different:
-        raise ValueError(
-            f"--privileged wrong: the answer {problem.answer!r} of problem {problem.index} has no "
-            "number to alter, and no other problem another answer; take another --privileged"
-        )
-    return generator.choice(different)
+    start = generator.randrange(len(answers))
+    for i in range(start, start + len(answers)):
+        candidate = answers[i % len(answers)]
+        if _spelling(candidate) != _spelling(problem.answer):
+            return candidate
+    raise ValueError(
+        f"--privileged wrong: the answer {problem.answer!r} of problem {problem.index} has no "
+        "number to alter, and no other problem another answer; take another --privileged"
+    )
 
 
 def _wrong(problems: Sequence[Problem], seed: int) -> list[str]:
