@@ -32,7 +32,13 @@ from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
 from megatron_phf.runtime.environment import for_children
 
 _OUTPUT = ("loss", "opsd")
-_OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
+_OTHERS = (
+    "clipped_fraction",
+    "teacher_entropy",
+    "student_entropy",
+    "teacher_agreement",
+    "rollout_tokens",
+)
 # A value that should be 0 (a clip that never clips) has no relative deviation.
 _SMALLEST = 1e-6
 

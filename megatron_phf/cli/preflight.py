@@ -17,7 +17,8 @@ from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.config.schedule import check_schedule
 from megatron_phf.config.settings import Config
 from megatron_phf.console import program
-from megatron_phf.data.problems import field_names, read_problems, read_test_problems
+from megatron_phf.data.privileged import check_privileged
+from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.evaluation.grader_process import check_grader
@@ -159,8 +160,7 @@ def check(config: Config) -> None:
     _check_tokenizer(config)
     _check_evaluation(config)
     data = config.data
-    if data.data is not None and reads_data(config):
-        read_problems(data.data, field_names(config.data))
+    check_privileged(config, reads_data(config))
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")

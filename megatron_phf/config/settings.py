@@ -31,7 +31,7 @@ from megatron_phf.config.inputs import (
     TokenizerConfig,
     VllmConfig,
 )
-from megatron_phf.config.training import BatchingConfig, LoraConfig, TrainConfig
+from megatron_phf.config.training import BatchingConfig, CollapseConfig, LoraConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     embedded: EmbeddedConfig = field(default_factory=EmbeddedConfig)

@@ -24,7 +24,8 @@ class Rollout:
     ``log_probs``: of the response's tokens, nats, where another program sampled it; not recorded.
     ``response_mask``: False for a token that the student did not write (a tool's output): it is
     read by both models and not scored; None: all are.  ``policy_version``: the step whose weights
-    sampled it, where known; not recorded.
+    sampled it, where known; not recorded.  ``reference``: the problem's solution, where known; not
+    recorded.
     """
 
     student_prompt_ids: tuple[int, ...]
@@ -33,6 +34,7 @@ class Rollout:
     log_probs: tuple[float, ...] | None = None
     response_mask: tuple[bool, ...] | None = None
     policy_version: int | None = None
+    reference: str | None = None
 
     @property
     def scored(self) -> tuple[bool, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, window
 from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
 from megatron_phf.reference.options import Options
-from megatron_phf.reference.output_loss import cross_entropy, divergence, sampled_token
+from megatron_phf.reference.output_loss import cross_entropy, divergence, observed, sampled_token
 from megatron_phf.reference.weights import token_weights, weighted_terms
 
 
@@ -27,7 +27,7 @@ class Result:
 def sequence_terms(
     student: Any, teacher: Any, sample: dict, o: Options
 ) -> tuple[list, dict[str, list[Tensor] | None], list[Tensor]]:
-    """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
+    """(per-token (loss, clipped, entropies, agreement), flow terms, router logits) of a line."""
     response = sample["response_ids"]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
     logits, hidden, routers = run(student, prompt + response)
@@ -45,11 +45,12 @@ def sequence_terms(
     for i, pair in zip(written, pairs, strict=True):
         token = response[i]
         if o.objective == "jsd":
-            tokens.append(divergence(*pair, o))
+            values = divergence(*pair, o)
         elif o.objective == "cross_entropy":
-            tokens.append(cross_entropy(*pair, token, o))
+            values = cross_entropy(*pair, token, o)
         else:
-            tokens.append(sampled_token(*pair, token, o))
+            values = sampled_token(*pair, token, o)
+        tokens.append((*values, *observed(*pair, o)))
     chosen = window(len(written), o.window_size, o.window_rule)
     w = [written[i] for i in chosen]
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
@@ -88,6 +89,8 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
         "flow": flow.item(),
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
+        "student_entropy": sum(t[3] for t in tokens) / len(tokens),
+        "teacher_agreement": sum(t[4] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
     for name, values in means.items():

@@ -113,6 +113,20 @@ def rollouts(report: Report) -> Section:
     return section
 
 
+def collapse(report: Report) -> Section:
+    """What warns of a student that collapses."""
+    text = "Each over the steps; the length as a part of that of the run's first steps."
+    section = Section("Signs of collapse", text, legend=report.names)
+    for key, part, title, label, factor in (
+        ("student_entropy", None, "Entropy of the student", "nats a token", 1.0),
+        ("collapse_signs", "length", "Length against the first steps", "times", 1.0),
+        ("copied_words", None, "Words of the reference in the responses", "%", 100.0),
+        ("teacher_agreement", None, "Agreement of student and teacher", "% of tokens", 100.0),
+    ):
+        _curves(report, section, title, label, factor, key=key, part=part)
+    return section
+
+
 def _by_phase(variant: Variant, key: str, factor: float) -> dict[str, float]:
     """Mean over steps and runs of each phase's entry of the table ``key``."""
     names = dict.fromkeys(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -165,8 +165,10 @@ class StudentPass:
             objective=self._config.method.opsd_objective,
             **head,
         )
-        entropy = result.teacher_entropy
-        entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
-        per_token = result.per_token if weights is None else result.per_token * weights
-        report = OutputLoss(per_token, result.clipped, entropy, batch.sequence)
+        report = OutputLoss(*result[1:], batch.sequence)
+        if weights is not None:
+            report = replace(report, per_token=report.per_token * weights)
+        if teacher is None:  # what was compared with is the student itself
+            unknown = torch.full_like(report.agreement, torch.nan)
+            report = replace(report, teacher_entropy=unknown, agreement=unknown)
         return result.loss, report

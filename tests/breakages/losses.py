@@ -1,4 +1,4 @@
-"""Of losses, windows and shares of a mean."""
+"""Of losses, windows and shares of a mean; what the teacher is shown; signs of collapse."""
 
 from __future__ import annotations
 
@@ -147,5 +147,26 @@ LOSSES = (
         "if before is not None and before[0] is inputs:",
         "if before is not None:",
         (PARITY, "-k", "test_equals_reference and full"),
+    ),
+    Breakage(
+        "some problems are their own other problem",
+        "megatron_phf/data/privileged.py",
+        "[*order[1:], *order[:1]]",
+        "order",
+        ("tests/unit/data/test_privileged.py", "-k", "never_ones_own"),
+    ),
+    Breakage(
+        "a resumed run forgets the level of its first steps",
+        "megatron_phf/train/collapse.py",
+        'state.get("first", {})',
+        "{}",
+        ("tests/unit/train/test_collapse.py", "-k", "resumed_run"),
+    ),
+    Breakage(
+        "a checkpoint of a collapsed student is written",
+        "megatron_phf/train/session.py",
+        "if self._signs.fired is not None",
+        "if False",
+        ("tests/unit/train/test_collapse.py", "-k", "no_checkpoint"),
     ),
 )
