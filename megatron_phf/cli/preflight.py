@@ -30,6 +30,7 @@ from megatron_phf.model.architecture import (
     read_architecture,
 )
 from megatron_phf.rollout.engines import check_engine
+from megatron_phf.rollout.flags import check_rollouts
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
@@ -247,6 +248,7 @@ def check(config: Config) -> None:
     check_teacher_flags(config)
     check_lora(config)
     check_engine(config)
+    check_rollouts(config)
     check_vllm(config)
     check_gpu(config)
     _check_checkpoints(config)
@@ -266,7 +268,8 @@ def check(config: Config) -> None:
     _check_evaluation(config)
     data = config.data
     if data.data is not None and config.rollout.rollout_engine != "replay":
-        read_problems(data.data, field_names(config.data))
+        graded = config.rollout.keep_rollouts != "all"
+        read_problems(data.data, field_names(data), needs_answer=graded)
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")

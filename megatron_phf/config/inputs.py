@@ -136,6 +136,17 @@ class RolloutConfig:
     rollout_temperature: float = flag(1.1, "sampling temperature; 0 is greedy")
     rollout_top_p: float = flag(0.95, "nucleus sampling")
     rollout_top_k: int = flag(20, "top-k sampling; 0 is off")
+    max_off_policy_steps: int = flag(
+        0,
+        "let a served engine sample the next so many steps' rollouts while a step trains, by "
+        "weights of at most so many steps before; 0: none (docs/engines.md)",
+    )
+    rollouts_per_problem: int = flag(1, "rollouts of each problem, of --global-batch-size in all")
+    keep_rollouts: str = flag(
+        "all",
+        "train on all rollouts, or on those alone whose answers --grader calls so",
+        ("all", "correct", "incorrect"),
+    )
     rollout_batch_size: int = flag(64, "sequences generated at once on a data-parallel rank")
 
 

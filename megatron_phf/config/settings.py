@@ -56,6 +56,11 @@ class MethodConfig:
     )
     opsd_clip: float = flag(0.05, "the clamp's value")
     opsd_top_k: int = flag(0, "only the teacher's top-k entries; 0 is the full vocabulary")
+    importance_ratio_cap: float | None = flag(
+        None,
+        "weigh each token's output loss by how much more probable the student makes it than what "
+        "sampled it did, at most this (None: all alike)",
+    )
     logits_chunk_tokens: int = flag(256, "tokens whose logits exist at the same time")
     teacher: str = flag("frozen", "the privileged teacher's weights", ("frozen", "ema", "live"))
     ema_decay: float = flag(0.999, "rho of the ema teacher")

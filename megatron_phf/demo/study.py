@@ -28,12 +28,8 @@ from megatron_phf.files.replace import write_json, write_new_text
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
-from megatron_phf.rollout.sources import (
-    OnPolicySource,
-    ProblemOrder,
-    response_room,
-    sampling_params,
-)
+from megatron_phf.rollout.order import problem_order, response_room
+from megatron_phf.rollout.sources import OnPolicySource, sampling_params
 from megatron_phf.runtime import parallel
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.evaluation import EvaluationLog, Evaluator
@@ -124,7 +120,7 @@ class _Demo:
         train = config.train
         source = OnPolicySource(
             student_engine(config, self.arch, student),
-            ProblemOrder(self.train, train.global_batch_size, train.seed),
+            problem_order(config, self.train),
             sampling_params(config, self.stop_ids),
             response_room(config, self.arch),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, window
 from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
 from megatron_phf.reference.options import Options
-from megatron_phf.reference.output import cross_entropy, divergence, sampled_token
+from megatron_phf.reference.output import cross_entropy, divergence, importance, sampled_token
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Result:
 def sequence_terms(
     student: Any, teacher: Any, sample: dict, o: Options
 ) -> tuple[list, dict[str, list[Tensor] | None], list[Tensor]]:
-    """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
+    """(list of (loss, clipped, entropy, weight, its clip), flow terms, router logits) of a line."""
     response = sample["response_ids"]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
     logits, hidden, routers = run(student, prompt + response)
@@ -42,11 +42,15 @@ def sequence_terms(
         token = response[i]
         pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
         if o.objective == "jsd":
-            tokens.append(divergence(*pair, o))
+            value, *rest = divergence(*pair, o)
         elif o.objective == "cross_entropy":
-            tokens.append(cross_entropy(*pair, token, o))
+            value, *rest = cross_entropy(*pair, token, o)
         else:
-            tokens.append(sampled_token(*pair, token, o))
+            value, *rest = sampled_token(*pair, token, o)
+        weight = (1.0, 0.0)
+        if o.ratio_cap is not None:
+            weight = importance(pair[0], token, sample["log_probs"][i], o)
+        tokens.append((value * weight[0], *rest, *weight))
     w = [written[i] for i in window(len(written), o.window_size, o.window_rule)]
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
     sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
@@ -81,6 +85,9 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
+    if o.ratio_cap is not None:
+        metrics["importance_weight"] = sum(t[3] for t in tokens) / len(tokens)
+        metrics["importance_clipped_fraction"] = sum(t[4] for t in tokens) / len(tokens)
     for name, values in means.items():
         by = "pair" if name in PAIRS else "layer"
         metrics[f"flow_{name}"] = torch.stack(values).mean().item() if values else None

@@ -23,3 +23,4 @@ class Options:
     layers: tuple[int, ...] | None = None  # in the flow loss; None: all
     aux_coeff: float = 0.0  # of the routers' load-balancing loss
     micro_batch_size: int = 1  # over which it is computed
+    ratio_cap: float | None = None  # of the importance weights; None: all tokens count alike

@@ -23,17 +23,22 @@ FLAG = "--rollout-engine"
 
 @dataclass(frozen=True)
 class EngineRow:
-    """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``)."""
+    """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``).
+
+    ``beside``: it can do so while the student trains (is an ``EngineBeside``); one's own says so by
+    having ``sampler``.
+    """
 
     factory: str
     samples: bool = True
+    beside: bool = True
 
 
 ENGINES = {
-    "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine"),
+    "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine", beside=False),
     "vllm": EngineRow("megatron_phf.rollout.vllm.engine:make_engine"),
-    "reference": EngineRow("megatron_phf.rollout.sources:reference_source", samples=False),
-    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", samples=False),
+    "reference": EngineRow("megatron_phf.rollout.sources:reference_source", False, False),
+    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", False, False),
 }
 
 
@@ -117,8 +122,10 @@ def load_factory(spec: str) -> Callable[..., Any]:
     return function
 
 
-def make_by_factory(spec: str, context: Any) -> Any:
+def make_by_factory(spec: str, context: Any, beside: bool = False) -> Any:
     """What the engine's factory gives for this run; every rank calls it.
+
+    ``beside``: it must be able to sample while the student trains.
 
     Raises:
         ValueError: a user's factory gave something that is no engine.
@@ -131,5 +138,11 @@ def make_by_factory(spec: str, context: Any) -> Any:
             f"{FLAG} {spec}: gave a {type(made).__name__} without {' and '.join(missing)}; an "
             "engine has prepare(step) and generate(prompts, sampling, sample_ids, limits) "
             "(docs/engines.md)"
+        )
+    if beside and not callable(getattr(made, "sampler", None)):
+        raise ValueError(
+            f"--max-off-policy-steps: {FLAG} {spec} gave a {type(made).__name__} without sampler, "
+            "which would let it sample while the student trains (docs/engines.md); leave the flag "
+            "out"
         )
     return made

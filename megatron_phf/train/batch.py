@@ -27,6 +27,7 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
     ``shards``: how this process's layers see a sequence.
     """
     method, where = config.method, device.device()
+    rollouts = [rollout.trained() for rollout in rollouts]
     batch = make_local_batch(
         rollouts,
         config.train.micro_batch_size,

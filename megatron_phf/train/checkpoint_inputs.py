@@ -16,7 +16,13 @@ from megatron_phf.weights import hf_directory
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
 _FIXED = (
     *("teacher", "use_distributed_optimizer", "global_batch_size", "seed", "rollout_engine"),
-    *("lora_rank", "lora_alpha", "lora_target_modules", "teacher_layer_map"),
+    *(
+        "lora_rank",
+        "lora_alpha",
+        "lora_target_modules",
+        "teacher_layer_map",
+        "rollouts_per_problem",
+    ),
 )
 # Where and how a run computes and writes is free to change.
 _FREE = ("parallel", "checkpoint", "output", "embedded", "evaluation")

@@ -69,6 +69,7 @@ class Distiller:
         skip = self.nonfinite.must_skip(
             iteration, rollouts, student.outputs, self.tap.values, finite, batch.order
         )
+        skip = skip or student.num_tokens == 0  # none of the rollouts is kept
         learning_rate, grad_norm = self.optimizer.learning_rate, math.nan
         with timer.phase("optimizer"):
             if not skip:
@@ -82,6 +83,7 @@ class Distiller:
         """The step's numbers, reduced over the world; every rank calls it."""
         layers = self.arch.num_layers
         metrics = summarize(
-            student.outputs, layers, self.config, learning_rate, grad_norm, self.tap
+            *(student.outputs, layers, self.config, learning_rate, grad_norm, self.tap),
+            student.num_sequences,
         )
         return dataclasses.replace(metrics, extra=student.extra)

@@ -21,6 +21,7 @@ from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import common_vocab_size
 from megatron_phf.train.batch import flow_windows
 from megatron_phf.train.drift import DriftMeter
+from megatron_phf.train.importance import ImportanceWeights
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
@@ -29,9 +30,14 @@ from megatron_phf.train.teacher_pass import TeacherOutput
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """``outputs``: of each microbatch, on the last stage; ``extra``: metrics, already reduced."""
+    """``outputs``: of each microbatch, on the last stage; ``extra``: metrics, already reduced.
+
+    ``num_tokens``, ``num_sequences``: what the global batch trains on.
+    """
 
     outputs: list[OutputLoss]
+    num_tokens: int
+    num_sequences: int
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,37 +65,42 @@ class StudentPass:
             top_k=method.opsd_top_k,
         )
         self._drift = DriftMeter(config)
+        self._importance = ImportanceWeights(method.importance_ratio_cap)
         self._vocab_size = common_vocab_size(arch, config)
 
     def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
 
         Raises:
-            ValueError: the global batch has no token to train on.
+            ValueError: the global batch has no token to train on, or (--importance-ratio-cap) a
+                rollout does not say how it was sampled.
         """
-        measured = sum(m.student.log_probs is not None for m in batch.microbatches)
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), measured]
+        batches = [m.student for m in batch.microbatches]
+        rows = [(len(b.scored), b.log_probs is not None) for b in batches]
+        known = [sum(n for n, _ in rows), sum(n for n, measured in rows if measured)]
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), *known]
         totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
-        num_tokens, num_sequences, useful, computed, measured = totals.tolist()
-        if num_tokens == 0:
+        num_tokens, num_sequences, useful, computed, read, measured = totals.tolist()
+        self._importance.check(measured, read)
+        if num_tokens == 0 and self._config.rollout.keep_rollouts == "all":
             raise ValueError(
                 "all responses of a global batch are empty, or nothing in them is the student's: "
                 "nothing to train on"
             )
-        batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
         # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
         # averaged over context-parallel ranks too, for which the schedule makes up alike.
         replicas = parallel.data_parallel_size()
-        token_weight = replicas * len(batches) / num_tokens
+        token_weight = replicas * len(batches) / max(num_tokens, 1)
         averaged = replicas * parallel.context_parallel_size()
-        flow_scale = self._config.method.phf_alpha * averaged / num_sequences
+        flow_scale = self._config.method.phf_alpha * averaged / max(num_sequences, 1)
         outputs = self._run(batches, teacher, token_weight, flow_scale)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
         balance = mean_aux_loss(self._arch, self._config, len(batches))
         extra |= {} if balance is None else {"moe_aux_loss": balance}
         extra |= self._drift.take() if measured > 0 else {}
-        return StudentOutput(outputs, extra)
+        extra |= self._importance.take()
+        return StudentOutput(outputs, num_tokens, num_sequences, extra)
 
     def _run(
         self,
@@ -141,21 +152,28 @@ class StudentPass:
         here, kept = batch.scored & mine, mine[batch.scored]
         rows, weight = rows[here], self._student[-1].output_weight()
         targets, head = batch.target_ids()[kept], self._head_split(weight)
+        token_weights = torch.full((rows.shape[0],), token_weight, device=rows.device)
+        importance = None
         if batch.log_probs is not None:
-            self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
+            known = chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here]
+            self._drift.add(*known)
+            importance = self._importance.of(*known)
+        if importance is not None:
+            token_weights *= importance
         result = chunked_divergence(
             rows,
             teacher[0][kept],
             weight,
             teacher[1],
-            torch.full((rows.shape[0],), token_weight, device=rows.device),
+            token_weights,
             self._spec,
             target_ids=targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
         sequence = here.nonzero()[:, 0]
-        report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
+        values = result.per_token if importance is None else result.per_token * importance
+        report = OutputLoss(values, result.clipped, result.teacher_entropy, sequence)
         return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 # Shorter and longer than the window of 8; and a first data-parallel rank without any token.
 REPLAYS = {"uneven": [1, 2, 20, 7, 31, 3, 12, 9], "empty": [0, 0, 0, 0, 5, 1, 0, 12]}
 REPLAYS["masked"] = REPLAYS["uneven"]  # some tokens are not the student's
+REPLAYS["sampled"] = REPLAYS["uneven"]  # the same, with log-probabilities of what sampled them
 BATCH = 8
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-2
 BF16 = "bf16_tp2_pp2_sp"
@@ -108,6 +109,13 @@ CASES = {
     "packed_empty_cp2": (2, "qwen3", PACKED_CP2, {"replay": "empty"}),
     "masked_tp2_pp2": (4, "qwen3", TP2 + PP2, {"replay": "masked"}),
     "masked_packed_cp2": (2, "qwen3", PACKED_CP2, {"replay": "masked", "beta": 0.5}),
+    "ratios_tp2_pp2": (4, "qwen3", TP2 + PP2, {"replay": "sampled", "ratio_cap": 1.5}),
+    "ratios_packed_cp2": (
+        2,
+        "qwen3",
+        PACKED_CP2,
+        {"replay": "sampled", "ratio_cap": 3.0, "objective": "policy_gradient"},
+    ),
     "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
 }
 MODELS = {
@@ -145,7 +153,8 @@ def files(tmp_path_factory) -> Path:
     for name, settings in MODELS.items():
         make_model(str(directory / name), **settings)
     for name, lengths in REPLAYS.items():
-        make_replay(str(directory / f"{name}.jsonl"), lengths, masked=name == "masked")
+        masked, sampled = name in ("masked", "sampled"), name == "sampled"
+        make_replay(str(directory / f"{name}.jsonl"), lengths, masked=masked, log_probs=sampled)
     return directory
 
 
