@@ -33,11 +33,11 @@ from megatron_phf.config.flags import parse_args  # noqa: E402
 from megatron_phf.config.settings import Config  # noqa: E402
 from megatron_phf.console import print_anything  # noqa: E402
 from megatron_phf.lora.files import export_adapter  # noqa: E402
-from megatron_phf.model.architecture import read_architecture  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
 from megatron_phf.runtime import parallel  # noqa: E402
 from megatron_phf.runtime.heartbeat import Heartbeat  # noqa: E402
 from megatron_phf.runtime.signals import StopSignals  # noqa: E402
+from megatron_phf.teacher.architecture import read_models  # noqa: E402
 from megatron_phf.train.batch import make_batch  # noqa: E402
 from megatron_phf.train.build import load_student, make_distiller  # noqa: E402
 from megatron_phf.train.loop import train  # noqa: E402
@@ -117,10 +117,10 @@ def run_case(config: Config, case: dict[str, Any], path: str) -> object:
         return job(config)
     assert case["kind"] == "gradients" and config.rollout.replay_file is not None
     assert config.model.hf_model is not None
-    arch = read_architecture(config.model.hf_model)
-    source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
-    student = load_student(arch, config, config.model.hf_model)
-    return gradients_and_norm(make_distiller(arch, config, student), source, path)
+    models = read_models(config)
+    source = ReplaySource(config.rollout.replay_file, models.vocab_size, config)
+    student = load_student(models.student, config, config.model.hf_model)
+    return gradients_and_norm(make_distiller(models, config, student), source, path)
 
 
 def main(run: RunCase = run_case) -> None:

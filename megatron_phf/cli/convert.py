@@ -35,6 +35,7 @@ from megatron_phf.model.architecture import Architecture, check_split, read_arch
 from megatron_phf.model.gpt import FlowGPTModel, build_model
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.logging import say
 from megatron_phf.weights import torch_dist
@@ -115,8 +116,7 @@ def write_probe(
         chunk.config.bf16 = False
     tokens = torch.randint(arch.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     logits = MegatronRollouts(chunks, arch.vocab_size, len(tokens)).next_token_logits(tokens)
-    if parallel.is_first_rank():
-        save_file({"tokens": tokens, "logits": logits}, path)
+    on_first_rank(save_file, {"tokens": tokens, "logits": logits}, path)
 
 
 def _write_rest(job: Job, directory: str, dtype: str) -> None:
@@ -143,7 +143,7 @@ def hf_to_megatron(job: Job, arch: Architecture) -> None:
     load_hf_weights(chunks, arch, config, job.source)
     directory = os.path.join(job.target, files.RELEASE)
     save_weights(chunks, directory)
-    torch_dist.on_first_rank(None, _write_rest, job, directory, job.dtype)
+    on_first_rank(_write_rest, job, directory, job.dtype)
     _report_memory(chunks, before)
     if job.probe is not None:
         for chunk in chunks:  # what the logits come from can only be what lies on the disk

@@ -7,7 +7,6 @@ over the same seeds.  Held-out Average@k before and after goes to ``summary.json
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import time
@@ -21,20 +20,28 @@ from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_phf.demo.picture import plot_demo
 from megatron_phf.demo.task import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
 from megatron_phf.demo.warm_start import warm_start
-from megatron_phf.evaluation.evaluate import Evaluation, evaluation_sampling, make_test_set
+from megatron_phf.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    evaluation_sampling,
+    make_test_set,
+)
 from megatron_phf.evaluation.grading import Grader, make_grader
 from megatron_phf.files.directories import write_directory
 from megatron_phf.files.replace import write_json, write_new_text
-from megatron_phf.model.architecture import Architecture, check_split, read_architecture
+from megatron_phf.model.architecture import Architecture, check_split
 from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.rollout.context import Prompts
 from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
 from megatron_phf.rollout.order import problem_order, response_room
 from megatron_phf.rollout.sources import OnPolicySource, sampling_params
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.heartbeat import Heartbeat
+from megatron_phf.teacher.architecture import read_models
 from megatron_phf.train.build import load_student, make_distiller
-from megatron_phf.train.evaluation import EvaluationLog, Evaluator
+from megatron_phf.train.evaluation import EvaluationLog
 from megatron_phf.train.logging import RunLogger, say
-from megatron_phf.train.loop import StepHooks, train_steps
+from megatron_phf.train.loop import Steps, run_steps
 from megatron_phf.train.run_files import keep_earlier_files, write_run_file
 from megatron_phf.train.summary import run_summary
 from megatron_phf.weights.huggingface import save_hf
@@ -51,12 +58,11 @@ class _Demo:
         self.config = config
         self.directory = config.output.output_dir
         initial = os.path.join(self.directory, "initial_model")
-        parallel.raise_together(
-            write_directory(
-                *(initial, "--output-dir"), lambda d: make_hf_directory(d, seed=config.train.seed)
-            )
+        write_directory(
+            initial, "--output-dir", lambda d: make_hf_directory(d, seed=config.train.seed)
         )
-        self.arch = read_architecture(initial)
+        self.models = read_models(config.replaced(hf_model=initial))
+        self.arch = self.models.student
         check_split(self.arch, config)
         self.initial = initial
         self.base = os.path.join(self.directory, "base_model")
@@ -99,43 +105,42 @@ class _Demo:
     def _solution(self, pair: PromptPair) -> list[int]:
         return self.tokenizer.encode(pair.problem.solution)
 
-    def evaluator(self, student: list[FlowGPTModel], config: Config, grader: Grader) -> Evaluator:
-        """Held-out Average@k of ``student``, kept in the run's directory."""
-        stop, room = self.stop_ids, self.arch.max_position_embeddings - self.tests.longest_prompt
-        return Evaluator(
-            config=config,
-            engine=MegatronRollouts(student, self.arch.vocab_size, _EVAL_BATCH),
-            tokenizer=self.tokenizer,
-            tests=self.tests,
-            sampling=evaluation_sampling(config, stop, room),
-            grader=grader,
-            log=EvaluationLog(config.output.output_dir),
-        )
+    def evaluate(self, student: list[FlowGPTModel], config: Config, grader: Grader) -> Evaluation:
+        """Held-out Average@k of ``student``."""
+        room = self.arch.max_position_embeddings - self.tests.longest_prompt
+        sampling = evaluation_sampling(config, self.stop_ids, room)
+        engine = MegatronRollouts(student, self.arch.vocab_size, _EVAL_BATCH)
+        k = config.evaluation.eval_samples
+        return evaluate(engine, self.tokenizer, self.tests, sampling, k, grader)
 
     def train_and_evaluate(
-        self, config: Config, base: Evaluation, grader: Grader, show_example: bool
+        self,
+        config: Config,
+        base: Evaluation,
+        grader: Grader,
+        heartbeat: Heartbeat,
+        show_example: bool,
     ) -> tuple[Evaluation, float, list[Any]]:
         """One run from the base model: its evaluation, seconds of training, and its steps."""
         student = load_student(self.arch, config, self.base)
         train = config.train
         source = OnPolicySource(
-            student_engine(config, self.arch, student),
+            student_engine(config, self.models, student),
             problem_order(config, self.train),
             sampling_params(config, self.stop_ids),
-            response_room(config, self.arch),
+            response_room(config, self.models),
         )
-        distiller = make_distiller(self.arch, config, student)
+        distiller = make_distiller(self.models, config, student)
         write_run_file(config, self.arch)
-        evaluator = self.evaluator(student, config, grader)
-        evaluator.log.add(0, base)
-        logger = RunLogger(config, train.train_iters, config.output.run_name)
-        hooks = StepHooks(self.tokenizer, show_example, self.stop_ids)
+        log = EvaluationLog(config.output.output_dir)
+        log.add(0, base)
+        prompts = Prompts(self.tokenizer, self.train, self.stop_ids)
+        steps = Steps(source, distiller, prompts, heartbeat, show_example)
         start = time.perf_counter()
-        with contextlib.closing(logger):
-            history = train_steps(distiller, source, logger, hooks)
+        history = run_steps(steps, [RunLogger(config)], 0, train.train_iters)
         seconds = time.perf_counter() - start
-        result = evaluator.run()
-        evaluator.log.add(train.train_iters, result)
+        result = self.evaluate(student, config, grader)
+        log.add(train.train_iters, result)
         return result, seconds, [m.as_json() for m in history]
 
 
@@ -168,21 +173,21 @@ def _mean(runs: list[dict[str, Any]]) -> float:
     return sum(run["average_at_k"] for run in runs) / len(runs)
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, heartbeat: Heartbeat) -> dict[str, Any]:
     """Warm start, both methods over the seeds, evaluations; writes summary and plot."""
     begin = time.perf_counter()
     if parallel.is_first_rank():
         own = config.replaced(metrics_file=None, record_rollouts=None)  # of no run here
         keep_earlier_files(own, ("evaluations.jsonl", _SUMMARY, _PLOT))
     demo = _Demo(config)
-    say(run_summary(demo.arch, config))
+    say(run_summary(demo.models, config))
     student, warm_steps = demo.warm_started()
     warm_seconds = time.perf_counter() - begin
     with make_grader(config.evaluation.grader) as grader:
-        base = demo.evaluator(student, config, grader).run()
+        base = demo.evaluate(student, config, grader)
         say(f"base model: {_describe(base)}")
         del student
-        runs, curves = _run_arms(demo, config, base, grader)
+        runs, curves = _run_arms(demo, config, base, grader, heartbeat)
     seeds = [run["seed"] for run in runs["phf"]]
     summary = _summary(config, demo.arch, base, runs, seeds)
     summary["steps"]["warm_start"] = warm_steps
@@ -197,7 +202,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run_arms(
-    demo: _Demo, config: Config, base: Evaluation, grader: Grader
+    demo: _Demo, config: Config, base: Evaluation, grader: Grader, heartbeat: Heartbeat
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[list[Any]]]]:
     """Both methods over the seeds: what the summary says of each run, and its steps."""
     arms = {"opsd": config.replaced(phf_alpha=0.0), "phf": config}
@@ -209,7 +214,7 @@ def _run_arms(
             directory = os.path.join(demo.directory, name, f"seed{seed}")
             arm = arm.replaced(seed=seed, output_dir=directory, run_name=name, metrics_file=None)
             first = not runs["opsd"]
-            result, seconds, steps = demo.train_and_evaluate(arm, base, grader, show_example=first)
+            result, seconds, steps = demo.train_and_evaluate(arm, base, grader, heartbeat, first)
             say(f"{name} seed {seed}: {_describe(result)} after {seconds:.0f} s")
             runs[name].append({"seed": seed, **_record(result, seconds)})
             curves[name].append(steps)

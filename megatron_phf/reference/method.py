@@ -100,9 +100,10 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
 
 
 def read_replay(path: str) -> list[dict]:
-    """The lines of a replay file."""
+    """The lines of a replay file that are trained on."""
     with open(path) as f:
-        return [json.loads(line) for line in f if line.strip()]
+        lines = [json.loads(line) for line in f if line.strip()]
+    return [line for line in lines if line.get("kept", True)]
 
 
 def compute(

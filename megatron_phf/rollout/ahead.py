@@ -31,10 +31,10 @@ _PATIENCE = 0.9
 
 @dataclass(frozen=True)
 class Beside:
-    """Of one step: seconds that training waited for its rollouts, and in which both went on."""
+    """Of one step: seconds that training waited for rollouts, the share in which both went on."""
 
     waited: float
-    overlapped: float
+    overlap: float
 
 
 class _Clock:
@@ -42,7 +42,8 @@ class _Clock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._running, self._busy, self._since = 0, 0.0, time.perf_counter()
+        self._running, self._busy = 0, 0.0
+        self._since = self._taken = time.perf_counter()
 
     def _count(self, change: int) -> float:
         with self._lock:
@@ -58,12 +59,13 @@ class _Clock:
         finally:
             self._count(-1)
 
-    def take(self) -> float:
-        """Seconds; those up to now do not count again."""
+    def take(self) -> tuple[float, float]:
+        """Those seconds, of so many; what was up to now does not count again."""
         busy = self._count(0)
         with self._lock:
             self._busy -= busy
-        return busy
+            passed, self._taken = self._since - self._taken, self._since
+        return busy, passed
 
 
 class AheadSource:
@@ -103,9 +105,10 @@ class AheadSource:
         return self._there.pop(iteration)
 
     def beside(self) -> Beside:
-        """Of the step that was asked for last."""
-        busy, waited = parallel.max_over_ranks([self._clock.take(), self._waited])
-        return Beside(waited, max(busy - waited, 0.0))
+        """Since it was last asked for: a step, behind its rollouts; every rank calls it."""
+        busy, passed = self._clock.take()
+        (busy,) = parallel.max_over_ranks([busy])  # not all of them sample
+        return Beside(self._waited, max(busy - self._waited, 0.0) / passed)
 
     def _hand_over(self, first: int, version: int) -> None:
         """Let the steps from ``first`` on be sampled by the weights before step ``version``."""

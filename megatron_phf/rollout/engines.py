@@ -25,26 +25,34 @@ FLAG = "--rollout-engine"
 class EngineRow:
     """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``).
 
-    ``beside``: it can do so while the student trains (is an ``EngineBeside``); one's own says so by
-    having ``sampler``.
+    ``reads_data``: it needs the problems of --data; else its prompts are its own.  ``beside``: it
+    can sample while the student trains (is an ``EngineBeside``); one's own has ``sampler`` then.
     """
 
     factory: str
     samples: bool = True
+    reads_data: bool = True
     beside: bool = True
 
 
 ENGINES = {
     "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine", beside=False),
     "vllm": EngineRow("megatron_phf.rollout.vllm.engine:make_engine"),
-    "reference": EngineRow("megatron_phf.rollout.sources:reference_source", False, False),
-    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", False, False),
+    "reference": EngineRow(
+        "megatron_phf.rollout.sources:reference_source", samples=False, beside=False
+    ),
+    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", False, False, False),
 }
 
 
 def engine_row(spec: str) -> EngineRow:
     """The row of an engine by its name, or of one's own by ``package.module:factory``."""
     return ENGINES.get(spec) or EngineRow(spec)
+
+
+def reads_data(config: Config) -> bool:
+    """Whether the run's rollouts start from the problems of ``--data``."""
+    return engine_row(config.rollout.rollout_engine).reads_data
 
 
 def check_engine(config: Config) -> None:

@@ -10,10 +10,9 @@ import numpy as np
 from megatron_phf.config.settings import Config
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.runtime import parallel
-from megatron_phf.teacher.architecture import read_teacher
+from megatron_phf.teacher.architecture import Models
 
 
 class ProblemOrder:
@@ -69,11 +68,10 @@ class ResponseRoom:
         return min(*behind, self.max_new_tokens)
 
 
-def response_room(config: Config, arch: Architecture) -> ResponseRoom:
+def response_room(config: Config, models: Models) -> ResponseRoom:
     """Where student and teacher, which may be another model, end a response."""
-    teacher = read_teacher(arch, config) or arch
-    positions = arch.max_position_embeddings, teacher.max_position_embeddings
-    return ResponseRoom(*positions, config.rollout.max_new_tokens)
+    student, teacher = (m.max_position_embeddings for m in (models.student, models.teacher))
+    return ResponseRoom(student, teacher, config.rollout.max_new_tokens)
 
 
 def as_rollout(pair: PromptPair, response: Response) -> Rollout:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from typing import Protocol
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import keep_lines
+from megatron_phf.data.problems import append_jsonl, keep_lines
 from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
 from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.checked import CheckedEngine, CheckedEngineBeside
@@ -24,6 +23,7 @@ from megatron_phf.rollout.order import (
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 
 
 class RolloutSource(Protocol):
@@ -118,7 +118,7 @@ def _order(context: RolloutContext) -> ProblemOrder:
 
 def reference_source(context: RolloutContext) -> ReferenceSource:
     """``--rollout-engine reference``."""
-    prompts, room = context.prompts, response_room(context.config, context.arch)
+    prompts, room = context.prompts, response_room(context.config, context.models)
     end = prompts.tokenizer.eos_id
     stop = prompts.stop_ids[0] if end is None else end
     return ReferenceSource(prompts.tokenizer.encode, stop, _order(context), room)
@@ -155,10 +155,18 @@ def make_source(context: RolloutContext) -> RolloutSource:
         source: RolloutSource = make_by_factory(spec, context)
         return source
     sampling = sampling_params(config, context.prompts.stop_ids)
-    engine, room = make_engine(context), response_room(config, context.arch)
+    engine, room = make_engine(context), response_room(config, context.models)
     if isinstance(engine, CheckedEngineBeside):
         return AheadSource(engine, _order(context), sampling, room, config)
     return OnPolicySource(engine, _order(context), sampling, room)
+
+
+def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
+    """With ``--record-rollouts`` in that file too, behind the rollouts of ``done`` steps."""
+    path = config.rollout.record_rollouts
+    if path is None:
+        return source
+    return RecordingSource(source, path, done * config.train.global_batch_size)
 
 
 class RecordingSource:
@@ -169,15 +177,15 @@ class RecordingSource:
 
     def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
         self._source, self._path = source, path
-        if parallel.is_first_rank():
-            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-            keep_lines(path, lambda number, line: number <= kept, is_rollout)
+        on_first_rank(self._begin, kept)
+
+    def _begin(self, kept: int) -> None:
+        os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
+        keep_lines(self._path, lambda number, line: number <= kept, is_rollout)
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
         local = self._source.rollouts(iteration)
         shares = parallel.gather_over_data_parallel([rollout_to_json(r) for r in local])
-        if parallel.is_first_rank():
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for share in shares for r in share)
+        on_first_rank(append_jsonl, self._path, [r for share in shares for r in share])
         return local

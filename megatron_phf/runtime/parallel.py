@@ -277,10 +277,10 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's picklable ``value`` on every rank."""
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's picklable ``value`` on every rank (of the world where no group is given)."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

@@ -38,15 +38,16 @@ class PhaseTimer:
     ``memory_bytes``: the phase's peak on CUDA, the resident set at its end on CPU.
     """
 
-    def __init__(self, entered: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, entered: Callable[[str], None] = lambda name: None, where: str = "") -> None:
+        """``entered`` hears of each phase, its name behind ``where``."""
         self.seconds: dict[str, float] = {}
         self.memory_bytes: dict[str, int] = {}
-        self._entered = entered
+        self._entered, self._where = entered, where
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time within to phase ``name``."""
-        self._entered(name)
+        self._entered(self._where + name)
         device.synchronize()
         device.start_peak()
         start = time.perf_counter()
@@ -58,6 +59,11 @@ class PhaseTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
             peak = device.peak_since_start()
             self.memory_bytes[name] = max(self.memory_bytes.get(name, 0), peak)
+
+    def split(self, name: str, part: str, seconds: float) -> None:
+        """Take ``seconds`` of phase ``name`` for a ``part`` of it."""
+        self.seconds[part] = seconds
+        self.seconds[name] -= seconds
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ def policy_lag(iteration: int, rollouts: Sequence[Rollout]) -> dict[str, int]:
     return {"policy_lag": max(lags)} if lags else {}
 
 
-def rollout_ages(iteration: int, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+def rollout_staleness(iteration: int, rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """Steps that the weights which began each rollout are behind those that train; every rank.
 
     ``ended``: the same, at most, of those that ended one.

@@ -12,6 +12,7 @@ from megatron_phf.data.problems import write_jsonl
 from megatron_phf.data.rollouts import Rollout, rollout_to_json
 from megatron_phf.files.replace import free_number
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train.metrics import OutputLoss
 
 
@@ -82,10 +83,13 @@ def _dump(iteration: int, rollouts: Sequence[Rollout], bad: set[int], config: Co
     """Write the samples named by any rank, as a replay file; collective."""
     mine = {(parallel.data_parallel_rank(), i): rollout_to_json(rollouts[i]) for i in sorted(bad)}
     samples = {k: sample for rank in parallel.gather_objects(mine) for k, sample in rank.items()}
+    return on_first_rank(_write, iteration, [samples[key] for key in sorted(samples)], config)
+
+
+def _write(iteration: int, samples: list[dict], config: Config) -> str:
     path = os.path.join(config.output.output_dir, f"nonfinite_step_{iteration}.jsonl")
-    if parallel.is_first_rank():
-        os.makedirs(config.output.output_dir, exist_ok=True)
-        if os.path.exists(path):  # an earlier run's, which this one may replay
-            path = f"{path}.{free_number([path])}"
-        write_jsonl(path, [samples[key] for key in sorted(samples)])
-    return parallel.broadcast_object(path)
+    os.makedirs(config.output.output_dir, exist_ok=True)
+    if os.path.exists(path):  # an earlier run's, which this one may replay
+        path = f"{path}.{free_number([path])}"
+    write_jsonl(path, samples)
+    return path

@@ -14,11 +14,10 @@ from megatron_phf.data.batch import LocalBatch, SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
-from megatron_phf.teacher.architecture import common_vocab_size
+from megatron_phf.teacher.architecture import Models
 from megatron_phf.train.batch import flow_windows
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.importance import ImportanceWeights
@@ -47,14 +46,14 @@ class StudentPass:
     def __init__(
         self,
         config: Config,
-        arch: Architecture,
+        models: Models,
         student: list[FlowGPTModel],
         optimizer: StudentOptimizer,
         tap: FlowTap | None,
         shards: SequenceShards,
     ) -> None:
         """``tap`` None: there is no flow loss."""
-        self._config, self._arch, self._student = config, arch, student
+        self._config, self._arch, self._student = config, models.student, student
         self._optimizer, self._tap, self._shards = optimizer, tap, shards
         method = config.method
         self._spec = DivergenceSpec(
@@ -66,7 +65,7 @@ class StudentPass:
         )
         self._drift = DriftMeter(config)
         self._importance = ImportanceWeights(method.importance_ratio_cap)
-        self._vocab_size = common_vocab_size(arch, config)
+        self._vocab_size = models.vocab_size
 
     def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.

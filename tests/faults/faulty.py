@@ -136,7 +136,7 @@ def main() -> None:
 
     _before(checkpoint_files, "_write", before_write)
     _before(torch_dist.Snapshot, "write", lambda *args: faults.at("save_files"))
-    _before(session.Session, "begin", lambda self: faults.start_timers())
+    _before(session.Checkpoints, "resume", lambda self: faults.start_timers())
     product(sys.argv[2:])
 
 

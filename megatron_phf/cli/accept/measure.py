@@ -36,11 +36,11 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.memory import Machine, kv_cache_bytes, peak_estimate
 from megatron_phf.estimate.utilisation import Utilisation
-from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import read_models
 from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.build import load_student
 from megatron_phf.train.checkpoint import Checkpointer, Progress
@@ -57,12 +57,13 @@ class Large:
     def __init__(self, config: Config, case: dict[str, Any]) -> None:
         assert config.model.hf_model is not None
         self.config, self.case = config, case
-        self.arch = read_architecture(config.model.hf_model)
+        self.models = read_models(config)
+        self.arch = self.models.student
         parallel.initialize(config.parallel)
         self.student = load_student(self.arch, config, config.model.hf_model)
-        self.teacher = make_teacher(self.student, self.arch, config)
+        self.teacher = make_teacher(self.student, self.models, config)
         self.optimizer = StudentOptimizer(self.student, config)
-        self.utilisation = Utilisation(config, self.arch)
+        self.utilisation = Utilisation(config, self.models)
         generator = random.Random(parallel.data_parallel_rank())
         count = case["batch"] // parallel.data_parallel_size()
 
@@ -78,7 +79,7 @@ class Large:
     def distiller(self, flow: bool = True) -> Distiller:
         """With the flow loss or without, around the same models and optimizer."""
         config = self.config if flow else self.config.replaced(phf_alpha=0.0)
-        return Distiller(config, self.arch, self.student, self.teacher, self.optimizer)
+        return Distiller(config, self.models, self.student, self.teacher, self.optimizer)
 
     def step(self, distiller: Distiller, timer: PhaseTimer | None = None) -> PhaseTimer:
         """One more of them."""
@@ -113,7 +114,7 @@ def step(large: Large) -> dict[str, Any]:
         "price": statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs),
         "mfu": None if None in shares else statistics.median(s for s in shares if s is not None),
         "peak_gib": max(parallel.max_over_ranks(peaks)) / _GIB,
-        "formula_gib": sum(peak_estimate(large.arch, config, machine, tokens).values()),
+        "formula_gib": sum(peak_estimate(large.models, config, machine, tokens).values()),
         "tokens": c["batch"] * (c["prompt"] + c["response"]),
     }
 

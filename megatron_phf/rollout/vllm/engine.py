@@ -21,6 +21,7 @@ from megatron_phf.rollout.vllm.server import Question, VllmServer
 from megatron_phf.rollout.vllm.sync import WeightSync, connect, deadline
 from megatron_phf.rollout.workers import Workers
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_every_rank
 
 
 def make_engine(context: RolloutContext) -> VllmRollouts:
@@ -55,15 +56,10 @@ class VllmRollouts:
         if self._synced is not None and (step - 1) % self._config.vllm.vllm_sync_interval:
             return
         if self._sync.replaces and self._config.rollout.max_off_policy_steps > 1:
-            with self._gate.closed(deadline(self._config)) as problem:
-                parallel.raise_together(problem)
-                self._push(step)
-        else:
-            self._push(step)
-
-    def _push(self, step: int) -> None:
+            on_every_rank(self._gate.close, deadline(self._config))
         self._sync.push(step)
         self._synced = step
+        self._gate.open()
 
     def generate(
         self,

@@ -28,20 +28,23 @@ class Gate:
                 self._within -= 1
                 self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def closed(self, until: float) -> Iterator[str | None]:
-        """Nobody is within; or the problem that somebody still is ``until`` (``monotonic``)."""
+    def close(self, until: float) -> None:
+        """Let nobody in any longer, and wait for those within.
+
+        Raises:
+            ValueError: somebody still is ``until`` (``time.monotonic()``).
+        """
         with self._changed:
             self._open = False
-            left = until - time.monotonic()
-            empty = self._changed.wait_for(lambda: not self._within, max(left, 0.0))
-        problem = (
-            f"--vllm-url: {self._within} request(s) still run, and new weights wait for them; "
-            "raise --distributed-timeout-minutes"
-        )
-        try:
-            yield None if empty else problem
-        finally:
-            with self._changed:
-                self._open = True
-                self._changed.notify_all()
+            left = max(until - time.monotonic(), 0.0)
+            if not self._changed.wait_for(lambda: not self._within, left):
+                raise ValueError(
+                    f"--vllm-url: {self._within} request(s) still run, and new weights wait for "
+                    "them; raise --distributed-timeout-minutes"
+                )
+
+    def open(self) -> None:
+        """Let everybody in again."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()

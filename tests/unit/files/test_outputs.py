@@ -68,7 +68,7 @@ def test_files_beside_are_not_touched(tmp_path: Path) -> None:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process, without a process group."""
     monkeypatch.setattr(parallel, "is_first_rank", lambda: True)
-    monkeypatch.setattr(parallel, "broadcast_object", lambda value: value)
+    monkeypatch.setattr(parallel, "broadcast_object", lambda value, group: value)
 
 
 def test_a_new_start_keeps_the_files_of_earlier_runs(there: Path, capsys) -> None:
