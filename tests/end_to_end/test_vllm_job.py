@@ -208,8 +208,9 @@ def test_the_next_steps_are_sampled_by_the_weights_of_two_steps_before(ahead: di
     # On-policy tokens weigh 1; later ones are weighted, and cut at the cap.
     weights = [step["importance_weight"] for step in ahead["straight"]]
     assert weights[0] == pytest.approx(1, abs=1e-5) and ahead["straight"][0]["rollout_drift"] < 1e-5
-    assert all(0 < abs(1 - weight) < 0.2 for weight in weights[2:])
-    assert any(step["importance_clipped_fraction"] > 0 for step in ahead["straight"])
+    assert all(0.3 < weight < 0.99 for weight in weights[1:])
+    assert all(0.1 < step["importance_clipped_fraction"] < 0.5 for step in ahead["straight"][1:])
+    assert not any(step["rollout_drift_warning"] for step in ahead["straight"])
     # Adapters that nothing asks for any longer are gone, from the server and the disk.
     assert sorted(name.rsplit("-", 1)[-1] for name in server.adapters) == ["3", "4"]
     there = {p.name for p in (ahead["at"] / "straight" / "vllm").iterdir()}
