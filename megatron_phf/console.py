@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
+from collections.abc import Callable
+
+Main = Callable[[list[str] | None], int]
 
 
 def print_anything() -> None:
@@ -14,3 +18,21 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def program(main: Main) -> Main:
+    """Make ``main`` a program's: whatever it prints succeeds, and a mistake is a line and status 2.
+
+    A mistake is a ValueError, or a file that cannot be read or written.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        print_anything()
+        try:
+            return main(argv)
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return run

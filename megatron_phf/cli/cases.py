@@ -32,6 +32,7 @@ from megatron_phf.cli import preflight  # noqa: E402
 from megatron_phf.config.flags import parse_args  # noqa: E402
 from megatron_phf.config.settings import Config  # noqa: E402
 from megatron_phf.console import print_anything  # noqa: E402
+from megatron_phf.files.replace import write_json  # noqa: E402
 from megatron_phf.lora.files import export_adapter  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
 from megatron_phf.runtime import parallel  # noqa: E402
@@ -123,8 +124,10 @@ def run_case(config: Config, case: dict[str, Any], path: str) -> object:
     return gradients_and_norm(make_distiller(models, config, student), source, path)
 
 
-def main(run: RunCase = run_case) -> None:
-    """All cases; a failed one is named and ends the run."""
+def main(
+    run: RunCase = run_case, after: Callable[[], None] = parallel.destroy_model_parallel
+) -> None:
+    """All cases, ``after`` each; a failed one is named and ends the run."""
     print_anything()
     cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     device.setup()
@@ -136,10 +139,9 @@ def main(run: RunCase = run_case) -> None:
         except Exception:
             print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
             os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            with open(base + ".json", "w", encoding="utf-8") as f:
-                json.dump(result, f)
-        parallel.destroy_model_parallel()
+        if parallel.is_first_rank():
+            write_json(base + ".json", result)
+        after()
     torch.distributed.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from megatron_phf.cli.replay_check import check_replay
 from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.config.schedule import check_schedule
 from megatron_phf.config.settings import Config
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.data.problems import field_names, read_problems, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.demo.task import MODEL_CONFIG
@@ -165,21 +165,17 @@ def check(config: Config) -> None:
     prompt_templates(data)
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Check a command line; one error and status 2, or what torchrun needs.
 
     That is the number of processes, and of OMP threads a process.
     """
-    print_anything()
-    try:
-        config = parse_args(argv)
-        check(config)
-        check_paths(training_paths(config), config)
-        count = process_count(config, visible_gpus())
-        check_world_size(config, count)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = parse_args(argv)
+    check(config)
+    check_paths(training_paths(config), config)
+    count = process_count(config, visible_gpus())
+    check_world_size(config, count)
     print(count, thread_count(count))
     return 0
 

@@ -32,15 +32,17 @@ def flag(
     text: str,
     allowed: Range | tuple[str, ...] | None = None,
     needs: str | None = None,
+    alias: str | None = None,
 ) -> Any:
     """A field that is a flag.
 
     Args:
         text: its help.
         allowed: a range of numbers (None is none of them, and good), or the choices.
+        alias: an earlier name, whose flag stays accepted.
         needs: the field without which this one has no meaning; for those that are off by default.
     """
     assert needs is None or not default
     kind = "choices" if isinstance(allowed, tuple) else "range"
-    known = {"help": text, "choices": None, "range": None, "needs": needs}
+    known = {"help": text, "choices": None, "range": None, "needs": needs, "alias": alias}
     return field(default=default, metadata=known | {kind: allowed})

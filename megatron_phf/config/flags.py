@@ -45,7 +45,13 @@ _NO_RECIPE = frozenset(
     {
         *("data", "problem_field", "solution_field", "answer_field", "overlong_prompts"),
         *("max_prompt_length", "max_teacher_prompt_length"),
-        *("rollout_batch_size", "record_rollouts", "logits_chunk_tokens", "micro_batch_size"),
+        *(
+            "rollout_batch_size",
+            "record_rollouts",
+            "engine_drift_warning",
+            "logits_chunk_tokens",
+            "micro_batch_size",
+        ),
         *("teacher_offload", "teacher_num_layers_in_first_pipeline_stage"),
         *("teacher_num_layers_in_last_pipeline_stage", "save_adapter", "seed"),
         *("eval_data", "eval_interval", "eval_seed", "grader"),
@@ -66,7 +72,8 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
         options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
         options["choices"] = f.metadata["choices"]
         options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
-    group.add_argument(flag_of(f.name), **options)
+    names = [f.name, f.metadata["alias"]]
+    group.add_argument(*(flag_of(name) for name in names if name), **options)
 
 
 class _Parser(argparse.ArgumentParser):

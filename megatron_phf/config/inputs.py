@@ -151,6 +151,13 @@ class RolloutConfig:
     rollout_temperature: float = flag(1.1, "sampling temperature; 0 is greedy", at_least(0))
     rollout_top_p: float = flag(0.95, "nucleus sampling", ABOVE_0_TO_1)
     rollout_top_k: int = flag(20, "top-k sampling; 0 is off", at_least(0))
+    engine_drift_warning: float = flag(
+        0.05,
+        "warn where the engine's log-probabilities of its tokens and the student's differ more on "
+        "average, nats",
+        ABOVE_0,
+        alias="vllm_drift_warning",
+    )
     rollout_batch_size: int = flag(
         64, "sequences generated at once on a data-parallel rank", at_least(1)
     )
@@ -192,7 +199,4 @@ class VllmConfig:
     vllm_max_retries: int = flag(8, "of a request that fails, before the run ends", at_least(0))
     vllm_backoff_seconds: float = flag(
         1.0, "wait before the first retry; doubles up to 60", ABOVE_0
-    )
-    vllm_drift_warning: float = flag(
-        0.05, "warn where sampled tokens' log-probabilities differ more on average, nats", ABOVE_0
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_phf.config.settings import Config
 from megatron_phf.files.directories import write_directory
+from megatron_phf.files.replace import write_json
 from megatron_phf.lora.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -110,8 +110,7 @@ def save_peft_adapter(
 
     def write(directory: str) -> None:
         save_file(tensors, os.path.join(directory, WEIGHTS_FILE), {"format": "pt"})
-        with open(os.path.join(directory, CONFIG_FILE), "w", encoding="utf-8") as f:
-            json.dump(adapter_config(config), f, indent=2)
+        write_json(os.path.join(directory, CONFIG_FILE), adapter_config(config), indent=2)
 
     write_directory(target, flag, write)
 

@@ -139,11 +139,6 @@ def context_parallel_size() -> int:
     return mpu.get_context_parallel_world_size()
 
 
-def is_first_stage() -> bool:
-    """Whether this process embeds the tokens (of its first virtual chunk)."""
-    return mpu.is_pipeline_first_stage(ignore_virtual=True)
-
-
 def is_last_stage() -> bool:
     """Whether this process holds the output head (of its last virtual chunk)."""
     return mpu.is_pipeline_last_stage(ignore_virtual=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,13 +61,19 @@ def _outcome(action: Callable[..., T], *args: Any) -> tuple[Any, Exception | Non
     try:
         return action(*args), None
     except Exception as error:
+        if not isinstance(error, OSError | ValueError):  # a fault; other ranks lack its traceback
+            error.add_note(f"where it was raised:\n{traceback.format_exc()}")
         return None, error
 
 
 def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
     """The outcome as other ranks can read it: a few errors do not survive the way there."""
+    error = outcome[1]
     try:
-        pickle.loads(pickle.dumps(outcome[1]))
+        pickle.loads(pickle.dumps(error))
         return outcome
     except Exception:
-        return None, RuntimeError(f"{type(outcome[1]).__name__}: {outcome[1]}")
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            copy.add_note(note)
+        return None, copy

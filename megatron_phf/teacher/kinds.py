@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import torch
 
 from megatron_phf.config.settings import Config
+from megatron_phf.lora.linears import adapters_off
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.fp8 import never_trained
 from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
-from megatron_phf.teacher.adapters import AdapterEmaTeacher, BaseModelTeacher
+from megatron_phf.teacher.adapters import AdapterEmaTeacher
 from megatron_phf.teacher.architecture import TEACHER_FLAG, Models, teacher_config
 from megatron_phf.teacher.average import WeightAverage
 from megatron_phf.teacher.offload import HostWeights
@@ -47,7 +48,7 @@ class Teacher(Protocol):
 
 
 class StatelessTeacher:
-    """Frozen on weights of its own, or live on the student's: nothing to keep."""
+    """Frozen on weights of its own, live on the student's, or its base model: nothing to keep."""
 
     def __init__(self, chunks: list[FlowGPTModel], resident: Resident = _always) -> None:
         self.chunks, self._resident = chunks, resident
@@ -130,7 +131,9 @@ class TeacherKind:
 TEACHERS = {
     "frozen": TeacherKind(
         on_weights=lambda chunks, config, resident: StatelessTeacher(chunks, resident),
-        on_adapters=lambda student, config: BaseModelTeacher(student),
+        on_adapters=lambda student, config: StatelessTeacher(
+            student, lambda: adapters_off(student)
+        ),
     ),
     "ema": TeacherKind(
         on_weights=lambda chunks, config, resident: EmaTeacher(

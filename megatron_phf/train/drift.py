@@ -25,7 +25,7 @@ class DriftMeter:
     def __init__(self, config: Config) -> None:
         # Of older weights' rollouts it is the student's own way since then.
         stale = config.rollout.max_off_policy_steps > 0
-        self._threshold = math.inf if stale else config.vllm.vllm_drift_warning
+        self._threshold = math.inf if stale else config.rollout.engine_drift_warning
         self._clear()
 
     def _clear(self) -> None:
@@ -55,9 +55,9 @@ class DriftMeter:
         if beyond:
             say(
                 "warning: log-probabilities of the rollout engine and of the student differ by "
-                f"{mean:.3g} nats on average, more than --vllm-drift-warning {self._threshold:g}: "
-                "has the engine the student's weights, its dtype and, in vLLM, --logprobs-mode "
-                "raw_logprobs?"
+                f"{mean:.3g} nats on average, more than --engine-drift-warning "
+                f"{self._threshold:g}: has the engine the student's weights, its dtype and, in "
+                "vLLM, --logprobs-mode raw_logprobs?"
             )
         names = ("rollout_drift", "rollout_drift_max", "rollout_drift_warning")
         return dict(zip(names, (mean, largest, beyond), strict=True))

@@ -62,12 +62,18 @@ def save_or_rescue(save: Save, flag: str, target: str, output_dir: str) -> str |
     return f"{problem}; the trained weights are lost, but for the checkpoints of --save"
 
 
+def export_probe(
+    student: list[FlowGPTModel], arch: Architecture, rows: int, length: int
+) -> dict[str, Tensor]:
+    """Tokens, and the student's logits for them, for ``tools/check_export.py``; collective."""
+    shape, generator = (rows, length), torch.Generator().manual_seed(0)
+    tokens = torch.randint(arch.vocab_size, shape, generator=generator)
+    logits = MegatronRollouts(student, arch.vocab_size, rows).next_token_logits(tokens)
+    return {"tokens": tokens, "logits": logits.float().cpu()}
+
+
 def _write_probe(student: list[FlowGPTModel], arch: Architecture, path: str) -> None:
-    """Tokens, and the student's logits for them, for ``tools/check_export.py``."""
-    tokens = torch.randint(arch.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    engine = MegatronRollouts(student, arch.vocab_size, len(tokens))
-    tensors: dict[str, Tensor] = {"tokens": tokens}
-    tensors["logits"] = engine.next_token_logits(tokens).float().cpu()
+    tensors = export_probe(student, arch, 4, 32)
     if not parallel.is_first_rank():
         return
     try:

@@ -134,7 +134,7 @@ def test_the_search_passes(source: str) -> None:
 OWN_JSON = {
     "megatron_phf/files/foreign.py",  # the reader
     "megatron_phf/files/replace.py",  # the marker of our exports
-    *("megatron_phf/cli/convert.py", "megatron_phf/cli/merge.py"),  # the tool's job
+    *("megatron_phf/cli/convert.py", "megatron_phf/cli/merge_adapter.py"),  # the tool's job
     *("megatron_phf/cli/cases.py", "megatron_phf/cli/parity.py", "megatron_phf/cli/grid.py"),
     *(f"megatron_phf/cli/accept/{name}.py" for name in ("measure", "rows", "table")),
     *("megatron_phf/data/problems.py", "megatron_phf/data/rollouts.py"),  # what was read before

@@ -6,18 +6,13 @@ Each case leaves NAME.json as soon as it is done.  Replayed random rollouts of o
 padding and no luck of the draw in a figure.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import statistics
-import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,13 +20,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
-
-from megatron_phf.runtime import device
-
-device.import_megatron()
-
-from megatron_phf.config.flags import parse_args
+from megatron_phf.cli import cases
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.memory import Machine, kv_cache_bytes, peak_estimate
@@ -39,7 +28,7 @@ from megatron_phf.estimate.utilisation import Utilisation
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.runtime import parallel
+from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import read_models
 from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.build import load_student
@@ -49,6 +38,7 @@ from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.step import Distiller
 
 _GIB = 2**30
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 class Large:
@@ -129,7 +119,7 @@ def synchronisations(large: Large) -> dict[str, Any]:
 
     def note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
         if "synchroniz" in str(message):
-            places[phase[0], f"{os.path.relpath(filename, ROOT)}:{lineno}"] += 1
+            places[phase[0], f"{os.path.relpath(filename, _ROOT)}:{lineno}"] += 1
 
     def entered(name: str) -> None:
         phase[0] = name
@@ -225,24 +215,15 @@ KINDS = {f.__name__: f for f in (step, synchronisations, decode, async_save)}
 
 
 def main() -> None:
-    """All cases, which share their flags; a failed one ends the run."""
-    cases, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2]
-    device.setup()
-    device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
-    large: Large | None = None
-    for case in cases:
-        try:
-            large = large or Large(parse_args(case["argv"]), case)
-            result = KINDS[case["kind"]](large)
-        except Exception:
-            print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
-            os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            partial = Path(output, f"{case['name']}.partial")
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.rename(partial.with_suffix(".json"))
-    parallel.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    """All cases, which share their flags and models."""
+    made: list[Large] = []
+
+    def run(config: Config, case: dict[str, Any], _: str) -> object:
+        if not made:
+            made.append(Large(config, case))
+        return KINDS[case["kind"]](made[0])
+
+    cases.main(run, after=lambda: None)
 
 
 if __name__ == "__main__":

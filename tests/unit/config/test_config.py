@@ -62,6 +62,11 @@ def test_every_number_has_a_range_that_is_checked_and_in_its_help(name: str, all
     assert f"; {allowed.text}" in action.help
 
 
+@pytest.mark.parametrize("flag", ["--engine-drift-warning", "--vllm-drift-warning"])
+def test_an_earlier_name_of_a_flag_is_accepted(flag: str) -> None:
+    assert parse_args([flag, "0.25"]).rollout.engine_drift_warning == 0.25
+
+
 def test_choices_hold_without_a_command_line_too() -> None:
     with pytest.raises(ValueError, match="--teacher 'best': need frozen, ema or live"):
         check_fields(Config().replaced(teacher="best"))

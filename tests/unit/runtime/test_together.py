@@ -83,6 +83,14 @@ def test_an_error_that_does_not_travel_is_named(monkeypatch) -> None:
     found = ranks(monkeypatch, lambda rank: on_first_rank(failing, Refused("a", 3)))
     assert isinstance(found[0], Refused)
     assert type(found[1]) is RuntimeError and str(found[1]) == "Refused: a:3"
+    assert "in failing" in "".join(found[1].__notes__)
+
+
+def test_a_fault_brings_its_traceback_along(monkeypatch) -> None:
+    _, there = ranks(monkeypatch, lambda rank: on_first_rank(failing, KeyError("x")))
+    assert isinstance(there, KeyError) and "in failing" in "".join(there.__notes__)
+    _, mistake = ranks(monkeypatch, lambda rank: on_first_rank(failing, ValueError("x")))
+    assert not hasattr(mistake, "__notes__")
 
 
 def test_the_first_ranks_error_is_all_ranks(monkeypatch) -> None:
