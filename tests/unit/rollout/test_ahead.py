@@ -15,6 +15,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout, read_sampled, write_sampled
+from megatron_phf.rollout import ahead as ahead_module
 from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.checked import CheckedEngineBeside
 from megatron_phf.rollout.engines import make_by_factory
@@ -95,20 +96,36 @@ def test_each_step_trains_on_what_was_asked_that_many_steps_before(steps_ahead, 
         assert engine.log[3:5] == [("weights", 2), ("asked", 3)]
 
 
-def test_what_is_waited_for_and_what_goes_on_beside() -> None:
-    """A step's rollouts take 0.2 s; training takes longer, then less."""
-    ahead = source(Served(lambda step: time.sleep(0.2)), 1)
-    ahead.rollouts(1)
-    assert ahead.beside().waited >= 0.2
-    ahead.rollouts(2)  # asked together with step 1
-    time.sleep(0.3)
+def test_what_is_waited_for_and_what_goes_on_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the test's own clock: step 3's rollouts take 0.2 s of 0.3, step 4's end 0.1 s late."""
+    now, (begun, go) = 10.0, ({3: threading.Event(), 4: threading.Event()} for _ in range(2))
+    monkeypatch.setattr(ahead_module.time, "perf_counter", lambda: now)
+
+    def before(step: int) -> None:
+        nonlocal now
+        if step in go:
+            begun[step].set()
+            go[step].wait(5)
+            now += {3: 0.2, 4: 0.1}[step]
+
+    ahead = source(Served(before), 1)
+    ahead.rollouts(1), ahead.rollouts(2)
+    begun[3].wait(5)
+    now = 20.0
+    ahead.beside()
+    go[3].set()
+    ahead._pending[3].result(5)
+    now += 0.1
     ahead.rollouts(3)
     beside = ahead.beside()
-    assert beside.waited < 0.05 and 0.5 < beside.overlap < 0.8  # 0.2 of 0.3 s
-    time.sleep(0.1)
+    assert (beside.waited, beside.overlap) == (0.0, pytest.approx(2 / 3))
+    begun[4].wait(5)
+    now += 0.1
+    result = ahead._result
+    ahead._result = lambda *given: go[4].set() or result(*given)
     ahead.rollouts(4)
     beside = ahead.beside()
-    assert 0.05 < beside.waited < 0.15 and 0.3 < beside.overlap < 0.7  # 0.1 of 0.2 s
+    assert (beside.waited, beside.overlap) == (pytest.approx(0.1), pytest.approx(0.5))
 
 
 @pytest.mark.parametrize(
