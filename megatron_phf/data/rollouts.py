@@ -105,7 +105,9 @@ def _log_probs(content: dict[str, Any], count: int, where: str) -> tuple[float, 
 def _rollout(content: dict[str, Any], vocab_size: int | None, where: str) -> Rollout:
     student, teacher, response = (_ids(content, name, vocab_size, where) for name in _FIELDS)
     mask, logs = (read(content, len(response), where) for read in (_mask, _log_probs))
-    kept = bool(content.get(_KEPT, True))
+    kept = content.get(_KEPT, True)
+    if not isinstance(kept, bool):
+        raise ValueError(f"{where}: {_KEPT!r} is neither true nor false")
     return Rollout(student, teacher, response, logs, mask, kept=kept)
 
 
@@ -137,13 +139,15 @@ def _parsed(path: str, vocab_size: int | None, stamp: object) -> tuple[Rollout, 
     return rollouts
 
 
-def rollout_to_json(rollout: Rollout) -> dict[str, Any]:
-    """The line of a replay file."""
+def rollout_to_json(rollout: Rollout, log_probs: bool = False) -> dict[str, Any]:
+    """The line of a replay file; ``log_probs``: with those, where they are known."""
     line: dict[str, Any] = {name: list(getattr(rollout, name)) for name in _FIELDS}
     if rollout.response_mask is not None:
         line[_MASK] = [int(scored) for scored in rollout.response_mask]
     if not rollout.kept:
         line[_KEPT] = False
+    if log_probs and rollout.log_probs is not None:
+        line[_LOGS] = list(rollout.log_probs)
     return line
 
 
@@ -152,8 +156,9 @@ def write_sampled(path: str, steps: Mapping[int, Sequence[Rollout]]) -> None:
     with open(path, "w", encoding="utf-8") as f:
         for step, rollouts in steps.items():
             for rollout in rollouts:
-                more = {name: getattr(rollout, name) for name in (_LOGS, *_VERSIONS)}
-                f.write(json.dumps({"step": step, **rollout_to_json(rollout), **more}) + "\n")
+                versions = {name: getattr(rollout, name) for name in _VERSIONS}
+                line = {"step": step, **rollout_to_json(rollout, log_probs=True), **versions}
+                f.write(json.dumps(line) + "\n")
 
 
 def read_sampled(path: str) -> dict[int, list[Rollout]]:

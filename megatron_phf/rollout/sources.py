@@ -166,17 +166,21 @@ def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
     path = config.rollout.record_rollouts
     if path is None:
         return source
-    return RecordingSource(source, path, done * config.train.global_batch_size)
+    weighted = config.method.importance_ratio_cap is not None
+    return RecordingSource(source, path, done * config.train.global_batch_size, weighted)
 
 
 class RecordingSource:
     """Another source, every rollout of which is also appended to a replay file.
 
-    A resumed run keeps the first ``kept`` lines that the file has.
+    A resumed run keeps the first ``kept`` lines that the file has.  ``log_probs``: with those, for
+    a replay that weighs tokens by them.
     """
 
-    def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
-        self._source, self._path = source, path
+    def __init__(
+        self, source: RolloutSource, path: str, kept: int = 0, log_probs: bool = False
+    ) -> None:
+        self._source, self._path, self._log_probs = source, path, log_probs
         on_first_rank(self._begin, kept)
 
     def _begin(self, kept: int) -> None:
@@ -186,6 +190,7 @@ class RecordingSource:
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
         local = self._source.rollouts(iteration)
-        shares = parallel.gather_over_data_parallel([rollout_to_json(r) for r in local])
+        lines = [rollout_to_json(rollout, self._log_probs) for rollout in local]
+        shares = parallel.gather_over_data_parallel(lines)
         on_first_rank(append_jsonl, self._path, [r for share in shares for r in share])
         return local

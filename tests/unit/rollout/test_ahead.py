@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,13 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptPair
-from megatron_phf.data.rollouts import Rollout, read_sampled, write_sampled
+from megatron_phf.data.rollouts import (
+    Rollout,
+    read_rollouts,
+    read_sampled,
+    rollout_to_json,
+    write_sampled,
+)
 from megatron_phf.rollout import ahead as ahead_module
 from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.checked import CheckedEngineBeside
@@ -197,6 +204,19 @@ def test_sampled_rollouts_keep_all_that_is_known(tmp_path: Path) -> None:
     path = str(tmp_path / "rollouts.jsonl")
     write_sampled(path, {9: rollouts, 10: rollouts[:1]})
     assert read_sampled(path) == {9: rollouts, 10: rollouts[:1]}
+    # A replay file is read in the same way; and has log-probabilities where they are asked for.
+    line = rollout_to_json(rollouts[0])
+    assert "log_probs" not in line and rollout_to_json(rollouts[1], log_probs=True).keys() == {
+        "student_prompt_ids", "teacher_prompt_ids", "response_ids"
+    }  # fmt: skip
+    for change, message in (
+        ({"log_probs": [0.5]}, r":1: 'log_probs' is not a list of 2 finite numbers"),
+        ({"log_probs": [0.5, None]}, r":1: 'log_probs' is not a list of 2 finite numbers"),
+        ({"kept": 1}, r":1: 'kept' is neither true nor false"),
+    ):
+        (tmp_path / "replay.jsonl").write_text(json.dumps(line | change))
+        with pytest.raises(ValueError, match=message):
+            read_rollouts(str(tmp_path / "replay.jsonl"), 32)
 
 
 def test_workers_begin_in_order_and_never_too_many() -> None:
