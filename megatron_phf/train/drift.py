@@ -48,8 +48,8 @@ class DriftMeter:
             self._sums.zero_()
         dist.all_reduce(self._sums)
         dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
-        total, count = self._sums.tolist()
-        mean, largest = total / max(count, 1), float(self._largest)
+        total, count, largest = torch.cat((self._sums, self._largest)).tolist()
+        mean = total / max(count, 1)
         self._clear()
         beyond = not mean <= self._threshold
         if beyond:

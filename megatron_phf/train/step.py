@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import LocalBatch
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.hidden.tap import make_flow_tap, set_flow_tap
@@ -15,7 +14,7 @@ from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
 from megatron_phf.runtime import parallel
 from megatron_phf.teacher.architecture import Models, layer_map
 from megatron_phf.teacher.kinds import Teacher
-from megatron_phf.train.batch import make_batch
+from megatron_phf.train.batch import StepBatch, make_batch
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import NonfiniteSteps
 from megatron_phf.train.optimizer import StudentOptimizer
@@ -46,7 +45,8 @@ class Distiller:
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
-        self.teacher_pass = TeacherPass(teacher, flow, self.shards)
+        scores = method.opsd_objective != "cross_entropy"
+        self.teacher_pass = TeacherPass(teacher, flow, self.shards, scores)
         self.student_pass = StudentPass(config, models, student, optimizer, flow, self.shards)
 
     def step(self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer) -> StepMetrics:
@@ -75,7 +75,7 @@ class Distiller:
             parallel.seed_dropout(self.config.train.seed, iteration)
 
     def _finite(
-        self, iteration: int, rollouts: Sequence[Rollout], student: StudentOutput, batch: LocalBatch
+        self, iteration: int, rollouts: Sequence[Rollout], student: StudentOutput, batch: StepBatch
     ) -> bool:
         """Whether losses and gradients are, on every rank."""
         finite = self.optimizer.gradients_finite()

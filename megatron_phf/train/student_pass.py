@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import LocalBatch, SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
@@ -18,7 +17,7 @@ from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import Models
-from megatron_phf.train.batch import flow_windows
+from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.importance import ImportanceWeights
 from megatron_phf.train.metrics import OutputLoss
@@ -67,7 +66,7 @@ class StudentPass:
         self._importance = ImportanceWeights(method.importance_ratio_cap)
         self._vocab_size = models.vocab_size
 
-    def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
+    def __call__(self, batch: StepBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
 
         Raises:
@@ -75,10 +74,11 @@ class StudentPass:
                 rollout does not say how it was sampled.
         """
         batches = [m.student for m in batch.microbatches]
-        rows = [(len(b.scored), b.log_probs is not None) for b in batches]
+        pairs = zip(batch.order, batches, strict=True)
+        rows = [(len(order), each.log_probs is not None) for order, each in pairs]
         known = [sum(n for n, _ in rows), sum(n for n, measured in rows if measured)]
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), *known]
-        totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts, *known]
+        totals = parallel.sum_over_data_parallel(device.from_host(torch.tensor(counts)))
         num_tokens, num_sequences, useful, computed, read, measured = totals.tolist()
         self._importance.check(measured, read)
         if num_tokens == 0 and self._config.rollout.keep_rollouts == "all":
@@ -103,14 +103,13 @@ class StudentPass:
 
     def _run(
         self,
-        batches: Sequence[SequenceBatch],
+        batches: Sequence[PlacedBatch],
         teacher: TeacherOutput,
         token_weight: float,
         flow_scale: float,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            assert teacher.head is not None, "the last stage computes the loss"
-            target = teacher.rows.pop(index), teacher.head
+            target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
             return self._output_loss(batches[index], hidden, target, token_weight)
 
         self._optimizer.zero_grad()
@@ -125,54 +124,59 @@ class StudentPass:
             self._tap.stop()
         return outputs
 
-    def _mask_padding(self, batches: Sequence[SequenceBatch]) -> None:
+    def _mask_padding(self, batches: Sequence[PlacedBatch]) -> None:
         """Padding must not count in the routers' load-balancing loss.
 
         The schedule gives that loss its share of the mean over microbatches.
         """
         if self._arch.experts is not None:
-            pieces = [self._shards.piece(b.padding, b.cu_seqlens) for b in batches]
-            set_padding(self._student, pieces)
+            set_padding(self._student, [b.padding for b in batches])
             reset_aux_loss()
 
     def _output_loss(
         self,
-        batch: SequenceBatch,
+        batch: PlacedBatch,
         hidden: Tensor,
-        teacher: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight.
+        weight; None where the loss does not look at it.
         """
-        rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
-        here, kept = batch.scored & mine, mine[batch.scored]
-        rows, weight = rows[here], self._student[-1].output_weight()
-        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        rows = part_rows(hidden, batch.own, self._shards)
+        weight = self._student[-1].output_weight()
+        head = self._head_split(weight)
         token_weights = torch.full((rows.shape[0],), token_weight, device=rows.device)
         importance = None
         if batch.log_probs is not None:
-            known = chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here]
+            known = chunked_log_probs(rows, weight, batch.targets, **head), batch.log_probs
             self._drift.add(*known)
             importance = self._importance.of(*known)
         if importance is not None:
             token_weights *= importance
+        if teacher is None:
+            read, other = rows, weight
+        else:
+            kept = batch.kept
+            read = teacher[0] if kept is None else teacher[0].index_select(0, kept)
+            other = teacher[1]
         result = chunked_divergence(
             rows,
-            teacher[0][kept],
+            read,
             weight,
-            teacher[1],
+            other,
             token_weights,
             self._spec,
-            target_ids=targets,
+            target_ids=batch.targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
-        sequence = here.nonzero()[:, 0]
+        entropy = result.teacher_entropy
+        entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
         values = result.per_token if importance is None else result.per_token * importance
-        report = OutputLoss(values, result.clipped, result.teacher_entropy, sequence)
+        report = OutputLoss(values, result.clipped, entropy, batch.sequence)
         return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:

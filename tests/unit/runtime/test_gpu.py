@@ -43,7 +43,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]
         importlib.invalidate_caches()
 
     yield add
-    optional_packages._failure.cache_clear()
+    optional_packages.import_failure.cache_clear()
     for name in set(sys.modules) - before:
         if name.split(".")[0] in ("transformer_engine", "apex", "amp_C"):
             del sys.modules[name]
