@@ -79,7 +79,9 @@ class Steps:
         extra = {
             **metrics.extra,
             **timing(timer, metrics.rollout_tokens),
-            "mfu": self._utilisation.mfu(rollouts, timer.seconds["student"]),
+            "mfu": self._utilisation.mfu(
+                [rollout.trained() for rollout in rollouts], timer.seconds["student"]
+            ),
             "rollout_lengths": response_lengths(rollouts, self._stop_ids),
             **policy_lag(iteration, rollouts),
             **beside,
