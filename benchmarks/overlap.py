@@ -31,8 +31,8 @@ from megatron_phf.train.hooks import RunHook
 from megatron_phf.train.metrics import StepMetrics
 from megatron_phf.train.step import Distiller
 
-BATCH, SLOTS, TRAINING_SECONDS = 16, 8, 0.6
-WARM = 4  # steps that fill the pipeline
+BATCH, SLOTS, TRAINING_SECONDS = 16, 8, 0.4
+WARM = 2  # steps that fill the pipeline
 
 
 class _Times(RunHook):
