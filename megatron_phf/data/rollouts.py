@@ -16,7 +16,7 @@ from megatron_phf.data.problems import read_jsonl
 
 _FIELDS = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
 _MASK, _LOGS, _KEPT = "response_mask", "log_probs", "kept"
-_VERSIONS = ("policy_version", "policy_version_end")
+_UNRECORDED = ("policy_version", "policy_version_end", "reference")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Rollout:
     read by both models and not scored; None: all are.  ``policy_version``: the step whose weights
     sampled it, where known, and ``policy_version_end`` that of its last token, where newer weights
     came amid it.  ``kept`` False: sampled, and not trained on (``--keep-rollouts``).
+    ``reference``: the problem's solution, where known; not recorded.
     """
 
     student_prompt_ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Rollout:
     policy_version: int | None = None
     policy_version_end: int | None = None
     kept: bool = True
+    reference: str | None = None
 
     def trained(self) -> Rollout:
         """What a step reads of it: of one that is not kept, the prompts alone."""
@@ -52,6 +54,13 @@ class Rollout:
         if self.response_mask is None:
             return (True,) * len(self.response_ids)
         return self.response_mask
+
+    def skipping(self, count: int) -> Rollout:
+        """The same, the first ``count`` tokens of the response read and not scored."""
+        if count == 0:
+            return self
+        scored = tuple(s and i >= count for i, s in enumerate(self.scored))
+        return dataclasses.replace(self, response_mask=scored)
 
 
 def written_stop(ids: Sequence[int], mask: Sequence[bool] | None, stop_ids: Sequence[int]) -> bool:
@@ -156,8 +165,8 @@ def write_sampled(path: str, steps: Mapping[int, Sequence[Rollout]]) -> None:
     with open(path, "w", encoding="utf-8") as f:
         for step, rollouts in steps.items():
             for rollout in rollouts:
-                versions = {name: getattr(rollout, name) for name in _VERSIONS}
-                line = {"step": step, **rollout_to_json(rollout, log_probs=True), **versions}
+                more = {name: getattr(rollout, name) for name in _UNRECORDED}
+                line = {"step": step, **rollout_to_json(rollout, log_probs=True), **more}
                 f.write(json.dumps(line) + "\n")
 
 
@@ -165,9 +174,9 @@ def read_sampled(path: str) -> dict[int, list[Rollout]]:
     """What :func:`write_sampled` wrote."""
     steps: dict[int, list[Rollout]] = {}
     for number, content in read_jsonl(path, "--load"):
-        versions = {name: content.get(name) for name in _VERSIONS}
+        more = {name: content.get(name) for name in _UNRECORDED}
         rollout = _rollout(content, None, f"{path}:{number}")
-        steps.setdefault(content["step"], []).append(dataclasses.replace(rollout, **versions))
+        steps.setdefault(content["step"], []).append(dataclasses.replace(rollout, **more))
     return steps
 
 

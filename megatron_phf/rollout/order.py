@@ -42,7 +42,8 @@ class ProblemOrder:
         """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
         first = (iteration - 1) * self._batch
         sample_ids = parallel.local_share(range(first, first + self._batch))
-        return list(sample_ids), [self._pairs[self._problem_of(i)] for i in sample_ids]
+        pairs = [self._pairs[self._problem_of(i)].at(iteration) for i in sample_ids]
+        return list(sample_ids), pairs
 
     def _problem_of(self, sample_id: int) -> int:
         epoch, position = divmod(sample_id // self._per_problem, len(self._pairs))
@@ -93,4 +94,5 @@ def as_rollout(pair: PromptPair, response: Response) -> Rollout:
         None if mask is None else tuple(mask),
         response.policy_version,
         response.policy_version_end,
+        reference=pair.problem.solution or None,
     )

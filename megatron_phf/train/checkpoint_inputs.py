@@ -17,13 +17,8 @@ from megatron_phf.weights.model_files import TEMPLATES
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
 _FIXED = (
     *("teacher", "use_distributed_optimizer", "global_batch_size", "seed", "rollout_engine"),
-    *(
-        "lora_rank",
-        "lora_alpha",
-        "lora_target_modules",
-        "teacher_layer_map",
-        "rollouts_per_problem",
-    ),
+    *("lora_rank", "lora_alpha", "lora_target_modules", "teacher_layer_map"),
+    *("privileged", "collapse_steps", "rollouts_per_problem"),
 )
 # Where and how a run computes and writes is free to change.
 _FREE = ("parallel", "checkpoint", "output", "embedded", "evaluation")

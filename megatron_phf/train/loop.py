@@ -19,6 +19,7 @@ from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.teacher.architecture import read_models
 from megatron_phf.train.build import load_student, make_distiller, make_prompts
+from megatron_phf.train.collapse import CollapseSigns, copied_words
 from megatron_phf.train.evaluation import Evaluations
 from megatron_phf.train.export import Export
 from megatron_phf.train.hooks import RunHook, Stop
@@ -51,6 +52,7 @@ class Steps:
         prompts: Prompts | None,
         heartbeat: Heartbeat,
         example: bool,
+        signs: CollapseSigns,
         ahead: AheadSource | None = None,
     ) -> None:
         """Of rollouts from ``source``.
@@ -61,6 +63,7 @@ class Steps:
             ahead: what samples for steps to come, where something does.
         """
         self._source, self._distiller, self._heartbeat = source, distiller, heartbeat
+        self._signs = signs
         self._tokenizer = None if prompts is None else prompts.tokenizer
         self._stop_ids = None if prompts is None else prompts.stop_ids
         self._utilisation = Utilisation(distiller.config, distiller.models)
@@ -84,11 +87,14 @@ class Steps:
             ),
             "rollout_lengths": response_lengths(rollouts, self._stop_ids),
             **policy_lag(iteration, rollouts),
+            "copied_words": copied_words(rollouts, self._tokenizer),
             **beside,
             **kept_rollouts(rollouts, self._distiller.config),
             "nonfinite_steps": self._distiller.nonfinite.total,
         }
-        return dataclasses.replace(metrics, extra=extra)
+        metrics = dataclasses.replace(metrics, extra=extra)
+        signs = self._signs.add(metrics)
+        return dataclasses.replace(metrics, extra={**extra, "collapse_signs": signs})
 
     def _beside(
         self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer
@@ -155,14 +161,15 @@ def train(
     ahead = source if isinstance(source, AheadSource) else None
     student = context.student
     distiller = make_distiller(models, config, student)
-    checkpoints = Checkpoints(config, distiller, heartbeat, ahead)
-    end = EndOfRun(config, signals)
+    signs, end = CollapseSigns(config), EndOfRun(config, signals)
+    checkpoints = Checkpoints(config, distiller, heartbeat, signs, ahead)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
     logger = RunLogger(config, done, every=_BRIEF_STEPS if brief else 1)
     hooks: list[RunHook] = [
         logger,
+        signs,  # before what it keeps from being written
         checkpoints,
         end,
         *more,
@@ -175,5 +182,5 @@ def train(
         source = GradedSource(source, config, prompts)
         hooks.append(source)
     source = recorded(source, config, done)
-    steps = Steps(source, distiller, prompts, heartbeat, not brief, ahead)
+    steps = Steps(source, distiller, prompts, heartbeat, not brief, signs, ahead)
     return run_steps(steps, hooks, done, config.train.train_iters)

@@ -11,6 +11,7 @@ from megatron_phf.runtime import parallel
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.train.checkpoint import Checkpointer, Progress, Sampled
+from megatron_phf.train.collapse import CollapseSigns
 from megatron_phf.train.hooks import RunHook, Stop
 from megatron_phf.train.logging import say
 from megatron_phf.train.metrics import StepMetrics
@@ -25,11 +26,17 @@ class Checkpoints(RunHook):
         config: Config,
         distiller: Distiller,
         heartbeat: Heartbeat,
-        ahead: AheadSource | None,
+        signs: CollapseSigns,
+        ahead: AheadSource | None = None,
     ) -> None:
-        """``ahead``: what samples for steps to come."""
+        """Of ``distiller``.
+
+        Args:
+            signs: once one has fired, the checkpoint before is the last.
+            ahead: what samples for steps to come.
+        """
         self._settings, self._distiller = config.checkpoint, distiller
-        self._heartbeat, self._ahead = heartbeat, ahead
+        self._heartbeat, self._signs, self._ahead = heartbeat, signs, ahead
         used = self._settings.save is not None or self._settings.load is not None
         self._checkpoints = Checkpointer(config, distiller) if used else None
         self._saved = 0
@@ -42,6 +49,7 @@ class Checkpoints(RunHook):
             self._restore(self._checkpoints.sampled)
         self._distiller.nonfinite.total = progress.nonfinite_steps
         self._distiller.nonfinite.in_a_row = progress.nonfinite_in_a_row
+        self._signs.load_state(progress.collapse)
         self._saved = progress.iteration
         return progress.iteration
 
@@ -67,9 +75,15 @@ class Checkpoints(RunHook):
     def _save(self, iteration: int) -> None:
         if self._checkpoints is None or self._settings.save is None or iteration <= self._saved:
             return
+        if self._signs.fired is not None:
+            kept = f"that of step {self._saved} stays" if self._saved else "there was none before"
+            say(f"--save {self._settings.save}: no checkpoint of a collapsed student; {kept}")
+            self._saved = iteration  # said once
+            return
         nonfinite = self._distiller.nonfinite
         sampled = {} if self._ahead is None else self._ahead.sampled()
-        progress = Progress(iteration, nonfinite.total, nonfinite.in_a_row)
+        counts = nonfinite.total, nonfinite.in_a_row
+        progress = Progress(iteration, *counts, self._signs.state())
         self._checkpoints.save(progress, sampled)
         self._saved = iteration
 
