@@ -27,6 +27,7 @@ from megatron_phf.model.architecture import (
     parse_architecture,
 )
 from megatron_phf.rollout.engines import check_engine, reads_data
+from megatron_phf.rollout.flags import check_rollouts
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
@@ -148,6 +149,7 @@ def check(config: Config) -> None:
     check_teacher_flags(config)
     check_lora(config)
     check_engine(config)
+    check_rollouts(config)
     check_vllm(config)
     check_gpu(config)
     embedded = config.model.hf_model is None
