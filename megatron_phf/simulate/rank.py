@@ -1,0 +1,253 @@
+"""One rank of a job, simulated: its build, its steps, and what they took."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout
+from megatron_phf.estimate.memory import Machine, peak_estimate
+from megatron_phf.model.architecture import Architecture
+from megatron_phf.rollout.megatron.engine import student_engine
+from megatron_phf.rollout.sampling import SamplingParams
+from megatron_phf.runtime import device, kernels, parallel
+from megatron_phf.simulate.collectives import communicate
+from megatron_phf.simulate.events import short_name
+from megatron_phf.simulate.groups import Shapes, join, other_stages
+from megatron_phf.simulate.mode import FakeCuda
+from megatron_phf.simulate.transfers import HANDLERS
+from megatron_phf.teacher import kinds
+from megatron_phf.train import build
+from megatron_phf.train.metrics import PhaseTimer
+
+_DECODED = 3  # tokens that are decoded: all but the first are alike
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is simulated.
+
+    ``lengths``: tokens of the student's prompt, the teacher's and the response; ``decode``:
+    whether rollouts are decoded in process before the steps; ``steps``: the last is reported (the
+    first one makes the optimizer's state); ``engine_stub``: whether a stand-in takes Transformer
+    Engine's place.
+    """
+
+    config: Config
+    arch: Architecture
+    world: int
+    lengths: tuple[int, int, int]
+    decode: bool = False
+    steps: int = 2
+    engine_stub: bool = False
+
+
+def make_simulator() -> FakeCuda:
+    """The mode that a rank's code runs under; once a process."""
+    return FakeCuda(HANDLERS, communicate)
+
+
+def simulate(sim: FakeCuda, job: Job, rank: int) -> dict[str, Any]:
+    """Play ``rank`` of the job in this process; what it took, as JSON holds it."""
+    start = time.perf_counter()
+    played = _Rank(sim, job)
+    try:
+        played.run(rank)
+    except Exception as error:
+        # Whatever CUDA, torch or megatron-core refuses: the job would end here.
+        sim.events.refused[sim.events.phase, _first_line(error), _raised_at(error)] += 1
+        played.result["traceback"] = traceback.format_exc()
+    return {"rank": rank, "seconds": time.perf_counter() - start, **played.report()}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _raised_at(error: Exception) -> str:
+    """The innermost line of the product, or of megatron-core, that an error went through."""
+    trace, site = error.__traceback__, "?"
+    while trace is not None:
+        if short_name(trace.tb_frame.f_code.co_filename) is not None:
+            frame = trace.tb_frame
+            site = f"{short_name(frame.f_code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return site
+
+
+class _Timer(PhaseTimer):
+    """A step's phases, as the simulation names them."""
+
+    def __init__(self, rank: _Rank) -> None:
+        super().__init__()
+        self._rank = rank
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with self._rank.phase(name), super().phase(name):
+            yield
+
+
+class _Rank:
+    def __init__(self, sim: FakeCuda, job: Job) -> None:
+        self.sim, self.job = sim, job
+        self.result: dict[str, Any] = {}
+        self._shapes = Shapes()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before, self.sim.events.phase = self.sim.events.phase, name
+        try:
+            yield
+        finally:
+            self.sim.events.phase = before
+
+    def run(self, rank: int) -> None:
+        """Build, decode where asked, step; raises what the job would raise."""
+        job, config = self.job, self.job.config
+        for module in (build, kinds):  # weights are not read: there is no memory for them
+            module.load_hf_weights = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+        if job.engine_stub:
+            off = kernels.Feature("fused rotary embedding", False, "not in the stand-in")
+            kernels.rope = lambda implementation: off
+        device.setup()
+        join(self.sim, config, job.world, rank)
+        self._shapes.install()
+        with self.sim:
+            assert config.model.hf_model is not None
+            student = build.load_student(job.arch, config, config.model.hf_model)
+            with other_stages(job.arch, config):
+                distiller = build.make_distiller(job.arch, config, student)
+            self._name_holders(distiller)
+            self.result["memory after build"] = self.sim.memory.bytes
+            self._follow_updates(distiller.teacher)
+            for step in range(1, job.steps + 1):
+                self._forget()
+                if job.decode:
+                    self._decode(student)
+                with self.phase("between phases"):
+                    distiller.step(step, self._rollouts(), _Timer(self))
+                self._name_holders(distiller)
+        self._check_steps(distiller)
+
+    def _forget(self) -> None:
+        """The build's peak stays; of the steps the last is reported."""
+        memory = self.sim.memory
+        build_peak = memory.peaks.get("build", 0), memory.held.get("build", {})
+        self.result.setdefault("build", build_peak)
+        self.sim.events.forget()
+        memory.forget()
+
+    def _rollouts(self) -> list[Rollout]:
+        count = self.job.config.train.global_batch_size // parallel.data_parallel_size()
+        prompt, teacher, response = ((1,) * n for n in self.job.lengths)
+        return [Rollout(prompt, teacher, response)] * count
+
+    def _decode(self, student: list[Any]) -> None:
+        """A few tokens of a batch of rollouts, in a cache as long as theirs."""
+        config = self.job.config
+        prompt, _, response = self.job.lengths
+        count = config.train.global_batch_size // parallel.data_parallel_size()
+        r = config.rollout
+        sampling = SamplingParams(
+            r.rollout_temperature, r.rollout_top_p, r.rollout_top_k, response, (1,), 0
+        )
+        asked = iter(range(_DECODED * 4))
+        # Token 0 goes on; token 1 ends a response.
+        self.sim.made_up = lambda: int(next(asked, _DECODED) >= _DECODED - 1)
+        with self.phase("decode"):
+            engine = student_engine(config, self.job.arch, student)
+            engine.prepare(1)
+            rows = min(count, r.rollout_batch_size)
+            engine.generate([(1,) * prompt] * rows, sampling, list(range(rows)))
+        self.sim.made_up = lambda: 1
+
+    def _follow_updates(self, teacher: Any) -> None:
+        update = teacher.update
+
+        def named(student: Any) -> None:
+            with self.phase("teacher update"):
+                update(student)
+
+        teacher.update = named
+
+    def _name_holders(self, distiller: Any) -> None:
+        memory, optimizer = self.sim.memory, distiller.optimizer
+        memory.belongs_to("weights", (p for c in distiller.student for p in c.parameters()))
+        for wrapped in optimizer.wrapped:
+            buffers = (*wrapped.buffers, *wrapped.expert_parallel_buffers)
+            memory.belongs_to("gradients", (b.grad_data for b in buffers))
+        if distiller.teacher.chunks is not distiller.student:
+            chunks = distiller.teacher.chunks
+            memory.belongs_to("teacher", (p for c in chunks for p in c.parameters()))
+
+    def _check_steps(self, distiller: Any) -> None:
+        """A value that was made up must not have let the product leave out its update."""
+        done, asked = distiller.optimizer.schedule_steps, self.job.steps
+        if distiller.nonfinite.total or done != asked:
+            self.sim.events.refuse(f"the optimizer ran in {done} of {asked} steps")
+
+    def report(self) -> dict[str, Any]:
+        """What was counted."""
+        events, memory = self.sim.events, self.sim.memory
+        peaks = {p: {"bytes": b, "held": memory.held[p]} for p, b in memory.peaks.items()}
+        if "build" in self.result:
+            size, held = self.result.pop("build")
+            peaks = {"build": {"bytes": size, "held": held}, **peaks}
+        lines = sorted(memory.lines.items(), key=lambda item: -item[1])[:20]
+        return {
+            **self.result,
+            "place": _place(),
+            "operations run": events.count,
+            "memory": peaks,
+            "large": [[*where, size] for where, size in lines if size],
+            "formula": self._formula(),
+            "communication": _by_group(events.operations),
+            "syncs": [[*key, n] for key, n in events.syncs.most_common()],
+            "made up": [[*key, n] for key, n in events.made_up.most_common()],
+            "refused": [[*key, n] for key, n in events.refused.items()],
+            "log": [dataclasses.asdict(o) for o in events.operations],
+        }
+
+    def _formula(self) -> dict[str, float]:
+        if not self._shapes.tokens:
+            return {}
+        machine = Machine(2, parallel.data_parallel_size())
+        return peak_estimate(self.job.arch, self.job.config, machine, self._shapes.tokens)
+
+
+def _place() -> dict[str, list[int]]:
+    if not parallel_ready():
+        return {}
+    return {
+        "TP": [parallel.tensor_parallel_rank(), parallel.tensor_parallel_size()],
+        "PP": [parallel.pipeline_rank(), parallel.pipeline_size()],
+        "CP": [parallel.context_parallel_rank(), parallel.context_parallel_size()],
+        "DP": [parallel.data_parallel_rank(), parallel.data_parallel_size()],
+        "EP": [parallel.expert_parallel_rank(), parallel.expert_parallel_size()],
+    }
+
+
+def parallel_ready() -> bool:
+    """Whether the groups are there."""
+    from megatron.core import parallel_state
+
+    return parallel_state.model_parallel_is_initialized()
+
+
+def _by_group(operations: list[Any]) -> list[list[Any]]:
+    """[phase, operation, group, its size, in host memory, number, bytes] of each kind."""
+    sums: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
+    for o in operations:
+        entry = sums[o.phase, o.name, o.group, len(o.ranks), o.host]
+        entry[0] += 1
+        entry[1] += o.bytes
+    return [[*key, *sizes] for key, sizes in sorted(sums.items(), key=lambda kv: -kv[1][1])]
