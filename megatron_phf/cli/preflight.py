@@ -208,7 +208,8 @@ def _check_tokenizer(config: Config) -> None:
         raise ValueError(f"--tokenizer-model {path}: no such file")
 
 
-def _check_expert_flags(arch: Architecture, config: Config) -> None:
+def check_expert_flags(arch: Architecture, config: Config) -> None:
+    """Raise ValueError where a flag is about experts that the model has not, or has."""
     coefficient = config.model.moe_aux_loss_coeff
     if coefficient is not None and arch.experts is None:
         raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
@@ -237,8 +238,8 @@ def _check_weights(config: Config) -> None:
                 raise ValueError(f"{flag}: {error}") from error
 
 
-def check(config: Config) -> None:
-    """Raise ValueError for anything wrong that does not depend on the number of processes."""
+def check_settings(config: Config) -> None:
+    """Raise ValueError for flags that are wrong whatever the model and the files."""
     _check_finite(config)
     _check_numbers(config)
     check_schedule(config)
@@ -250,15 +251,20 @@ def check(config: Config) -> None:
     check_vllm(config)
     check_gpu(config)
     _check_checkpoints(config)
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for anything wrong that does not depend on the number of processes."""
+    check_settings(config)
     if config.model.hf_model is not None:
         arch = read_architecture(config.model.hf_model)
-        _check_expert_flags(arch, config)
+        check_expert_flags(arch, config)
         check_fp8_model(config, arch)
         check_models(config, config.model.hf_model)
         _check_weights(config)
     else:
         arch = parse_architecture(MODEL_CONFIG, "the embedded model")
-        _check_expert_flags(arch, config)
+        check_expert_flags(arch, config)
         check_split(arch, config)
         check_flow(arch, config)
         check_fp8_model(config, arch)
