@@ -99,7 +99,7 @@ def _lengths(text: str | None, config: Config) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def model_directory(config_file: str | None) -> Iterator[list[str]]:
-    """Flags that name a directory with this config.json in it; none for None."""
+    """Flags that name a directory with this config.json in it; own for None."""
     if config_file is None:
         yield []
         return
@@ -122,19 +122,22 @@ def read_job(flags: list[str], world: int, lengths: str | None, **options: Any) 
     config = parse_args(flags)
     if config.model.hf_model is None:
         raise ValueError("the dry run needs --hf-config, or --hf-model in the job's flags")
-    # Nothing is read, resumed or written: the simulation has a batch of its own.
-    none = dict.fromkeys(("load", "save", "lora_adapter", "replay_file", "eval_data"))
-    none |= {"save_interval": 0, "keep_last": 0, "async_save": False, "exact_checkpoint": False}
+    # Nothing is read, resumed or written: the simulation has a batch of its own, of full length.
+    own: dict[str, Any] = dict.fromkeys(("load", "save", "lora_adapter", "replay_file", "eval_data"))
+    own |= {"save_interval": 0, "keep_last": 0, "async_save": False, "exact_checkpoint": False}
+    names = ("max_prompt_length", "max_teacher_prompt_length", "max_new_tokens")
+    own |= dict(zip(names, _lengths(lengths, config), strict=True))
     engine = config.rollout.rollout_engine
-    own = {"rollout_engine": "megatron"} if engine in ("replay", "vllm") else {}
-    config = config.replaced(**none, **own, eval_interval=0, data=config.data.data or "none")
+    if engine in ("replay", "vllm"):
+        own["rollout_engine"] = "megatron"
+    config = config.replaced(**own, eval_interval=0, data=config.data.data or "none")
     arch = read_architecture(config.model.hf_model or "")
     if world < 1:
         raise ValueError(f"--world {world}: need at least 1")
     preflight.check_settings(config)
     _check_model(arch, config)
     preflight.check_world_size(config, world)
-    return Job(config, arch, world, _lengths(lengths, config), **options)
+    return Job(config, arch, world, **options)
 
 
 def _check_model(arch: Architecture, config: Config) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,14 @@ _DECODED = 3  # tokens that are decoded: all but the first are alike
 class Job:
     """What is simulated.
 
-    ``lengths``: tokens of the student's prompt, the teacher's and the response; ``decode``:
-    whether rollouts are decoded in process before the steps; ``steps``: the last is reported (the
-    first one makes the optimizer's state); ``engine_stub``: whether a stand-in takes Transformer
-    Engine's place.
+    Prompts and responses are as long as the configuration allows.  ``decode``: whether rollouts are
+    decoded in process before the steps; ``steps``: the last is reported (the first one makes the
+    optimizer's state); ``engine_stub``: whether a stand-in takes Transformer Engine's place.
     """
 
     config: Config
     arch: Architecture
     world: int
-    lengths: tuple[int, int, int]
     decode: bool = False
     steps: int = 2
     engine_stub: bool = False
@@ -96,6 +94,17 @@ class _Timer(PhaseTimer):
             yield
 
 
+class _Counted:
+    """A function that knows how often it was called."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self.calls = function, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return self._function(*args)
+
+
 class _Rank:
     def __init__(self, sim: FakeCuda, job: Job) -> None:
         self.sim, self.job = sim, job
@@ -141,31 +150,30 @@ class _Rank:
     def _forget(self) -> None:
         """The build's peak stays; of the steps the last is reported."""
         memory = self.sim.memory
-        build_peak = memory.peaks.get("build", 0), memory.held.get("build", {})
-        self.result.setdefault("build", build_peak)
+        self.result.setdefault("memory", self._peaks())
         self.sim.events.forget()
         memory.forget()
 
     def _rollouts(self) -> list[Rollout]:
         count = self.job.config.train.global_batch_size // parallel.data_parallel_size()
-        prompt, teacher, response = ((1,) * n for n in self.job.lengths)
-        return [Rollout(prompt, teacher, response)] * count
+        data, new = self.job.config.data, self.job.config.rollout.max_new_tokens
+        lengths = (data.max_prompt_length, data.max_teacher_prompt_length, new)
+        return [Rollout(*((1,) * n for n in lengths))] * count
 
     def _decode(self, student: list[Any]) -> None:
         """A few tokens of a batch of rollouts, in a cache as long as theirs."""
         config = self.job.config
-        prompt, _, response = self.job.lengths
+        r, prompt = config.rollout, config.data.max_prompt_length
         count = config.train.global_batch_size // parallel.data_parallel_size()
-        r = config.rollout
         sampling = SamplingParams(
-            r.rollout_temperature, r.rollout_top_p, r.rollout_top_k, response, (1,), 0
+            r.rollout_temperature, r.rollout_top_p, r.rollout_top_k, r.max_new_tokens, (1,), 0
         )
-        asked = iter(range(_DECODED * 4))
+        engine: Any = student_engine(config, self.job.arch, student)
+        engine.prepare(1)
+        engine.forward = forward = _Counted(engine.forward)
         # Token 0 goes on; token 1 ends a response.
-        self.sim.made_up = lambda: int(next(asked, _DECODED) >= _DECODED - 1)
+        self.sim.made_up = lambda: int(forward.calls >= _DECODED)
         with self.phase("decode"):
-            engine = student_engine(config, self.job.arch, student)
-            engine.prepare(1)
             rows = min(count, r.rollout_batch_size)
             engine.generate([(1,) * prompt] * rows, sampling, list(range(rows)))
         self.sim.made_up = lambda: 1
@@ -197,18 +205,12 @@ class _Rank:
 
     def report(self) -> dict[str, Any]:
         """What was counted."""
-        events, memory = self.sim.events, self.sim.memory
-        peaks = {p: {"bytes": b, "held": memory.held[p]} for p, b in memory.peaks.items()}
-        if "build" in self.result:
-            size, held = self.result.pop("build")
-            peaks = {"build": {"bytes": size, "held": held}, **peaks}
-        lines = sorted(memory.lines.items(), key=lambda item: -item[1])[:20]
+        events = self.sim.events
         return {
             **self.result,
             "place": _place(),
             "operations run": events.count,
-            "memory": peaks,
-            "large": [[*where, size] for where, size in lines if size],
+            "memory": {**self.result.get("memory", {}), **self._peaks()},
             "formula": self._formula(),
             "communication": _by_group(events.operations),
             "syncs": [[*key, n] for key, n in events.syncs.most_common()],
@@ -216,6 +218,15 @@ class _Rank:
             "refused": [[*key, n] for key, n in events.refused.items()],
             "log": [dataclasses.asdict(o) for o in events.operations],
         }
+
+    def _peaks(self) -> dict[str, Any]:
+        """By phase: bytes, bytes of each holder, and of the lines that hold most."""
+        memory, peaks = self.sim.memory, {}
+        for phase, size in memory.peaks.items():
+            lines = sorted(memory.lines[phase].items(), key=lambda item: -item[1])[:20]
+            held, large = memory.held[phase], [[*where, n] for where, n in lines if n]
+            peaks[phase] = {"bytes": size, "held": held, "large": large}
+        return peaks
 
     def _formula(self) -> dict[str, float]:
         if not self._shapes.tokens:
