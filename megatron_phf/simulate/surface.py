@@ -27,6 +27,7 @@ def install(sim: FakeCuda) -> None:
     torch.autograd.set_multithreading_enabled(False)  # a device's thread would not be simulated
     torch_names.let_fakes_be_cuda(_set_data)
     torch_names.replace_module_apply(_apply)
+    torch_names.run_in_place()
     _install_values(sim)
     _install_fused(sim)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.optim import optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
@@ -38,6 +39,9 @@ TORCH = Package(
         "torch.nn:Module._apply",
         "torch:ops.aten._scaled_dot_product_flash_attention",
         "torch:ops.aten.add.Tensor._schema",
+        *(f"torch:_foreach_{name}" for name in ("add_", "mul_", "div_", "lerp_", "addcmul_")),
+        "torch:_foreach_addcdiv_",
+        "torch.optim.optimizer:_foreach_supported_types",
     ),
 )
 MEGATRON = Package(
@@ -45,6 +49,7 @@ MEGATRON = Package(
     "0.16.1",
     ("megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",),
 )
+_IN_PLACE = ("add_", "mul_", "div_", "lerp_", "addcmul_", "addcdiv_")
 # What a fake tensor keeps in its dictionary beside the marks that megatron-core puts on weights.
 _INNER = {"fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor"}
 
@@ -125,6 +130,32 @@ def let_fakes_be_cuda(move: Callable[[Any, Any, Any], None]) -> None:
     FakeTensor.data = property(
         lambda self: base.__get__(self), lambda self, new: move(self, new, base.__set__)
     )
+
+
+def run_in_place() -> None:
+    """torch's optimizers take their operations on lists, which change each tensor in place.
+
+    They leave fake tensors to loops of their own; and without CUDA's kernels such an operation is
+    taken apart into one that makes a tensor and a copy.
+    """
+    optimizer._foreach_supported_types.append(FakeTensor)
+    for name in _IN_PLACE:
+        setattr(torch, f"_foreach_{name}", _on_each(name, getattr(torch, f"_foreach_{name}")))
+
+
+def _on_each(name: str, foreach: Callable[..., None]) -> Callable[..., None]:
+    one, fused = getattr(Tensor, name), name.startswith("addc")
+
+    def run(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if not any(isinstance(t, FakeTensor) for t in tensors):
+            return foreach(tensors, *args, **kwargs)
+        for i, t in enumerate(tensors):
+            own = [a[i] if isinstance(a, list | tuple) else a for a in args]
+            more = {"value": own.pop()} if fused and len(own) > 2 else {}
+            one(t, *own, **more, **kwargs)
+        return None
+
+    return run
 
 
 def replace_module_apply(apply: Callable[..., Any]) -> None:
