@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
-from megatron_phf.estimate.memory import Machine, peak_estimate
+from megatron_phf.estimate.memory import Machine, phase_estimates
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
@@ -228,11 +228,14 @@ class _Rank:
             peaks[phase] = {"bytes": size, "held": held, "large": large}
         return peaks
 
-    def _formula(self) -> dict[str, float]:
+    def _formula(self) -> dict[str, dict[str, float]]:
+        """By phase and holder, GiB; of the phases that were simulated."""
         if not self._shapes.tokens:
             return {}
-        machine = Machine(2, parallel.data_parallel_size())
-        return peak_estimate(self.job.arch, self.job.config, machine, self._shapes.tokens)
+        machine, stage = Machine(2, parallel.data_parallel_size()), parallel.pipeline_rank()
+        config, tokens = self.job.config, self._shapes.tokens
+        found = phase_estimates(self.job.arch, config, machine, tokens, stage)
+        return {phase: parts for phase, parts in found.items() if self.job.decode or phase != "decode"}
 
 
 def _place() -> dict[str, list[int]]:

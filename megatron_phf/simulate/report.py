@@ -19,6 +19,12 @@ def peak(result: Mapping[str, Any]) -> int:
     return max((m["bytes"] for m in result["memory"].values()), default=0)
 
 
+def formula(result: Mapping[str, Any]) -> float:
+    """Bytes by formula at the peak of the phases that were simulated."""
+    phases = result["formula"].values()
+    return max((sum(parts.values()) * _GIB for parts in phases), default=0.0)
+
+
 def synchronisations(result: Mapping[str, Any]) -> int:
     """How often the host waits for the device in a step."""
     return sum(n for *_, n in result["syncs"])
@@ -41,14 +47,16 @@ def _memory(result: Mapping[str, Any]) -> list[str]:
     unit = 2**20 if small else _GIB
     rows = [("MiB at most" if small else "GiB at most", "all", *_HOLDERS)]
     for phase, m in result["memory"].items():
-        held = (m["held"].get(h, 0) / unit for h in _HOLDERS)
-        rows.append((phase, *(f"{size:.2f}" for size in (m["bytes"] / unit, *held))))
-    formula = {name: size * _GIB / unit for name, size in (result.get("formula") or {}).items()}
-    if formula:
-        parts = (formula.get(h) for h in _HOLDERS)
-        numbers = ("-" if size is None else f"{size:.2f}" for size in parts)
-        rows.append(("formula", f"{sum(formula.values()):.2f}", *numbers))
+        sizes = [size / unit for size in (m["bytes"], *_in_order(m["held"]))]
+        rows.append((phase, *(f"{size:.2f}" for size in sizes)))
+    for phase, parts in result.get("formula", {}).items():
+        sizes = [size * _GIB / unit for size in (sum(parts.values()), *_in_order(parts))]
+        rows.append((f"formula: {phase}", *(f"{size:.2f}" for size in sizes)))
     return _table(rows)
+
+
+def _in_order(parts: Mapping[str, float]) -> list[float]:
+    return [parts.get(holder, 0.0) for holder in _HOLDERS]
 
 
 def _communication(result: Mapping[str, Any]) -> list[str]:
