@@ -46,7 +46,7 @@ def communicate(sim: FakeCuda, call: Call) -> Any:
         for t in tree_flatten(call.args[0])[0]:
             _put(t, None)
     elif name in _ANSWERS:
-        _ANSWERS[name](call, group.size())
+        _ANSWERS[name](call, group)
     work = finished_work()
     return (call.args[0], work) if number_of_results(call.func) > 1 else work
 
@@ -109,7 +109,7 @@ def _put(target: Any, value: Tensor | None) -> None:
         values.give(target, value.clone())
 
 
-def _gather_lists(call: Call, size: int) -> None:
+def _gather_lists(call: Call, group: Any) -> None:
     for outputs, tensor in zip(call.args[0], call.args[1], strict=True):
         for output in outputs:
             value = values.known(tensor)
@@ -117,21 +117,29 @@ def _gather_lists(call: Call, size: int) -> None:
             _put(output, value if same else None)
 
 
-def _gather(call: Call, size: int) -> None:
+def _gather(call: Call, group: Any) -> None:
     output, tensor = call.args[:2]
     value = values.known(tensor)
     if value is not None:
-        value = value.repeat(size, *[1] * (value.dim() - 1)).view(output.shape)
+        value = value.repeat(group.size(), *[1] * (value.dim() - 1)).view(output.shape)
     _put(output, value)
 
 
-def _exchange(call: Call, size: int) -> None:
+def _exchange(call: Call, group: Any) -> None:
     output, tensor = call.args[:2]
     value = values.known(tensor)
     _put(output, value if value is not None and value.shape == output.shape else None)
 
 
+def _broadcast(call: Call, group: Any) -> None:
+    """What another rank computed on its device is unknown here."""
+    if call.args[2] != group.rank():
+        for t in filter(is_on_device, call.args[0]):
+            _put(t, None)
+
+
 _ANSWERS = {
+    "broadcast_": _broadcast,
     "allgather_": _gather_lists,
     "_allgather_base_": _gather,
     "alltoall_base_": _exchange,

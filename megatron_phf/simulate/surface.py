@@ -174,9 +174,11 @@ def _install_fused(sim: FakeCuda) -> None:
         query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Without a mask what an H100 takes; torch would choose by what a CPU build has."""
+        """What an H100 takes; torch would choose by what a CPU build has."""
         if isinstance(query, FakeTensor) and attn_mask is None:
             return torch_names.flash_attention(query, key, value, is_causal, scale)
+        if isinstance(query, FakeTensor) and not enable_gqa:
+            return torch_names.efficient_attention(query, key, value, attn_mask, scale)
         return attend(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                       enable_gqa=enable_gqa)  # fmt: skip
 

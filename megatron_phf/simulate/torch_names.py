@@ -38,6 +38,7 @@ TORCH = Package(
         "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init",
         "torch.nn:Module._apply",
         "torch:ops.aten._scaled_dot_product_flash_attention",
+        "torch:ops.aten._scaled_dot_product_efficient_attention",
         "torch:ops.aten.add.Tensor._schema",
         *(f"torch:_foreach_{name}" for name in ("add_", "mul_", "div_", "lerp_", "addcmul_")),
         "torch:_foreach_addcdiv_",
@@ -115,6 +116,16 @@ def flash_attention(
     """The operator that ``scaled_dot_product_attention`` takes on an H100."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention
     return attend(query, key, value, 0.0, causal, scale=scale)[0]
+
+
+def efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """The operator that it takes there with a mask, made into a bias of the query's dtype."""
+    bias = torch.empty_like(mask, dtype=query.dtype) if mask.dtype is torch.bool else mask
+    shape = (*query.shape[:3], key.shape[2])
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(query, key, value, bias.expand(shape), True, 0.0, False, scale=scale)[0]
 
 
 def let_fakes_be_cuda(move: Callable[[Any, Any, Any], None]) -> None:
