@@ -96,6 +96,20 @@ def momentary_numbers(arch: Architecture, config: Config) -> float:
     return stream + arch.experts.per_token * routed
 
 
+def _context_numbers(arch: Architecture, config: Config) -> float:
+    """Numbers a token more under context parallelism without Transformer Engine.
+
+    Keys and values of the whole row, one for each query's head, and what each query may see of
+    its own sequence (model/attention.py); of packed ones the outputs, joined.
+    """
+    size = config.parallel.context_parallel_size
+    if size == 1 or config.model.transformer_impl == "transformer_engine":
+        return 0.0
+    _, queries, _ = _widths(arch, config)
+    row = config.data.max_prompt_length + config.rollout.max_new_tokens
+    return 2 * queries * size + row + queries * config.batching.pack_sequences
+
+
 def flow_bytes(arch: Architecture, config: Config, layers: int, sequences: int) -> float:
     """What the flow loss of one microbatch keeps of ``layers``."""
     method = config.method
@@ -115,7 +129,8 @@ def activation_bytes(
     attention keeps no scores (fused).
     """
     p = config.parallel
-    everything, stream = layer_numbers(arch, config, machine.cuda), _widths(arch, config)[0]
+    everything = layer_numbers(arch, config, machine.cuda) + _context_numbers(arch, config)
+    stream = _widths(arch, config)[0]
     layers = layers_of_stages(arch.num_layers, p)[stage]
     under_way = _under_way(config, machine, batch, stage)
     part = batch.student / p.context_parallel_size * machine.width
@@ -171,8 +186,8 @@ def teacher_pass_bytes(
     """What a layer of the teacher's pass needs for a moment: nothing is kept."""
     teacher = read_teacher(arch, config) or arch
     part = batch.teacher / config.parallel.context_parallel_size * machine.width
-    stream = 2 * _widths(teacher, config)[0]
-    return (momentary_numbers(teacher, config) + stream) * part
+    more = 2 * _widths(teacher, config)[0] + _context_numbers(teacher, config)
+    return (momentary_numbers(teacher, config) + more) * part
 
 
 def target_bytes(
