@@ -26,9 +26,8 @@ from megatron_phf.cli import preflight
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
 from megatron_phf.console import print_anything
-from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.simulate import match, ranks, report
-from megatron_phf.teacher.architecture import check_flow, check_teacher
+from megatron_phf.teacher.architecture import check_models, read_models
 
 if TYPE_CHECKING:
     from megatron_phf.simulate.rank import Job
@@ -131,22 +130,15 @@ def read_job(flags: list[str], world: int, lengths: str | None, **options: Any) 
     if engine in ("replay", "vllm"):
         own["rollout_engine"] = "megatron"
     config = config.replaced(**own, eval_interval=0, data=config.data.data or "none")
-    arch = read_architecture(config.model.hf_model or "")
+    models = read_models(config)
     if world < 1:
         raise ValueError(f"--world {world}: need at least 1")
     preflight.check_settings(config)
-    _check_model(arch, config)
+    preflight.check_expert_flags(models, config)
+    preflight.check_fp8_model(config, models.student)
+    check_models(models, config, tokenizers=False)
     preflight.check_world_size(config, world)
-    return Job(config, arch, world, **options)
-
-
-def _check_model(arch: Architecture, config: Config) -> None:
-    other, prompt = config.teacher.teacher_hf_model, config.data.max_prompt_length
-    preflight.check_expert_flags(arch, config)
-    preflight.check_fp8_model(config, arch)
-    check_split(arch, config.replaced(max_teacher_prompt_length=prompt) if other else config)
-    check_teacher(arch, config.replaced(rollout_engine="replay"))  # no tokenizer is needed
-    check_flow(arch, config)
+    return Job(config, models, world, **options)
 
 
 def _too_large(results: list[dict[str, Any]], gigabytes: float) -> list[str]:

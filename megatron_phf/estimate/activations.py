@@ -11,7 +11,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.estimate.stage import layers_of_stages
 from megatron_phf.lora.config import target_modules
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.teacher.architecture import read_teacher
+from megatron_phf.teacher.architecture import Models
 
 # fp32 numbers of one block of the output loss on CUDA and on a CPU (losses/chunked.py), and how
 # many tensors of a block there are: fewer where the vocabulary is split.
@@ -164,7 +164,8 @@ def output_loss_bytes(
     """What the output loss of one microbatch needs on the last stage.
 
     The head's fp32 gradient; of both models' rows and the gradient of the student's; and either
-    a chunk's logits and blocks, or its logits' part in the head's gradient (losses/chunked.py).
+    a chunk's logits and blocks, or its logits and a block of what they add to the head's gradient
+    (losses/chunked.py).
     """
     tp = config.parallel.tensor_model_parallel_size
     entries = arch.padded_vocab_size(config.model.make_vocab_size_divisible_by, tp) / tp
@@ -175,31 +176,31 @@ def output_loss_bytes(
     rows = 3 * batch.scored * arch.hidden_size * machine.width
     if config.lora.lora_rank:
         return rows + 2 * logits + blocks
-    head = entries * arch.hidden_size
-    added = head * machine.width if machine.width < 4 else 0.0
-    return head * 4 + rows + max(2 * logits + blocks, logits + added)
+    head = entries * arch.hidden_size * 4
+    added = min(head, _BLOCK_ENTRIES[machine.cuda] * 4) if machine.width < 4 else 0.0
+    return head + rows + max(2 * logits + blocks, logits + added)
 
 
 def teacher_pass_bytes(
-    arch: Architecture, config: Config, machine: Machine, batch: Microbatch
+    models: Models, config: Config, machine: Machine, batch: Microbatch
 ) -> float:
     """What a layer of the teacher's pass needs for a moment: nothing is kept."""
-    teacher = read_teacher(arch, config) or arch
+    teacher = models.teacher
     part = batch.teacher / config.parallel.context_parallel_size * machine.width
     more = 2 * _widths(teacher, config)[0] + _context_numbers(teacher, config)
     return (momentary_numbers(teacher, config) + more) * part
 
 
 def target_bytes(
-    arch: Architecture, config: Config, machine: Machine, batch: Microbatch, stage: int
+    models: Models, config: Config, machine: Machine, batch: Microbatch, stage: int
 ) -> float:
     """Teacher's directions of a full window for each local layer, and, on the last stage, rows.
 
     Products of the window's length where they are smaller and enough; rows are its final hidden
     states of as many new tokens as allowed.
     """
-    method, p = config.method, config.parallel
-    hidden = (read_teacher(arch, config) or arch).hidden_size
+    method, p, arch = config.method, config.parallel, models.student
+    hidden = models.teacher.hidden_size
     sequences = config.train.global_batch_size / machine.replicas
     rows = 0.0
     if stage == p.pipeline_model_parallel_size - 1:

@@ -24,8 +24,7 @@ from megatron_phf.estimate.stage import (
     adapter_parameters,
     stage_parameters,
 )
-from megatron_phf.model.architecture import Architecture
-from megatron_phf.teacher.architecture import read_teacher, teacher_config
+from megatron_phf.teacher.architecture import Models, teacher_config
 
 __all__ = ["Machine", "kv_cache_bytes", "memory_estimate", "peak_estimate", "phase_estimates"]
 
@@ -38,9 +37,10 @@ class _Held:
     """Bytes of one rank from step to step.
 
     ``weights``, ``gradients`` and ``optimizer`` of the student; the teacher's ``copy`` and fp32
-    ``average``; ``masters``: the part of the optimizer that its start makes; ``optimized``,
-    ``trained``: parameters whose optimizer state is here, and all that are trained; ``embedding``,
-    ``head``: bytes of these weights.
+    ``average``; ``masters``: the part of the optimizer that its start makes; ``roots``:
+    parameters whose optimizer state is here, of one optimizer (experts have their own);
+    ``trained``: all that are;
+    ``head``: bytes of the head, or of the embedding where the stage has no other.
     """
 
     weights: float
@@ -49,48 +49,50 @@ class _Held:
     copy: float
     average: float
     masters: float
-    optimized: float
+    roots: float
     trained: float
     head: float
 
 
-def _optimized(found: StageParameters, config: Config, machine: Machine) -> float:
-    """Parameters whose optimizer state a rank keeps.
+def _optimized(
+    found: StageParameters, config: Config, machine: Machine
+) -> tuple[float, float]:
+    """Parameters whose optimizer state a rank keeps: (all, those of experts).
 
     Split over DP x CP; those of experts over what EP leaves of it.
     """
     if not config.parallel.use_distributed_optimizer:
-        return found.total
+        return found.total, found.experts
     replicas = machine.replicas * config.parallel.context_parallel_size
-    of_experts = max(1.0, replicas / config.parallel.expert_model_parallel_size)
-    return (found.total - found.experts) / replicas + found.experts / of_experts
+    experts = found.experts / max(1.0, replicas / config.parallel.expert_model_parallel_size)
+    return (found.total - found.experts) / replicas + experts, experts
 
 
 def _teacher_sizes(
-    arch: Architecture, config: Config, machine: Machine, stage: int, adapters: float
+    models: Models, config: Config, machine: Machine, stage: int, adapters: float
 ) -> tuple[float, float]:
     """Bytes of the teacher's (own weights, fp32 average)."""
     width, ema = machine.width, config.method.teacher == "ema"
-    teacher = read_teacher(arch, config)
-    if teacher is not None:
-        return stage_parameters(teacher, teacher_config(config), stage).total * width, 0.0
+    if models.other is not None:
+        return stage_parameters(models.other, teacher_config(config), stage).total * width, 0.0
     if config.method.teacher == "live":
         return 0.0, 0.0
     if config.lora.lora_rank:
         return 0.0, adapters * 4 if ema else 0.0
-    whole = stage_parameters(arch, config, stage).total
+    whole = stage_parameters(models.student, config, stage).total
     return whole * width, whole * 4 if ema and width != 4 else 0.0  # fp32 is its own average
 
 
-def _held(arch: Architecture, config: Config, machine: Machine, stage: int) -> _Held:
+def _held(models: Models, config: Config, machine: Machine, stage: int) -> _Held:
+    arch = models.student
     width, found = machine.width, stage_parameters(arch, config, stage)
     adapters = adapter_parameters(arch, config, stage) if config.lora.lora_rank else 0.0
-    optimized = _optimized(found, config, machine)
+    optimized, of_experts = _optimized(found, config, machine)
     if adapters:
-        optimized = _optimized(StageParameters(adapters, 0, 0, 0), config, machine)
+        optimized, of_experts = _optimized(StageParameters(adapters, 0, 0, 0), config, machine)
     trained = adapters or found.total
     masters = 0 if width == 4 else 4
-    copy, average = _teacher_sizes(arch, config, machine, stage, adapters)
+    copy, average = _teacher_sizes(models, config, machine, stage, adapters)
     return _Held(
         weights=(found.total + adapters) * width,
         gradients=trained * 4,
@@ -98,7 +100,7 @@ def _held(arch: Architecture, config: Config, machine: Machine, stage: int) -> _
         copy=copy,
         average=average,
         masters=optimized * masters,
-        optimized=optimized,
+        roots=max(optimized - of_experts, of_experts),
         trained=trained,
         head=(found.head or found.embedding) * width,
     )
@@ -134,67 +136,67 @@ def _steady(held: _Held, config: Config) -> Parts:
 
 
 def _student(
-    steady: Parts, held: _Held, arch: Architecture, config: Config, machine: Machine,
-    tokens: int, stage: int,
+    steady: Parts, held: _Held, models: Models, config: Config, machine: Machine, tokens: int,
+    stage: int,
 ) -> Parts:  # fmt: skip
     """Activations, and either the output loss or what a layer's backward needs."""
     batch = microbatch(config, tokens)
-    kept, momentary = activation_bytes(arch, config, machine, batch, stage)
+    kept, momentary = activation_bytes(models.student, config, machine, batch, stage)
     loss = 0.0
     if stage == config.parallel.pipeline_model_parallel_size - 1:
-        loss = output_loss_bytes(arch, config, machine, batch)
+        loss = output_loss_bytes(models.student, config, machine, batch)
     teacher = steady["teacher"]
     if config.teacher.teacher_offload and loss:
         teacher += held.head  # stays until the pass is over
     return {
         **steady,
         "teacher": teacher,
-        "targets": target_bytes(arch, config, machine, batch, stage),
+        "targets": target_bytes(models, config, machine, batch, stage),
         "activations": kept + (momentary if momentary > loss else 0.0),
         "output loss": loss if loss >= momentary else 0.0,
     }
 
 
 def phase_estimates(
-    arch: Architecture, config: Config, machine: Machine, tokens: int, stage: int
+    models: Models, config: Config, machine: Machine, tokens: int, stage: int
 ) -> dict[str, Parts]:
     """GiB of a rank of pipeline stage ``stage`` at the peak of each phase, by holder.
 
     Args:
         tokens: padded ones of a microbatch of the student.
     """
-    held = _held(arch, config, machine, stage)
+    held = _held(models, config, machine, stage)
     batch, steady = microbatch(config, tokens), _steady(held, config)
     away = config.teacher.teacher_offload
-    targets = target_bytes(arch, config, machine, batch, stage)
+    targets = target_bytes(models, config, machine, batch, stage)
     # torch's Adam on lists makes a root of every second moment; on a CPU of one at a time.
-    roots = held.optimized * 4 if machine.cuda else 0.0
+    roots = held.roots * 4 if machine.cuda else 0.0
     phases = {
         "build": _build(held, config, machine),
         "teacher": {
             **steady,
             "teacher": steady["teacher"] + (held.copy if away else 0.0),
             "targets": targets,
-            "activations": teacher_pass_bytes(arch, config, machine, batch),
+            "activations": teacher_pass_bytes(models, config, machine, batch),
         },
-        "student": _student(steady, held, arch, config, machine, tokens, stage),
+        "student": _student(steady, held, models, config, machine, tokens, stage),
         "optimizer": {**steady, "optimizer": steady["optimizer"] + roots},
         "decode": {
             **steady,
-            "KV cache": kv_cache_bytes(arch, config, machine, stage),
-            "activations": prefill_bytes(arch, config, machine),
+            "KV cache": kv_cache_bytes(models.student, config, machine, stage),
+            "activations": prefill_bytes(models.student, config, machine),
         },
     }
-    if held.average and not away:  # a fp32 copy of the student's new weights
-        copies = held.average
-        phases["teacher update"] = {**steady, "teacher": steady["teacher"] + copies}
+    if held.average and not away:  # weight by weight: an fp32 copy of the largest
+        copy = held.head * 4 / machine.width
+        phases["teacher update"] = {**steady, "teacher": steady["teacher"] + copy}
     return {
         phase: {name: size / _GIB for name, size in parts.items()}
         for phase, parts in phases.items()
     }
 
 
-def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> Parts:
+def memory_estimate(models: Models, config: Config, machine: Machine) -> Parts:
     """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
 
     Of the fullest pipeline stage.  Weights are split over TP, layers over the stages, experts over
@@ -207,8 +209,8 @@ def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> Par
     batch = microbatch(config, data.max_prompt_length + config.rollout.max_new_tokens)
     stages = []
     for stage in range(config.parallel.pipeline_model_parallel_size):
-        held = _held(arch, config, machine, stage)
-        parts = {**_steady(held, config), "targets": target_bytes(arch, config, machine, batch, stage)}
+        held = _held(models, config, machine, stage)
+        parts = {**_steady(held, config), "targets": target_bytes(models, config, machine, batch, stage)}
         if config.teacher.teacher_offload:
             parts["teacher in its pass"] = parts.pop("teacher") + held.copy
         stages.append(parts)
@@ -217,7 +219,7 @@ def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> Par
 
 
 def peak_estimate(
-    arch: Architecture, config: Config, machine: Machine, tokens: int, decode: bool = True
+    models: Models, config: Config, machine: Machine, tokens: int, decode: bool = True
 ) -> Parts:
     """GiB a rank at the peak of a run with microbatches of ``tokens`` padded tokens, by holder.
 
@@ -233,7 +235,7 @@ def peak_estimate(
     found = [
         parts
         for stage in sorted(stages)
-        for phase, parts in phase_estimates(arch, config, machine, tokens, stage).items()
+        for phase, parts in phase_estimates(models, config, machine, tokens, stage).items()
         if decode or phase != "decode"
     ]
     return max(found, key=lambda parts: sum(parts.values()))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_phf.config.settings import Config
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt_config import transformer_config
 from megatron_phf.runtime import parallel
 from megatron_phf.simulate import torch_names
 from megatron_phf.simulate.mode import FakeCuda
-from megatron_phf.teacher.architecture import read_teacher, teacher_config
+from megatron_phf.teacher.architecture import Models, teacher_config
 from megatron_phf.train import student_pass, teacher_pass
 
 
@@ -42,10 +42,10 @@ def join(sim: FakeCuda, config: Config, world: int, rank: int) -> None:
 
 
 @contextlib.contextmanager
-def other_stages(arch: Architecture, config: Config) -> Iterator[None]:
+def other_stages(models: Models, config: Config) -> Iterator[None]:
     """Within, the pipeline's stages say which layers each of them has."""
     gather = parallel.gather_over_pipeline
-    every = _layer_numbers(arch, config)
+    every = _layer_numbers(models, config)
 
     def gather_over_pipeline(value: Any) -> list[Any]:
         mine = every[parallel.pipeline_rank()]
@@ -59,7 +59,7 @@ def other_stages(arch: Architecture, config: Config) -> Iterator[None]:
         parallel.gather_over_pipeline = gather
 
 
-def _layer_numbers(arch: Architecture, config: Config) -> list[list[list[int]]]:
+def _layer_numbers(models: Models, config: Config) -> list[list[list[int]]]:
     """The numbers (1-based) of the student's and the teacher's layers on each stage."""
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -72,11 +72,10 @@ def _layer_numbers(arch: Architecture, config: Config) -> list[list[list[int]]]:
             numbers += range(first, first + get_num_layers_to_build(model, v, stage))
         return numbers
 
-    teacher = read_teacher(arch, config)
-    models = [transformer_config(arch, config)] * 2
-    if teacher is not None:
-        models[1] = transformer_config(teacher, teacher_config(config))
-    return [[of(m, stage) for m in models] for stage in range(parallel.pipeline_size())]
+    both = [transformer_config(models.student, config)] * 2
+    if models.other is not None:
+        both[1] = transformer_config(models.other, teacher_config(config))
+    return [[of(m, stage) for m in both] for stage in range(parallel.pipeline_size())]
 
 
 class Shapes:
@@ -100,10 +99,10 @@ class Shapes:
             model = getattr(chunks[0], "module", chunks[0])
             parts = shards.context_size * shards.sequence_size
             hidden = model.config.hidden_size
-            shapes = [(b.tokens.shape[1] // parts, b.tokens.shape[0], hidden) for b in batches]
+            shapes = [(b.shape[1] // parts, b.shape[0], hidden) for b in batches]
             self._next = {"before": iter(shapes), "after": iter(shapes)}
             if not kwargs["forward_only"]:
-                self.tokens = max(b.tokens.numel() for b in batches)
+                self.tokens = max(math.prod(b.shape) for b in batches)
             return run(chunks, batches, loss, shards, **kwargs)
 
         return run_pipeline

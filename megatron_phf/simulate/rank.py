@@ -14,7 +14,6 @@ from typing import Any
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.memory import Machine, phase_estimates
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import device, kernels, parallel
@@ -24,6 +23,7 @@ from megatron_phf.simulate.groups import Shapes, join, other_stages
 from megatron_phf.simulate.mode import FakeCuda
 from megatron_phf.simulate.transfers import HANDLERS
 from megatron_phf.teacher import kinds
+from megatron_phf.teacher.architecture import Models
 from megatron_phf.train import build
 from megatron_phf.train.metrics import PhaseTimer
 
@@ -40,7 +40,7 @@ class Job:
     """
 
     config: Config
-    arch: Architecture
+    models: Models
     world: int
     decode: bool = False
     steps: int = 2
@@ -132,9 +132,9 @@ class _Rank:
         self._shapes.install()
         with self.sim:
             assert config.model.hf_model is not None
-            student = build.load_student(job.arch, config, config.model.hf_model)
-            with other_stages(job.arch, config):
-                distiller = build.make_distiller(job.arch, config, student)
+            student = build.load_student(job.models.student, config, config.model.hf_model)
+            with other_stages(job.models, config):
+                distiller = build.make_distiller(job.models, config, student)
             self._name_holders(distiller)
             self.result["memory after build"] = self.sim.memory.bytes
             self._follow_updates(distiller.teacher)
@@ -168,7 +168,7 @@ class _Rank:
         sampling = SamplingParams(
             r.rollout_temperature, r.rollout_top_p, r.rollout_top_k, r.max_new_tokens, (1,), 0
         )
-        engine: Any = student_engine(config, self.job.arch, student)
+        engine: Any = student_engine(config, self.job.models, student)
         engine.prepare(1)
         engine.forward = forward = _Counted(engine.forward)
         # Token 0 goes on; token 1 ends a response.
@@ -234,7 +234,7 @@ class _Rank:
             return {}
         machine, stage = Machine(2, parallel.data_parallel_size()), parallel.pipeline_rank()
         config, tokens = self.job.config, self._shapes.tokens
-        found = phase_estimates(self.job.arch, config, machine, tokens, stage)
+        found = phase_estimates(self.job.models, config, machine, tokens, stage)
         return {phase: parts for phase, parts in found.items() if self.job.decode or phase != "decode"}
 
 
