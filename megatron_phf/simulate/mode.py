@@ -81,7 +81,8 @@ class FakeCuda(TorchDispatchMode):
         if func.namespace == "c10d":
             return self._communicate(self, call)
         if not call.on_device():
-            return func(*args, **kwargs)
+            kwargs.pop("pin_memory", None)  # which takes CUDA's own allocator
+            return args[0] if call.name == "_pin_memory" else func(*args, **kwargs)
         self.events.count += 1
         handler = self._handlers.get(call.name)
         if handler is not None:

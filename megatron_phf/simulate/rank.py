@@ -67,7 +67,7 @@ def simulate(sim: FakeCuda, job: Job, rank: int) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+    return f"{type(error).__name__}: {text[0][:300] if text else ''}"
 
 
 def _raised_at(error: Exception) -> str:
