@@ -60,7 +60,8 @@ def simulate(sim: FakeCuda, job: Job, rank: int) -> dict[str, Any]:
         played.run(rank)
     except Exception as error:
         # Whatever CUDA, torch or megatron-core refuses: the job would end here.
-        sim.events.refused[sim.events.phase, _first_line(error), _raised_at(error)] += 1
+        where = played.failed or sim.events.phase
+        sim.events.refused[where, _first_line(error), _raised_at(error)] += 1
         played.result["traceback"] = traceback.format_exc()
     return {"rank": rank, "seconds": time.perf_counter() - start, **played.report()}
 
@@ -109,6 +110,7 @@ class _Rank:
     def __init__(self, sim: FakeCuda, job: Job) -> None:
         self.sim, self.job = sim, job
         self.result: dict[str, Any] = {}
+        self.failed: str | None = None
         self._shapes = Shapes()
 
     @contextlib.contextmanager
@@ -116,6 +118,9 @@ class _Rank:
         before, self.sim.events.phase = self.sim.events.phase, name
         try:
             yield
+        except Exception:
+            self.failed = self.failed or name
+            raise
         finally:
             self.sim.events.phase = before
 
@@ -201,7 +206,8 @@ class _Rank:
         """A value that was made up must not have let the product leave out its update."""
         done, asked = distiller.optimizer.schedule_steps, self.job.steps
         if distiller.nonfinite.total or done != asked:
-            self.sim.events.refuse(f"the optimizer ran in {done} of {asked} steps")
+            what = f"the optimizer ran in {done} of {asked} steps"
+            self.sim.events.refused["optimizer", what, "train/step.py"] += 1
 
     def report(self) -> dict[str, Any]:
         """What was counted."""
