@@ -5,9 +5,9 @@
 
 Behind ``--`` stand the flags of the training job.  The product's own step runs on CUDA tensors
 that have no memory; printed are, for each rank, peak memory by phase and holder, communication by
-group, the lines at which the host waits for the device, and whatever CUDA would refuse.  The logs of
-the ranks are matched: another order, shape or group is a hang on a cluster.  Status 1 where the job
-would fail, 2 for bad input.  See docs/dry_run.md.
+group, the lines at which the host waits for the device, and whatever CUDA would refuse.  The logs
+of the ranks are matched: another order, shape or group is a hang on a cluster.  Status 1 where the
+job would fail, 2 for bad input.  See docs/dry_run.md.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_phf.cli import preflight
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.simulate import match, ranks, report
+from megatron_phf.simulate.job import Job
 from megatron_phf.teacher.architecture import check_models, read_models
-
-if TYPE_CHECKING:
-    from megatron_phf.simulate.rank import Job
 
 _NAMES = ("first", "middle", "last", "stages", "all")
 
@@ -44,7 +42,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--world", type=int, required=True, help="ranks of the job")
     parser.add_argument(
         "--ranks", default="first,middle,last",
-        help=f"numbers, {', '.join(_NAMES)}, separated by commas; stages: one of each pipeline stage",
+        help=f"numbers, {', '.join(_NAMES)}, with commas; stages: one of each pipeline stage",
     )  # fmt: skip
     parser.add_argument("--hf-config", help="a config.json, in place of the job's --hf-model")
     parser.add_argument(
@@ -98,7 +96,7 @@ def _lengths(text: str | None, config: Config) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def model_directory(config_file: str | None) -> Iterator[list[str]]:
-    """Flags that name a directory with this config.json in it; own for None."""
+    """Flags that name a directory with this config.json in it; none for None."""
     if config_file is None:
         yield []
         return
@@ -116,13 +114,13 @@ def read_job(flags: list[str], world: int, lengths: str | None, **options: Any) 
     Raises:
         ValueError: what the job itself would refuse.
     """
-    from megatron_phf.simulate.rank import Job
-
     config = parse_args(flags)
     if config.model.hf_model is None:
         raise ValueError("the dry run needs --hf-config, or --hf-model in the job's flags")
     # Nothing is read, resumed or written: the simulation has a batch of its own, of full length.
-    own: dict[str, Any] = dict.fromkeys(("load", "save", "lora_adapter", "replay_file", "eval_data"))
+    own: dict[str, Any] = dict.fromkeys(
+        ("load", "save", "lora_adapter", "replay_file", "eval_data")
+    )
     own |= {"save_interval": 0, "keep_last": 0, "async_save": False, "exact_checkpoint": False}
     names = ("max_prompt_length", "max_teacher_prompt_length", "max_new_tokens")
     own |= dict(zip(names, _lengths(lengths, config), strict=True))
@@ -165,17 +163,13 @@ def _run(given: argparse.Namespace, flags: list[str]) -> tuple[list[dict[str, An
     return results, found
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Print what each rank takes; status 1 where the job would fail, 2 for bad input."""
-    print_anything()
     given, flags = _arguments(sys.argv[1:] if argv is None else argv)
-    try:
-        if given.steps < 1 or given.jobs < 1:
-            raise ValueError("--steps and --jobs: need at least 1")
-        results, problems = _run(given, flags)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given.steps < 1 or given.jobs < 1:
+        raise ValueError("--steps and --jobs: need at least 1")
+    results, problems = _run(given, flags)
     for result in results:
         print(report.describe(result, given.world), end="\n\n")
     for problem in problems:

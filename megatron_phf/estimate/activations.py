@@ -213,9 +213,7 @@ def target_bytes(
     return rows + sequences * transitions * layers * numbers * 4
 
 
-def kv_cache_bytes(
-    arch: Architecture, config: Config, machine: Machine, stage: int = 0
-) -> float:
+def kv_cache_bytes(arch: Architecture, config: Config, machine: Machine, stage: int = 0) -> float:
     """Keys and values of one batch of rollouts on a rank."""
     r = config.rollout
     keys = _widths(arch, config)[2]

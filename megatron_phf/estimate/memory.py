@@ -54,9 +54,7 @@ class _Held:
     head: float
 
 
-def _optimized(
-    found: StageParameters, config: Config, machine: Machine
-) -> tuple[float, float]:
+def _optimized(found: StageParameters, config: Config, machine: Machine) -> tuple[float, float]:
     """Parameters whose optimizer state a rank keeps: (all, those of experts).
 
     Split over DP x CP; those of experts over what EP leaves of it.
@@ -210,7 +208,8 @@ def memory_estimate(models: Models, config: Config, machine: Machine) -> Parts:
     stages = []
     for stage in range(config.parallel.pipeline_model_parallel_size):
         held = _held(models, config, machine, stage)
-        parts = {**_steady(held, config), "targets": target_bytes(models, config, machine, batch, stage)}
+        targets = target_bytes(models, config, machine, batch, stage)
+        parts = {**_steady(held, config), "targets": targets}
         if config.teacher.teacher_offload:
             parts["teacher in its pass"] = parts.pop("teacher") + held.copy
         stages.append(parts)

@@ -74,9 +74,7 @@ def stage_parameters(arch: Architecture, config: Config, stage: int) -> StagePar
         experts = layers * expert * arch.experts.count / p.expert_model_parallel_size
     own_head = stage == last and not (arch.tie_word_embeddings and last == 0)
     dense = layers * _layer(arch, tp) + (arch.hidden_size if stage == last else 0)
-    return StageParameters(
-        dense, experts, table if stage == 0 else 0.0, table if own_head else 0.0
-    )
+    return StageParameters(dense, experts, table if stage == 0 else 0.0, table if own_head else 0.0)
 
 
 def adapter_parameters(arch: Architecture, config: Config, stage: int) -> float:

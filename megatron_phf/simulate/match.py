@@ -54,7 +54,9 @@ def _compare(first: int, second: int, ours: Log, theirs: Log, what: str) -> list
             ]
     if len(ours) == len(theirs):
         return []
-    rank, other, left = (first, second, ours) if len(ours) > len(theirs) else (second, first, theirs)
+    rank, other, left = (
+        (first, second, ours) if len(ours) > len(theirs) else (second, first, theirs)
+    )
     alone = left[min(len(ours), len(theirs))]
     return [f"{what}: rank {rank} is in {describe(alone)}, to which rank {other} never comes"]
 

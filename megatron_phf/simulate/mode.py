@@ -92,7 +92,7 @@ class FakeCuda(TorchDispatchMode):
         return self.run(call)
 
     def run(self, call: Call) -> Any:
-        """The operation as torch itself would check it; its results are counted and may be known."""
+        """The operation as torch itself checks it; its results are counted, and may be known."""
         self._check_devices(call)
         with self._fake:
             out = call.func(*call.args, **call.kwargs)

@@ -3,48 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
-from megatron_phf.estimate.memory import Machine, phase_estimates
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import device, kernels, parallel
+from megatron_phf.simulate import results
 from megatron_phf.simulate.collectives import communicate
 from megatron_phf.simulate.events import short_name
 from megatron_phf.simulate.groups import Shapes, join, other_stages
+from megatron_phf.simulate.job import Job
 from megatron_phf.simulate.mode import FakeCuda
 from megatron_phf.simulate.transfers import HANDLERS
 from megatron_phf.teacher import kinds
-from megatron_phf.teacher.architecture import Models
 from megatron_phf.train import build
 from megatron_phf.train.metrics import PhaseTimer
 
 _DECODED = 3  # tokens that are decoded: all but the first are alike
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is simulated.
-
-    Prompts and responses are as long as the configuration allows.  ``decode``: whether rollouts are
-    decoded in process before the steps; ``steps``: the last is reported (the first one makes the
-    optimizer's state); ``engine_stub``: whether a stand-in takes Transformer Engine's place.
-    """
-
-    config: Config
-    models: Models
-    world: int
-    decode: bool = False
-    steps: int = 2
-    engine_stub: bool = False
 
 
 def make_simulator() -> FakeCuda:
@@ -63,7 +42,8 @@ def simulate(sim: FakeCuda, job: Job, rank: int) -> dict[str, Any]:
         where = played.failed or sim.events.phase
         sim.events.refused[where, _first_line(error), _raised_at(error)] += 1
         played.result["traceback"] = traceback.format_exc()
-    return {"rank": rank, "seconds": time.perf_counter() - start, **played.report()}
+    found = results.found(sim, job, played.result, played.shapes.tokens)
+    return {"rank": rank, "seconds": time.perf_counter() - start, **found}
 
 
 def _first_line(error: Exception) -> str:
@@ -111,7 +91,7 @@ class _Rank:
         self.sim, self.job = sim, job
         self.result: dict[str, Any] = {}
         self.failed: str | None = None
-        self._shapes = Shapes()
+        self.shapes = Shapes()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -134,7 +114,7 @@ class _Rank:
             kernels.rope = lambda implementation: off
         device.setup()
         join(self.sim, config, job.world, rank)
-        self._shapes.install()
+        self.shapes.install()
         with self.sim:
             assert config.model.hf_model is not None
             student = build.load_student(job.models.student, config, config.model.hf_model)
@@ -155,7 +135,7 @@ class _Rank:
     def _forget(self) -> None:
         """The build's peak stays; of the steps the last is reported."""
         memory = self.sim.memory
-        self.result.setdefault("memory", self._peaks())
+        self.result.setdefault("memory", results.peaks(memory))
         self.sim.events.forget()
         memory.forget()
 
@@ -208,66 +188,3 @@ class _Rank:
         if distiller.nonfinite.total or done != asked:
             what = f"the optimizer ran in {done} of {asked} steps"
             self.sim.events.refused["optimizer", what, "train/step.py"] += 1
-
-    def report(self) -> dict[str, Any]:
-        """What was counted."""
-        events = self.sim.events
-        return {
-            **self.result,
-            "place": _place(),
-            "operations run": events.count,
-            "memory": {**self.result.get("memory", {}), **self._peaks()},
-            "formula": self._formula(),
-            "communication": _by_group(events.operations),
-            "syncs": [[*key, n] for key, n in events.syncs.most_common()],
-            "made up": [[*key, n] for key, n in events.made_up.most_common()],
-            "refused": [[*key, n] for key, n in events.refused.items()],
-            "log": [dataclasses.asdict(o) for o in events.operations],
-        }
-
-    def _peaks(self) -> dict[str, Any]:
-        """By phase: bytes, bytes of each holder, and of the lines that hold most."""
-        memory, peaks = self.sim.memory, {}
-        for phase, size in memory.peaks.items():
-            lines = sorted(memory.lines[phase].items(), key=lambda item: -item[1])[:20]
-            held, large = memory.held[phase], [[*where, n] for where, n in lines if n]
-            peaks[phase] = {"bytes": size, "held": held, "large": large}
-        return peaks
-
-    def _formula(self) -> dict[str, dict[str, float]]:
-        """By phase and holder, GiB; of the phases that were simulated."""
-        if not self._shapes.tokens:
-            return {}
-        machine, stage = Machine(2, parallel.data_parallel_size()), parallel.pipeline_rank()
-        config, tokens = self.job.config, self._shapes.tokens
-        found = phase_estimates(self.job.models, config, machine, tokens, stage)
-        return {phase: parts for phase, parts in found.items() if self.job.decode or phase != "decode"}
-
-
-def _place() -> dict[str, list[int]]:
-    if not parallel_ready():
-        return {}
-    return {
-        "TP": [parallel.tensor_parallel_rank(), parallel.tensor_parallel_size()],
-        "PP": [parallel.pipeline_rank(), parallel.pipeline_size()],
-        "CP": [parallel.context_parallel_rank(), parallel.context_parallel_size()],
-        "DP": [parallel.data_parallel_rank(), parallel.data_parallel_size()],
-        "EP": [parallel.expert_parallel_rank(), parallel.expert_parallel_size()],
-    }
-
-
-def parallel_ready() -> bool:
-    """Whether the groups are there."""
-    from megatron.core import parallel_state
-
-    return parallel_state.model_parallel_is_initialized()
-
-
-def _by_group(operations: list[Any]) -> list[list[Any]]:
-    """[phase, operation, group, its size, in host memory, number, bytes] of each kind."""
-    sums: dict[tuple, list[int]] = defaultdict(lambda: [0, 0])
-    for o in operations:
-        entry = sums[o.phase, o.name, o.group, len(o.ranks), o.host]
-        entry[0] += 1
-        entry[1] += o.bytes
-    return [[*key, *sizes] for key, sizes in sorted(sums.items(), key=lambda kv: -kv[1][1])]

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_phf.simulate import shim
+from megatron_phf.simulate.job import Job
 
 if TYPE_CHECKING:
     from megatron_phf.simulate.mode import FakeCuda
-    from megatron_phf.simulate.rank import Job
 
 
 def prepare(engine_stub: str | None = None) -> FakeCuda:

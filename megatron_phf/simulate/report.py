@@ -91,8 +91,8 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     return [
         "  "
         + "  ".join(
-            cell.ljust(width) if l else cell.rjust(width)
-            for cell, width, l in zip(row, widths, left, strict=True)
+            cell.ljust(width) if at_left else cell.rjust(width)
+            for cell, width, at_left in zip(row, widths, left, strict=True)
         ).rstrip()
         for row in rows
     ]

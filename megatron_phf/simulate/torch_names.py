@@ -176,9 +176,7 @@ def replace_module_apply(apply: Callable[..., Any]) -> None:
 
 def marks(parameter: Tensor) -> dict[str, Any]:
     """The attributes that were put on a parameter."""
-    return {
-        k: v for k, v in vars(parameter).items() if k not in _INNER and not k.startswith("_")
-    }
+    return {k: v for k, v in vars(parameter).items() if k not in _INNER and not k.startswith("_")}
 
 
 def replace_shape_exchange(announced: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -71,11 +71,11 @@ def _copy(sim: FakeCuda, call: Call) -> Any:
     value = values.known(source)
     if not isinstance(target, FakeTensor):
         return target.copy_(sim.host_value(source, "copy"))
-    if values.known(target) is None and value is not None and not is_view(target):
-        if values.small([target]):
-            sim.run(call)
-            return values.give(target, value.expand(target.shape).to(target.dtype).clone())
-    return NotImplemented
+    whole = values.known(target) is None and not is_view(target) and values.small([target])
+    if value is None or not whole:
+        return NotImplemented
+    sim.run(call)
+    return values.give(target, value.expand(target.shape).to(target.dtype).clone())
 
 
 def _mask(sim: FakeCuda, tensor: Any, kind: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Plays cases in one process, which imports once and forks for each rank.
 
-    python -m tests.simulate.driver OUTPUT.json plain|stub
+python -m tests.simulate.driver OUTPUT.json plain|stub
 """
 
 from __future__ import annotations

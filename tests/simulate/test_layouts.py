@@ -1,4 +1,4 @@
-"""Small layouts on fake CUDA: nothing is refused, waited for, larger than the formula, or unmatched.
+"""Small layouts on fake CUDA: nothing is refused, waited for, beyond the formula or unmatched.
 
 And errors that no test on CPUs can see turn each of these checks red.
 """
