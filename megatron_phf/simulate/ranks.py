@@ -38,6 +38,9 @@ def prepare(engine_stub: str | None = None) -> FakeCuda:
             raise ValueError(f"{engine_stub}: no package transformer_engine in it")
         sys.path.insert(0, os.path.abspath(engine_stub))
     warnings.filterwarnings("ignore")
+    from megatron_phf.runtime import cuda_on_cpu
+
+    cuda_on_cpu.import_uncompiled()  # compiled kernels would not be simulated
     from megatron_phf.simulate import rank, surface, torch_names
 
     torch_names.check()

@@ -125,7 +125,7 @@ def test_what_is_reported(played: dict[str, list[dict]]) -> None:
     ("name", "text"),
     [
         ("host weights", "on the host"),
-        ("narrow rows", "size"),
+        ("narrow rows", "reduction dim"),
         ("wide dtype", "dtype"),
         ("no update", "the optimizer ran in 0 of 2 steps"),
     ],
