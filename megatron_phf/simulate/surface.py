@@ -101,7 +101,7 @@ def _set_data(parameter: Any, tensor: Any, set_data: Any) -> None:
 def _apply(self: Any, function: Any, recurse: bool = True) -> Any:
     """torch's, which would swap a host parameter's inside for a fake one's: a new parameter."""
     for child in self.children():
-        child._apply(function)
+        torch_names.apply_to(child, function)
     for name, old in self._parameters.items():
         if old is None:
             continue

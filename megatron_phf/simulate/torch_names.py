@@ -40,7 +40,11 @@ TORCH = Package(
         "torch:ops.aten._scaled_dot_product_flash_attention",
         "torch:ops.aten._scaled_dot_product_efficient_attention",
         "torch:ops.aten.add.Tensor._schema",
-        *(f"torch:_foreach_{name}" for name in ("add_", "mul_", "div_", "lerp_", "addcmul_")),
+        "torch:_foreach_add_",
+        "torch:_foreach_mul_",
+        "torch:_foreach_div_",
+        "torch:_foreach_lerp_",
+        "torch:_foreach_addcmul_",
         "torch:_foreach_addcdiv_",
         "torch.optim.optimizer:_foreach_supported_types",
     ),
@@ -50,7 +54,10 @@ MEGATRON = Package(
     "0.16.1",
     ("megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",),
 )
-_IN_PLACE = ("add_", "mul_", "div_", "lerp_", "addcmul_", "addcdiv_")
+_IN_PLACE = (
+    *("_foreach_add_", "_foreach_mul_", "_foreach_div_"),
+    *("_foreach_lerp_", "_foreach_addcmul_", "_foreach_addcdiv_"),
+)
 # What a fake tensor keeps in its dictionary beside the marks that megatron-core puts on weights.
 _INNER = {"fake_device", "fake_mode", "constant", "pytype", "dispatch_keys", "real_tensor"}
 
@@ -151,7 +158,7 @@ def run_in_place() -> None:
     """
     optimizer._foreach_supported_types.append(FakeTensor)
     for name in _IN_PLACE:
-        setattr(torch, f"_foreach_{name}", _on_each(name, getattr(torch, f"_foreach_{name}")))
+        setattr(torch, name, _on_each(name.removeprefix("_foreach_"), getattr(torch, name)))
 
 
 def _on_each(name: str, foreach: Callable[..., None]) -> Callable[..., None]:
@@ -172,6 +179,11 @@ def _on_each(name: str, foreach: Callable[..., None]) -> Callable[..., None]:
 def replace_module_apply(apply: Callable[..., Any]) -> None:
     """What ``Module.to`` and its like go through."""
     torch.nn.Module._apply = apply
+
+
+def apply_to(module: Any, function: Callable[..., Any]) -> None:
+    """Let a module convert its parameters and buffers, as ``Module.to`` does."""
+    module._apply(function)
 
 
 def marks(parameter: Tensor) -> dict[str, Any]:
