@@ -30,6 +30,7 @@ from megatron_phf.model.architecture import (
     read_architecture,
 )
 from megatron_phf.rollout.engines import check_engine
+from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
@@ -262,6 +263,7 @@ def check(config: Config) -> None:
         check_split(arch, config)
         check_flow(arch, config)
         check_fp8_model(config, arch)
+    check_decoding(config, arch, visible_gpus())
     _check_tokenizer(config)
     _check_evaluation(config)
     data = config.data

@@ -137,6 +137,11 @@ class RolloutConfig:
     rollout_top_p: float = flag(0.95, "nucleus sampling")
     rollout_top_k: int = flag(20, "top-k sampling; 0 is off")
     rollout_batch_size: int = flag(64, "sequences generated at once on a data-parallel rank")
+    decode_cuda_graphs: str = flag(
+        "auto",
+        "launch each token's step as a CUDA graph; auto: where it can be captured",
+        ("auto", "on", "off"),
+    )
 
 
 @dataclass(frozen=True)
