@@ -170,8 +170,6 @@ def scratch() -> Iterator[Path]:
 
 def from_rank_0(make: Callable[[], str]) -> str:
     """What ``make`` returns on rank 0, on all ranks: one model and one file for all of them."""
-    import torch.distributed as dist
+    from megatron_phf.runtime.together import on_first_rank
 
-    found = [make() if dist.get_rank() == 0 else ""]
-    dist.broadcast_object_list(found)
-    return found[0]
+    return on_first_rank(make)

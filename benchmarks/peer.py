@@ -44,6 +44,7 @@ from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import Models
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
 
@@ -79,8 +80,8 @@ class OurTrainer:
         config = job_config(directory, "--global-batch-size", str(BATCH), *words)
         arch = read_architecture(directory)
         student = load_student(arch, config, directory)
-        self.distiller = make_distiller(arch, config, student)
-        self._engine, self._iteration = student_engine(config, arch, student), 0
+        self.distiller = make_distiller(Models(arch), config, student)
+        self._engine, self._iteration = student_engine(config, Models(arch), student), 0
 
     def step(self, batch: Batch, responses: Tensor | int, timer: PhaseTimer) -> float:
         """As ``OfficialTrainer.step``."""

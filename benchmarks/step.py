@@ -32,6 +32,7 @@ from megatron_phf.estimate.memory import Machine, peak_estimate
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.sources import ReplaySource
 from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import Models
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
 
@@ -60,7 +61,7 @@ def distiller_of(model: str, replay: str, batch: int, *flags: str) -> tuple[Any,
         "--global-batch-size", str(batch), "--dtype", "fp32", *flags,
     )  # fmt: skip
     arch = read_architecture(model)
-    distiller = make_distiller(arch, config, load_student(arch, config, model))
+    distiller = make_distiller(Models(arch), config, load_student(arch, config, model))
     return distiller, ReplaySource(replay, arch.vocab_size, config).rollouts(1)
 
 
@@ -99,7 +100,7 @@ def memory(layers: int, response: int, batch: int, hidden: int, flags: list[str]
         measured = peak_bytes() - before
         machine = Machine(4, parallel.data_parallel_size(), cuda=False)
         arch = read_architecture(model)
-        parts = peak_estimate(arch, config, machine, batch * (PROMPT + response))
+        parts = peak_estimate(Models(arch), config, machine, batch * (PROMPT + response))
     return {
         "predicted_over_measured": sum(parts.values()) * 2**30 / measured,
         "measured_mib": measured / 2**20,

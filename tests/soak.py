@@ -71,13 +71,13 @@ class Attempt:
                 heard(beat, phase)
 
             heartbeat.Heartbeat.at = at  # type: ignore[method-assign]
-            resumed = loop.Session.begin
+            resumed = loop.Checkpoints.resume
 
-            def begin(session: loop.Session) -> int:
+            def begin(session: loop.Checkpoints) -> int:
                 self._note(rank, "resume")
                 return resumed(session)
 
-            loop.Session.begin = begin  # type: ignore[method-assign]
+            loop.Checkpoints.resume = begin  # type: ignore[method-assign]
             product(arguments)
             status = 0
         except BaseException:

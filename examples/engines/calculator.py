@@ -28,7 +28,7 @@ _CALLS = 8  # of one response at most
 
 def make_engine(context: RolloutContext) -> Calculator:
     """The factory that --rollout-engine names."""
-    student = student_engine(context.config, context.arch, context.student)
+    student = student_engine(context.config, context.models, context.student)
     return Calculator(student, context.prompts.tokenizer, context.vocab_size)
 
 

@@ -26,9 +26,9 @@ from typing import Any
 from megatron_phf.cli.accept.launch import Clock, run_all
 from megatron_phf.cli.accept.model import large_settings, write_tiny
 from megatron_phf.cli.accept.plan import LAYOUTS, Plan
-from megatron_phf.cli.accept.rows import evaluate
 from megatron_phf.cli.accept.table import render, write_report
-from megatron_phf.console import print_anything
+from megatron_phf.cli.accept.verdicts import evaluate
+from megatron_phf.console import program
 from megatron_phf.runtime.environment import for_children
 
 _PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine")
@@ -40,12 +40,25 @@ def engine_problem(cuda: bool) -> str | None:
         return "CUDA and Transformer Engine"
     if importlib.util.find_spec("transformer_engine") is None:
         return "Transformer Engine"
-    code = [sys.executable, "-c", "import transformer_engine.pytorch"]
-    done = subprocess.run(code, capture_output=True, text=True, check=False, timeout=120)
-    if done.returncode == 0:
-        return None
-    said = done.stderr.strip().splitlines()[-1:] or ["its import fails"]
-    return f"Transformer Engine ({said[0][:150]})"
+    reason = _asked(
+        "from megatron_phf.runtime.optional_packages import import_failure as failure; "
+        "print(failure('transformer_engine') or '')"
+    )
+    return f"Transformer Engine ({reason})" if reason else None
+
+
+def _asked(code: str) -> str:
+    """What ``code`` prints in another process: a context here would take memory from the cases."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=for_children(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    good = done.returncode == 0
+    return done.stdout.strip() if good else f"unknown ({done.stderr.strip()[-200:]})"
 
 
 def _job(args: argparse.Namespace, tiny: str, steps: int) -> list[str]:
@@ -91,13 +104,8 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
 
 
 def machine() -> str:
-    """Its devices; asked by another process, as a context here would take memory from the cases."""
-    code = "from megatron_phf.runtime import device; print(device.describe())"
-    asked = [sys.executable, "-c", code]
-    done = subprocess.run(
-        asked, env=for_children(os.environ), capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or f"unknown ({done.stderr.strip()[-200:]})"
+    """Its devices."""
+    return _asked("from megatron_phf.runtime import device; print(device.describe())")
 
 
 def describe(plan: Plan, where: str, given: str | None, began: float) -> dict[str, Any]:
@@ -153,9 +161,9 @@ def run(args: argparse.Namespace, directory: str) -> int:
     return 1 if any(row.result in ("fail", "late") for row in rows) else 0
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """0 passed, 1 failed, 2 for a mistake in the command line."""
-    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -173,14 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps and args.steps < 4:
         parser.error("--steps: need at least 4")
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            if args.table is not None:
-                print(render(args.table))
-                return 0
-            return run(args, directory)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        if args.table is not None:
+            print(render(args.table))
+            return 0
+        return run(args, directory)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,13 @@ from megatron_phf.cli import preflight  # noqa: E402
 from megatron_phf.config.flags import parse_args  # noqa: E402
 from megatron_phf.config.settings import Config  # noqa: E402
 from megatron_phf.console import print_anything  # noqa: E402
+from megatron_phf.files.replace import write_json  # noqa: E402
 from megatron_phf.lora.files import export_adapter  # noqa: E402
-from megatron_phf.model.architecture import read_architecture  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
 from megatron_phf.runtime import parallel  # noqa: E402
 from megatron_phf.runtime.heartbeat import Heartbeat  # noqa: E402
 from megatron_phf.runtime.signals import StopSignals  # noqa: E402
+from megatron_phf.teacher.architecture import read_models  # noqa: E402
 from megatron_phf.train.batch import make_batch  # noqa: E402
 from megatron_phf.train.build import load_student, make_distiller  # noqa: E402
 from megatron_phf.train.loop import train  # noqa: E402
@@ -117,14 +118,16 @@ def run_case(config: Config, case: dict[str, Any], path: str) -> object:
         return job(config)
     assert case["kind"] == "gradients" and config.rollout.replay_file is not None
     assert config.model.hf_model is not None
-    arch = read_architecture(config.model.hf_model)
-    source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
-    student = load_student(arch, config, config.model.hf_model)
-    return gradients_and_norm(make_distiller(arch, config, student), source, path)
+    models = read_models(config)
+    source = ReplaySource(config.rollout.replay_file, models.vocab_size, config)
+    student = load_student(models.student, config, config.model.hf_model)
+    return gradients_and_norm(make_distiller(models, config, student), source, path)
 
 
-def main(run: RunCase = run_case) -> None:
-    """All cases; a failed one is named and ends the run."""
+def main(
+    run: RunCase = run_case, after: Callable[[], None] = parallel.destroy_model_parallel
+) -> None:
+    """All cases, ``after`` each; a failed one is named and ends the run."""
     print_anything()
     cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     device.setup()
@@ -136,10 +139,9 @@ def main(run: RunCase = run_case) -> None:
         except Exception:
             print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
             os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            with open(base + ".json", "w", encoding="utf-8") as f:
-                json.dump(result, f)
-        parallel.destroy_model_parallel()
+        if parallel.is_first_rank():
+            write_json(base + ".json", result)
+        after()
     torch.distributed.destroy_process_group()
 
 

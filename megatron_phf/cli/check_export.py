@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any
 
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.files.foreign import read_json_object
 
 
@@ -154,9 +154,9 @@ def tokenizer_difference(source: str, target: str) -> str | None:
     return None
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Print the comparison; 0 within the tolerance, 1 beyond it, 2 where a file is unreadable."""
-    print_anything()
     parser = argparse.ArgumentParser(description="Compare an export's logits with the student's.")
     parser.add_argument("model", help="exported HuggingFace or adapter directory")
     parser.add_argument("probe", help="export_probe.safetensors of the same run")
@@ -174,19 +174,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write the probe from this model")
     parser.add_argument("--base", help="with --write: the base model of an adapter")
     args = parser.parse_args(argv)
-    try:
-        if args.write:
-            write_probe(args.model, args.probe, args.base)
-            return 0
-        if args.tokenizers is not None:
-            problem = tokenizer_difference(*args.tokenizers)
-            if problem is not None:
-                print(f"DIFFERENT: {problem}", file=sys.stderr)
-                return 1
-        difference, deviation = largest_difference(args.model, args.probe, args.rounded_to)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.write:
+        write_probe(args.model, args.probe, args.base)
+        return 0
+    if args.tokenizers is not None:
+        problem = tokenizer_difference(*args.tokenizers)
+        if problem is not None:
+            print(f"DIFFERENT: {problem}", file=sys.stderr)
+            return 1
+    difference, deviation = largest_difference(args.model, args.probe, args.rounded_to)
     good = difference <= args.tolerance
     print(
         f"{'equal' if good else 'DIFFERENT'}: largest difference of the logits {difference:.2e} "

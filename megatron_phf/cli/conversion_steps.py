@@ -50,7 +50,7 @@ def start_ranks(job: dict[str, Any], directory: str) -> None:
     if job["action"] == "merge-adapter":
         merged = {name: value for name, value in job.items() if name != "probe"}
         Path(path).write_text(json.dumps(merged))
-        return _run(["-m", "megatron_phf.cli.merge", path], {})
+        return _run(["-m", "megatron_phf.cli.merge_adapter", path], {})
     count = job["tensor_model_parallel_size"] * job["pipeline_model_parallel_size"]
     module = ["-m", "megatron_phf.cli.convert", path]
     if count > 1:

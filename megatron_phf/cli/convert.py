@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_phf.files.replace import write_json, write_text
 from megatron_phf.runtime import device
 
 device.import_megatron()  # before anything else does
@@ -33,9 +34,10 @@ from megatron_phf.lora.files import save_peft_adapter
 from megatron_phf.lora.linears import add_adapters
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
-from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.train import checkpoint_files as files
+from megatron_phf.train.export import export_probe
 from megatron_phf.train.logging import say
 from megatron_phf.weights import torch_dist
 from megatron_phf.weights.hf_directory import copy_model_files
@@ -113,10 +115,7 @@ def write_probe(
             p.data = p.data.to(dtype).float()
         chunk.config.params_dtype = chunk.config.pipeline_dtype = torch.float32
         chunk.config.bf16 = False
-    tokens = torch.randint(arch.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    logits = MegatronRollouts(chunks, arch.vocab_size, len(tokens)).next_token_logits(tokens)
-    if parallel.is_first_rank():
-        save_file({"tokens": tokens, "logits": logits}, path)
+    on_first_rank(save_file, export_probe(chunks, arch, 2, 16), path)
 
 
 def _write_rest(job: Job, directory: str, dtype: str) -> None:
@@ -128,10 +127,8 @@ def _write_rest(job: Job, directory: str, dtype: str) -> None:
         "dtype": str(_DTYPES[dtype]),
         "files": files.settle(directory, files.files_below(directory)),
     }
-    with open(os.path.join(directory, files.MANIFEST), "w", encoding="utf-8") as f:
-        json.dump(manifest, f, indent=1)
-    with open(os.path.join(job.target, files.TRACKER), "w", encoding="utf-8") as f:
-        f.write(files.RELEASE)
+    write_json(os.path.join(directory, files.MANIFEST), manifest)
+    write_text(os.path.join(job.target, files.TRACKER), files.RELEASE)
 
 
 def hf_to_megatron(job: Job, arch: Architecture) -> None:
@@ -143,7 +140,7 @@ def hf_to_megatron(job: Job, arch: Architecture) -> None:
     load_hf_weights(chunks, arch, config, job.source)
     directory = os.path.join(job.target, files.RELEASE)
     save_weights(chunks, directory)
-    torch_dist.on_first_rank(None, _write_rest, job, directory, job.dtype)
+    on_first_rank(_write_rest, job, directory, job.dtype)
     _report_memory(chunks, before)
     if job.probe is not None:
         for chunk in chunks:  # what the logits come from can only be what lies on the disk
@@ -164,38 +161,44 @@ def _stored_dtype(directory: str) -> str:
     return _NAMES[dtype]
 
 
-def _load_checkpoint(job: Job, arch: Architecture, config: Config) -> list[FlowGPTModel]:
+def _export(
+    job: Job,
+    arch: Architecture,
+    dtype: str | None,
+    save: Callable[[list[FlowGPTModel], Config, torch.dtype], None],
+) -> None:
+    """Load the checkpoint, ``save`` it, and write the probe of what was saved."""
+    stored = _stored_dtype(job.source)
+    config, kept = job.config(stored), _DTYPES[dtype or stored]
+    before = psutil.Process().memory_info().rss
     chunks = build_model(arch, config)
     if job.lora is not None:
         add_adapters(chunks, arch, config)
     load_weights(chunks, job.source)
-    return chunks
+    save(chunks, config, kept)
+    _report_memory(chunks, before)
+    if job.probe is not None:
+        write_probe(chunks, arch, kept, job.probe)
 
 
 def megatron_to_hf(job: Job, arch: Architecture) -> None:
     """Write the weights of ``source`` as a HuggingFace directory, adapters merged into them."""
-    stored = _stored_dtype(job.source)
-    config = job.config(stored)
-    before = psutil.Process().memory_info().rss
-    chunks = _load_checkpoint(job, arch, config)
-    dtype = _DTYPES[job.dtype or stored]
-    limit = job.max_shard_bytes
-    save_hf(chunks, arch, config, job.hf_model, job.target, dtype=dtype, max_shard_bytes=limit)
-    _report_memory(chunks, before)
-    if job.probe is not None:
-        write_probe(chunks, arch, dtype, job.probe)
+
+    def save(chunks: list[FlowGPTModel], config: Config, dtype: torch.dtype) -> None:
+        limit = job.max_shard_bytes
+        save_hf(chunks, arch, config, job.hf_model, job.target, dtype=dtype, max_shard_bytes=limit)
+
+    _export(job, arch, job.dtype, save)
 
 
 def adapter_to_peft(job: Job, arch: Architecture) -> None:
     """Write the adapters of ``source`` as a PEFT directory; its base is ``hf_model``."""
-    stored = _stored_dtype(job.source)
-    config = job.config(stored)
-    before = psutil.Process().memory_info().rss
-    chunks = _load_checkpoint(job, arch, config)
-    save_peft_adapter(chunks, arch, config, job.target)
-    _report_memory(chunks, before)
-    if job.probe is not None:
-        write_probe(chunks, arch, _DTYPES[stored], job.probe)
+    _export(
+        job,
+        arch,
+        None,
+        lambda chunks, config, _: save_peft_adapter(chunks, arch, config, job.target),
+    )
 
 
 ACTIONS: dict[str, Callable[[Job, Architecture], None]] = {

@@ -21,8 +21,9 @@ from typing import Any
 
 from megatron_phf.cli.conversion_steps import start_ranks, verify
 from megatron_phf.cli.job_paths import JobPath, Role, check_paths
+from megatron_phf.config.flags import check_fields
 from megatron_phf.config.settings import Config
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.files.replace import (
     PARTIAL,
     mark,
@@ -157,12 +158,11 @@ def _check_manifest(source: str) -> dict[str, Any]:
 
 def _check_layout(job: dict[str, Any], arch: Any) -> None:
     sizes = {name: job[name] for name in job if name.endswith("_parallel_size")}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: need at least 1")
     more: dict[str, Any] = {"max_prompt_length": 1, "max_teacher_prompt_length": 1}
     more |= {"sequence_parallel": True, "pad_attention_heads": True}
-    check_split(arch, Config().replaced(**sizes, **more))
+    config = Config().replaced(**sizes, **more)
+    check_fields(config)
+    check_split(arch, config)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -230,15 +230,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line where that is impossible."""
-    print_anything()
     args = build_parser().parse_args(argv)
-    try:
-        convert(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    convert(args)
     print(f"written to {args.target}")
     return 0
 

@@ -21,7 +21,6 @@ from megatron_phf.evaluation.evaluate import (
 )
 from megatron_phf.evaluation.generations import GenerationStore, read_generations
 from megatron_phf.evaluation.grading import Grader, canonical_answer, make_grader
-from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import engine_row
@@ -30,6 +29,8 @@ from megatron_phf.rollout.protocol import RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.sources import make_engine
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.teacher.architecture import read_models
 from megatron_phf.train.build import load_student
 from megatron_phf.train.checkpoint_files import newest_weights
 from megatron_phf.train.checkpoint_inputs import inputs
@@ -96,11 +97,12 @@ class _Student:
     def __init__(self, config: Config) -> None:
         self._config, directory = config, config.model.hf_model
         assert directory is not None
-        self._arch, self._tokenizer = read_architecture(directory), load_tokenizer(config)
+        self._models, self._tokenizer = read_models(config), load_tokenizer(config)
+        self._arch = self._models.student
         self._stop_ids = stop_token_ids(self._tokenizer, directory)
         check_token_ids(self._tokenizer, self._stop_ids, self._arch.vocab_size)
         prompts = Prompts(self._tokenizer, [], self._stop_ids)
-        context = RolloutContext(config, self._arch, prompts, lambda: self._load(directory))
+        context = RolloutContext(config, self._models, prompts, lambda: self._load(directory))
         self._engine = self._make_engine(context)
         self._engine.prepare(1)  # a server gets these weights, and keeps them
 
@@ -114,7 +116,7 @@ class _Student:
         """That of the flags; where they name one that does not sample, the one in process."""
         if engine_row(self._config.rollout.rollout_engine).samples:
             return make_engine(context)
-        return student_engine(self._config, self._arch, context.student)
+        return student_engine(self._config, self._models, context.student)
 
     def evaluate(self, name: str, file: str, grader: Grader) -> Evaluation:
         """One test set, part by part, from where an earlier start ended."""
@@ -146,20 +148,16 @@ def _open_store(
     name: str, settings: dict[str, Any], config: Config, tests: TestSet
 ) -> tuple[GenerationStore | None, list[Evaluation]]:
     """Rank 0's store of the test set, and on every rank what is in it."""
-    store, problem = None, None
-    parts: list[Evaluation] = []
-    if parallel.is_first_rank():
-        try:
-            store = GenerationStore(os.path.join(config.output.output_dir, name), settings)
-            parts = store.done(tests.problems)
-        except ValueError as error:
-            problem = str(error)
-    problem, parts = parallel.broadcast_object((problem, parts))
-    if problem is not None:
-        raise ValueError(problem)
+    opened: list[GenerationStore] = []
+
+    def done() -> list[Evaluation]:
+        opened.append(GenerationStore(os.path.join(config.output.output_dir, name), settings))
+        return opened[0].done(tests.problems)
+
+    parts = on_first_rank(done)
     if parts:
         say(f"{name}: {len(parts)} problems were done before")
-    return store, parts
+    return next(iter(opened), None), parts
 
 
 def _settings(config: Config, file: str, sampling: SamplingParams) -> dict[str, Any]:

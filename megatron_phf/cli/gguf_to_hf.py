@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.files.replace import PARTIAL, mark, not_ours, remove, replace_directory
 
 
@@ -90,18 +90,14 @@ def convert(source: str, output: str) -> None:
         remove(partial)
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line where that is impossible."""
-    print_anything()
     parser = argparse.ArgumentParser(description="GGUF -> HuggingFace directory.")
     parser.add_argument("source", help="GGUF file, or package:NAME")
     parser.add_argument("output", help="HuggingFace directory to write")
     args = parser.parse_args(argv)
-    try:
-        convert(args.source, args.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    convert(args.source, args.output)
     print(f"written to {args.output}")
     return 0
 

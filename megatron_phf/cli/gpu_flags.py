@@ -8,6 +8,7 @@ from __future__ import annotations
 from megatron_phf.config.settings import Config, flag_of
 from megatron_phf.data.microbatches import round_up
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.rollout.engines import reads_data
 from megatron_phf.runtime.optional_packages import why_missing
 
 
@@ -34,11 +35,6 @@ def _needs_engine(config: Config) -> None:
 
 def _check_fp8_options(config: Config) -> None:
     fp8 = config.fp8
-    for name in ("fp8_param_gather", "first_last_layers_bf16"):
-        if getattr(fp8, name) and fp8.fp8_format is None:
-            raise ValueError(f"{flag_of(name)} needs --fp8-format")
-    if fp8.fp8_amax_history_len < 1:
-        raise ValueError(f"--fp8-amax-history-len {fp8.fp8_amax_history_len}: need at least 1")
     if fp8.first_last_layers_bf16 and fp8.fp8_recipe == "delayed":
         raise ValueError(
             "--first-last-layers-bf16 does not work with --fp8-recipe delayed, whose scales are "
@@ -90,7 +86,7 @@ def check_fp8_model(config: Config, arch: Architecture) -> None:
     if fp8.first_last_layers_bf16:
         most = arch.num_layers // config.parallel.pipeline_model_parallel_size
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-            if not 0 <= getattr(fp8, name) <= most:
+            if getattr(fp8, name) > most:
                 raise ValueError(
                     f"{flag_of(name)} {getattr(fp8, name)}: need 0 to {most}, the layers of a "
                     "pipeline stage"
@@ -109,7 +105,7 @@ def _check_overlap(config: Config) -> None:
 
 def check_row(config: Config, flag: str) -> None:
     """Raise ValueError, naming ``flag``, where a packed row cannot hold the longest rollout."""
-    if config.rollout.rollout_engine == "replay":  # by their own lengths: check_replay
+    if not reads_data(config):  # by their own lengths: check_replay
         return
     data, cp = config.data, config.parallel.context_parallel_size
     prompt = max(data.max_prompt_length, data.max_teacher_prompt_length)

@@ -25,7 +25,7 @@ from megatron_phf.cli import preflight
 from megatron_phf.cli.job_paths import check_paths, training_paths
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.presets import read_flags
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.files.replace import write_json
 
 _LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_phf.sh"
@@ -125,9 +125,9 @@ def run_grid(runs: list[Run], processes: int, together: int) -> int:
     return good.count(False)
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Status 1 where a run failed, 2 for a mistake in the command."""
-    print_anything()
     words = sys.argv[1:] if argv is None else argv
     split = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(
@@ -140,14 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="of each run (GPUs)")
     parser.add_argument("--parallel-runs", type=int, default=1, help="runs at the same time")
     args = parser.parse_args(words[:split])
-    try:
-        seeds = [int(word) for word in args.seeds.split(",")]
-        base = read_flags(args.base) if args.base is not None else []
-        runs = make_runs(args.variants, seeds, args.output_dir, base, words[split + 1 :])
-        failed = run_grid(runs, args.processes, args.parallel_runs)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    seeds = [int(word) for word in args.seeds.split(",")]
+    base = read_flags(args.base) if args.base is not None else []
+    runs = make_runs(args.variants, seeds, args.output_dir, base, words[split + 1 :])
+    failed = run_grid(runs, args.processes, args.parallel_runs)
     if failed:
         print(f"{failed} run(s) failed; start the same command again to repeat them")
     return 1 if failed else 0

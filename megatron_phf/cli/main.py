@@ -113,10 +113,18 @@ def _run(config: Config, job: Job, signals: StopSignals) -> None:
 
 def _locked(config: Config) -> list[RunLock]:
     """Rank 0 keeps other runs out of the directories that this one writes."""
+    from megatron_phf.runtime.together import on_first_rank
+
     directories = {"--output-dir": config.output.output_dir, "--save": config.checkpoint.save}
-    if not _is_first_rank():
-        return []
-    return [RunLock(path, flag) for flag, path in directories.items() if path is not None]
+    locks: list[RunLock] = []
+
+    def lock() -> None:
+        for flag, path in directories.items():
+            if path is not None:
+                locks.append(RunLock(path, flag))
+
+    on_first_rank(lock)
+    return locks
 
 
 def _train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
@@ -125,7 +133,7 @@ def _train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
 
     locks = _locked(config)
     if config.is_embedded:
-        study.run(config)
+        study.run(config, signals, heartbeat)
     else:
         train(config, signals, heartbeat)
     for lock in locks:

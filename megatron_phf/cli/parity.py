@@ -26,7 +26,7 @@ from megatron_phf.cli import preflight
 from megatron_phf.cli.processes import model_parallel_size
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
 from megatron_phf.runtime.environment import for_children
@@ -191,9 +191,9 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
     return 0 if good else 1
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """0 equal, 1 different, 2 for a mistake in the flags or files."""
-    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,12 +201,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--make-tiny-model", action="store_true", help="instead of your own")
     args, given = parser.parse_known_args(argv)
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            return run([*(_tiny(directory) if args.make_tiny_model else []), *given],
-                       args.tolerance, directory)  # fmt: skip
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        return run([*(_tiny(directory) if args.make_tiny_model else []), *given],
+                   args.tolerance, directory)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from megatron_phf.estimate.flops import forward_flops, student_flops
 from megatron_phf.estimate.memory import Machine, peak_estimate
 from megatron_phf.files.foreign import read_json_object
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
+from megatron_phf.teacher.architecture import Models
 
 _WIDTH = 2  # bf16
 # Flags of the training job that decide memory and time, whatever the layout.
@@ -155,7 +156,7 @@ def evaluate(
     """``lengths``: student's and teacher's tokens a sequence, prompt and response."""
     p, responses = config.parallel, config.rollout.max_new_tokens
     local = config.train.global_batch_size // replicas
-    memory = peak_estimate(arch, config, Machine(_WIDTH, replicas), lengths[0])
+    memory = peak_estimate(Models(arch), config, Machine(_WIDTH, replicas), lengths[0])
     sent = traffic(arch, config, replicas, local * sum(lengths) // 2)
     student = student_flops(arch, arch, config, [lengths[0]] * local, local * responses)
     again = forward_flops(arch, [lengths[0]] * local, 0)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.data.problems import jsonl, read_jsonl
 from megatron_phf.files.replace import write_new_text
 
@@ -58,9 +58,9 @@ def convert(name: str, path: str) -> Iterator[dict[str, str]]:
         yield CONVERTERS[name](content, f"{path}:{number}")
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 and one error line at the first mistake, with nothing written."""
-    print_anything()
     parser = argparse.ArgumentParser(description="Rewrite a data set as the JSONL of --data.")
     parser.add_argument("format", choices=sorted(CONVERTERS))
     parser.add_argument("input", help="the data set's file, JSONL")
@@ -69,13 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit}: need at least 1")
-    try:
-        problems = list(islice(convert(args.format, args.input), args.limit))
-        os.makedirs(os.path.dirname(os.path.realpath(args.output)), exist_ok=True)
-        write_new_text(args.output, jsonl(problems))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    problems = list(islice(convert(args.format, args.input), args.limit))
+    os.makedirs(os.path.dirname(os.path.realpath(args.output)), exist_ok=True)
+    write_new_text(args.output, jsonl(problems))
     print(f"{len(problems)} problems written to {args.output}")
     return 0
 

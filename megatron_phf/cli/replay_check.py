@@ -10,10 +10,10 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.microbatches import round_up
 from megatron_phf.data.rollouts import Rollout, read_rollouts
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.teacher.architecture import common_vocab_size, read_teacher
+from megatron_phf.teacher.architecture import Models
 
 
-def check_replay(arch: Architecture, config: Config) -> None:
+def check_replay(models: Models, config: Config) -> None:
     """Refuse a replay file that the job cannot train on; does nothing without one.
 
     Raises:
@@ -22,11 +22,10 @@ def check_replay(arch: Architecture, config: Config) -> None:
     path = config.rollout.replay_file
     if path is None:
         return
-    rollouts = read_rollouts(path, common_vocab_size(arch, config))
-    teacher = read_teacher(arch, config) or arch
+    rollouts = read_rollouts(path, models.vocab_size)
     for number, rollout in enumerate(rollouts, start=1):
         name = f"--replay-file {path}: rollout {number}"
-        _check_positions(rollout, arch, teacher, name)
+        _check_positions(rollout, models.student, models.teacher, name)
         _check_row(rollout, config, name)
 
 

@@ -12,14 +12,14 @@ import argparse
 import os
 import sys
 
-from megatron_phf.console import print_anything
+from megatron_phf.console import program
 from megatron_phf.report.page import write_report
 from megatron_phf.report.runs import read_variants
 
 
+@program
 def main(argv: list[str] | None = None) -> int:
     """Write the report; 2 and one error line for a mistake."""
-    print_anything()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -30,12 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--baseline", default=None, help="run name to compare with (default: opsd)")
     args = parser.parse_args(argv)
     output = args.output or os.path.join(args.runs[0], "report")
-    try:
-        variants = read_variants(args.runs)
-        path = write_report(variants, output, args.baseline)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    variants = read_variants(args.runs)
+    path = write_report(variants, output, args.baseline)
     print(f"{sum(len(v.runs) for v in variants)} runs of {len(variants)} variants: {path}")
     return 0
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import typing
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from megatron_phf.config.presets import preset_flags
@@ -43,7 +45,13 @@ _NO_RECIPE = frozenset(
     {
         *("data", "problem_field", "solution_field", "answer_field", "overlong_prompts"),
         *("max_prompt_length", "max_teacher_prompt_length"),
-        *("rollout_batch_size", "record_rollouts", "logits_chunk_tokens", "micro_batch_size"),
+        *(
+            "rollout_batch_size",
+            "record_rollouts",
+            "engine_drift_warning",
+            "logits_chunk_tokens",
+            "micro_batch_size",
+        ),
         "decode_cuda_graphs",
         *("teacher_offload", "teacher_num_layers_in_first_pipeline_stage"),
         *("teacher_num_layers_in_last_pipeline_stage", "save_adapter", "seed"),
@@ -54,14 +62,19 @@ _NO_RECIPE = frozenset(
 
 def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
-    options["help"] = f"{f.metadata['help']} (default: {f.default})"
+    allowed, needs = f.metadata["range"], f.metadata["needs"]
+    notes = [f"default: {f.default}"]
+    notes += [allowed.text] if allowed else []
+    notes += [f"needs {flag_of(needs)}"] if needs else []
+    options["help"] = f"{f.metadata['help']} ({'; '.join(notes)})"
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
         options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
         options["choices"] = f.metadata["choices"]
         options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
-    group.add_argument(flag_of(f.name), **options)
+    names = [f.name, f.metadata["alias"]]
+    group.add_argument(*(flag_of(name) for name in names if name), **options)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,6 +124,33 @@ def parse_args(argv: list[str] | None = None) -> Config:
             del defaults["lr_warmup_iters"]
         config = Config().replaced(**{**defaults, **given})
     return config
+
+
+def _problem(value: Any, known: Mapping[str, Any]) -> str | None:
+    """What is wrong with a field's value by itself."""
+    if type(value) is float and not math.isfinite(value):
+        return f"{value}: need a finite number"
+    if type(value) is int and abs(value) >= 2**40:  # no counter could hold it
+        return f"{value:.3e}: too large a number"
+    if value is not None and known["range"] and not known["range"].holds(value):
+        return f"{value}: need {known['range'].text}"
+    if value is not None and known["choices"] and value not in known["choices"]:
+        return f"{value!r}: need {', '.join(known['choices'][:-1])} or {known['choices'][-1]}"
+    return None
+
+
+def check_fields(config: Config) -> None:
+    """Raise ValueError for a value out of its field's range, or without the flag that it needs."""
+    values = {name: v for group in vars(config).values() for name, v in vars(group).items()}
+    fields = [f for cls in config_groups().values() for f in dataclasses.fields(cls)]
+    for f in fields:
+        problem = _problem(values[f.name], f.metadata)
+        if problem is not None:
+            raise ValueError(f"{flag_of(f.name)} {problem}")
+    for f in fields:
+        needs = f.metadata["needs"]
+        if values[f.name] and needs and not values[needs]:
+            raise ValueError(f"{flag_of(f.name)} needs {flag_of(needs)}")
 
 
 def departures(config: Config) -> list[str]:

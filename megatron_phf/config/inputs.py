@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that is a flag, with its help text and choices."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+from megatron_phf.config.field import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    at_least,
+    flag,
+)
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class ModelConfig:
         "layer spec; auto: Transformer Engine on CUDA where installed, else local",
         ("auto", "local", "transformer_engine"),
     )
-    make_vocab_size_divisible_by: int = flag(128, "pad the vocabulary to this x TP size")
+    make_vocab_size_divisible_by: int = flag(
+        128, "pad the vocabulary to this x TP size", at_least(1)
+    )
     pad_attention_heads: bool = flag(
         False, "add exact zero heads where the model's do not divide by the TP size"
     )
     moe_aux_loss_coeff: float | None = flag(
-        None, "weight of the routers' load-balancing loss (None: the model's own; 0 is off)"
+        None,
+        "weight of the routers' load-balancing loss (None: the model's own; 0 is off)",
+        at_least(0),
     )
 
 
@@ -53,12 +58,14 @@ class Fp8Config:
         "where scales come from; mxfp8 needs Blackwell",
         ("delayed", "tensorwise", "blockwise", "mxfp8"),
     )
-    fp8_amax_history_len: int = flag(1, "of delayed scaling")
+    fp8_amax_history_len: int = flag(1, "of delayed scaling", at_least(1))
     fp8_amax_compute_algo: str = flag("most_recent", "of delayed scaling", ("most_recent", "max"))
-    fp8_param_gather: bool = flag(False, "keep and gather the linears' weights in FP8")
-    first_last_layers_bf16: bool = flag(False, "first and last layers in bf16")
-    num_layers_at_start_in_bf16: int = flag(1, "with --first-last-layers-bf16")
-    num_layers_at_end_in_bf16: int = flag(1, "with --first-last-layers-bf16")
+    fp8_param_gather: bool = flag(
+        False, "keep and gather the linears' weights in FP8", needs="fp8_format"
+    )
+    first_last_layers_bf16: bool = flag(False, "first and last layers in bf16", needs="fp8_format")
+    num_layers_at_start_in_bf16: int = flag(1, "with --first-last-layers-bf16", at_least(0))
+    num_layers_at_end_in_bf16: int = flag(1, "with --first-last-layers-bf16", at_least(0))
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,21 @@ class TokenizerConfig:
         "HFTokenizer", "kind of tokenizer", ("HFTokenizer", "SentencePieceTokenizer")
     )
     tokenizer_model: str | None = flag(
-        None, "HuggingFace directory, or SentencePiece file; without it --hf-model's tokenizer"
+        None,
+        "HuggingFace directory, or SentencePiece file; without it --hf-model's tokenizer",
+        needs="hf_model",
     )
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    tensor_model_parallel_size: int = flag(1, "tensor parallel size")
-    pipeline_model_parallel_size: int = flag(1, "pipeline parallel size")
-    num_virtual_stages_per_pipeline_rank: int = flag(1, "virtual (interleaved) stages")
-    context_parallel_size: int = flag(1, "context parallel size: shard sequences")
-    expert_model_parallel_size: int = flag(1, "expert parallel size, within data parallelism")
+    tensor_model_parallel_size: int = flag(1, "tensor parallel size", at_least(1))
+    pipeline_model_parallel_size: int = flag(1, "pipeline parallel size", at_least(1))
+    num_virtual_stages_per_pipeline_rank: int = flag(1, "virtual (interleaved) stages", at_least(1))
+    context_parallel_size: int = flag(1, "context parallel size: shard sequences", at_least(1))
+    expert_model_parallel_size: int = flag(
+        1, "expert parallel size, within data parallelism", at_least(1)
+    )
     sequence_parallel: bool = flag(False, "shard activations along the sequence over TP")
     use_distributed_optimizer: bool = flag(False, "shard the optimizer state over DP")
     overlap_grad_reduce: bool = flag(
@@ -92,16 +103,20 @@ class ParallelConfig:
     gradient_accumulation_fusion: bool = flag(
         True, "add weight gradients in the GEMM (on CUDA, with NVIDIA's apex)"
     )
-    num_layers_in_first_pipeline_stage: int | None = flag(None, "uneven split: first stage")
-    num_layers_in_last_pipeline_stage: int | None = flag(None, "uneven split: last stage")
+    num_layers_in_first_pipeline_stage: int | None = flag(
+        None, "uneven split: first stage", at_least(1)
+    )
+    num_layers_in_last_pipeline_stage: int | None = flag(
+        None, "uneven split: last stage", at_least(1)
+    )
     account_for_embedding_in_pipeline_split: bool = flag(
         False, "the embedding takes a layer's place in the split over stages"
     )
     account_for_loss_in_pipeline_split: bool = flag(False, "so does the output head")
     recompute_granularity: str | None = flag(None, "activation recompute", ("full", "selective"))
     recompute_method: str = flag("uniform", "of full recompute", ("uniform", "block"))
-    recompute_num_layers: int = flag(1, "of full recompute")
-    distributed_timeout_minutes: float = flag(10.0, "a collective that waits longer fails")
+    recompute_num_layers: int = flag(1, "of full recompute", at_least(1))
+    distributed_timeout_minutes: float = flag(10.0, "a collective that waits longer fails", ABOVE_0)
 
 
 @dataclass(frozen=True)
@@ -116,8 +131,8 @@ class DataConfig:
     )
     student_thinking: bool = flag(False, "the student's chat template in thinking mode")
     teacher_thinking: bool = flag(True, "the teacher's chat template in thinking mode")
-    max_prompt_length: int = flag(512, "student prompt, tokens")
-    max_teacher_prompt_length: int = flag(2048, "teacher prompt, tokens")
+    max_prompt_length: int = flag(512, "student prompt, tokens", at_least(1))
+    max_teacher_prompt_length: int = flag(2048, "teacher prompt, tokens", at_least(1))
     overlong_prompts: str = flag("drop", "drop (counted) or fail", ("drop", "error"))
 
 
@@ -131,12 +146,21 @@ class RolloutConfig:
     replay_file: str | None = flag(None, "recorded rollouts for --rollout-engine replay")
     record_rollouts: str | None = flag(None, "write every rollout to this replay file")
     max_new_tokens: int = flag(
-        1024, "tokens a rollout at most (fewer where the model's positions end)"
+        1024, "tokens a rollout at most (fewer where the model's positions end)", at_least(1)
     )
-    rollout_temperature: float = flag(1.1, "sampling temperature; 0 is greedy")
-    rollout_top_p: float = flag(0.95, "nucleus sampling")
-    rollout_top_k: int = flag(20, "top-k sampling; 0 is off")
-    rollout_batch_size: int = flag(64, "sequences generated at once on a data-parallel rank")
+    rollout_temperature: float = flag(1.1, "sampling temperature; 0 is greedy", at_least(0))
+    rollout_top_p: float = flag(0.95, "nucleus sampling", ABOVE_0_TO_1)
+    rollout_top_k: int = flag(20, "top-k sampling; 0 is off", at_least(0))
+    engine_drift_warning: float = flag(
+        0.05,
+        "warn where the engine's log-probabilities of its tokens and the student's differ more on "
+        "average, nats",
+        ABOVE_0,
+        alias="vllm_drift_warning",
+    )
+    rollout_batch_size: int = flag(
+        64, "sequences generated at once on a data-parallel rank", at_least(1)
+    )
     decode_cuda_graphs: str = flag(
         "auto",
         "launch each token's step as a CUDA graph; auto: where it can be captured",
@@ -157,14 +181,13 @@ class VllmConfig:
         "how the student's weights reach the servers; auto: adapter with --lora-rank",
         ("auto", "adapter", "checkpoint"),
     )
-    vllm_sync_interval: int = flag(1, "sync the weights every so many steps")
+    vllm_sync_interval: int = flag(1, "sync the weights every so many steps", at_least(1))
     vllm_sync_dir: str | None = flag(
         None, "directory that servers read weights from (default: vllm under --output-dir)"
     )
-    vllm_concurrency: int = flag(64, "requests at once of a data-parallel rank")
-    vllm_timeout_seconds: float = flag(300.0, "a request without its answer fails")
-    vllm_max_retries: int = flag(8, "of a request that fails, before the run ends")
-    vllm_backoff_seconds: float = flag(1.0, "wait before the first retry; doubles up to 60")
-    vllm_drift_warning: float = flag(
-        0.05, "warn where sampled tokens' log-probabilities differ more on average, nats"
+    vllm_concurrency: int = flag(64, "requests at once of a data-parallel rank", at_least(1))
+    vllm_timeout_seconds: float = flag(300.0, "a request without its answer fails", ABOVE_0)
+    vllm_max_retries: int = flag(8, "of a request that fails, before the run ends", at_least(0))
+    vllm_backoff_seconds: float = flag(
+        1.0, "wait before the first retry; doubles up to 60", ABOVE_0
     )

@@ -5,7 +5,7 @@ No import of torch.
 
 from __future__ import annotations
 
-from megatron_phf.config.settings import Config, TrainConfig, flag_of
+from megatron_phf.config.settings import Config, TrainConfig
 
 
 def decay_iters(train: TrainConfig) -> int:
@@ -13,22 +13,11 @@ def decay_iters(train: TrainConfig) -> int:
     return train.train_iters if train.lr_decay_iters is None else train.lr_decay_iters
 
 
-def _check_ranges(train: TrainConfig) -> None:
-    for name in ("lr_decay_iters", "lr_wsd_decay_iters"):
-        value = getattr(train, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{flag_of(name)} {value}: need at least 1")
-    if train.lr_warmup_iters < 0:
-        raise ValueError(f"--lr-warmup-iters {train.lr_warmup_iters}: need at least 0")
-    fraction = train.lr_warmup_fraction
-    if fraction is not None and not 0 <= fraction < 1:
-        raise ValueError(f"--lr-warmup-fraction {fraction}: need 0 to below 1")
-
-
 def check_schedule(config: Config) -> None:
     """Raise ValueError for a schedule that does not exist, or that Megatron-LM would not start."""
     train = config.train
-    _check_ranges(train)
+    if train.min_lr > train.lr:
+        raise ValueError(f"--min-lr {train.min_lr}: need 0 to --lr")
     warmup, wsd = train.lr_warmup_iters, train.lr_wsd_decay_iters
     decay = f"--lr-decay-iters {train.lr_decay_iters}"
     if train.lr_decay_iters is None:

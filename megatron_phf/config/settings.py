@@ -13,6 +13,14 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_phf.config.field import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    FROM_0_TO_1,
+    SEED,
+    at_least,
+    flag,
+)
 from megatron_phf.config.inputs import (
     DataConfig,
     Fp8Config,
@@ -22,14 +30,14 @@ from megatron_phf.config.inputs import (
     RolloutConfig,
     TokenizerConfig,
     VllmConfig,
-    flag,
 )
+from megatron_phf.config.training import BatchingConfig, LoraConfig, TrainConfig
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    phf_alpha: float = flag(0.05, "weight of the flow loss; 0 is OPSD alone")
-    phf_window_size: int = flag(128, "positions a sequence in the flow loss")
+    phf_alpha: float = flag(0.05, "weight of the flow loss; 0 is OPSD alone", at_least(0))
+    phf_window_size: int = flag(128, "positions a sequence in the flow loss", at_least(2))
     phf_window_rule: str = flag(
         "even",
         "choice of the positions: spread evenly, or (not the paper's) the first ones",
@@ -49,16 +57,18 @@ class MethodConfig:
         "supervised fine-tuning)",
         ("jsd", "policy_gradient", "cross_entropy"),
     )
-    opsd_beta: float = flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD")
-    opsd_temperature: float = flag(1.1, "softmax temperature of both distributions")
+    opsd_beta: float = flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD", FROM_0_TO_1)
+    opsd_temperature: float = flag(1.1, "softmax temperature of both distributions", ABOVE_0)
     opsd_clip_mode: str = flag(
         "entry", "clamp each vocabulary entry, each token, or nothing", ("entry", "token", "none")
     )
-    opsd_clip: float = flag(0.05, "the clamp's value")
-    opsd_top_k: int = flag(0, "only the teacher's top-k entries; 0 is the full vocabulary")
-    logits_chunk_tokens: int = flag(256, "tokens whose logits exist at the same time")
+    opsd_clip: float = flag(0.05, "the clamp's value", ABOVE_0)
+    opsd_top_k: int = flag(
+        0, "only the teacher's top-k entries; 0 is the full vocabulary", at_least(0)
+    )
+    logits_chunk_tokens: int = flag(256, "tokens whose logits exist at the same time", at_least(1))
     teacher: str = flag("frozen", "the privileged teacher's weights", ("frozen", "ema", "live"))
-    ema_decay: float = flag(0.999, "rho of the ema teacher")
+    ema_decay: float = flag(0.999, "rho of the ema teacher", FROM_0_TO_1)
 
 
 @dataclass(frozen=True)
@@ -66,16 +76,18 @@ class TeacherConfig:
     """A teacher that is another model, and where a teacher's own weights are kept."""
 
     teacher_hf_model: str | None = flag(
-        None, "frozen teacher from another model directory of the same vocabulary"
+        None, "frozen teacher from another model directory of the same vocabulary", needs="hf_model"
     )
     teacher_layer_map: str | None = flag(
-        None, "its layer for each student layer, as 2,4,6,8 (default: by relative depth)"
+        None,
+        "its layer for each student layer, as 2,4,6,8 (default: by relative depth)",
+        needs="teacher_hf_model",
     )
     teacher_num_layers_in_first_pipeline_stage: int | None = flag(
-        None, "uneven split of the other model: first stage"
+        None, "uneven split of the other model: first stage", at_least(1), needs="teacher_hf_model"
     )
     teacher_num_layers_in_last_pipeline_stage: int | None = flag(
-        None, "uneven split of the other model: last stage"
+        None, "uneven split of the other model: last stage", at_least(1), needs="teacher_hf_model"
     )
     teacher_offload: bool = flag(
         False, "a teacher's own weights stay in host memory between its passes"
@@ -83,64 +95,25 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
-    lora_rank: int = flag(0, "train low-rank adapters of this rank alone; 0 trains all weights")
-    lora_alpha: float = flag(128.0, "the adapters' output is scaled by this / --lora-rank")
-    lora_dropout: float = flag(0.0, "of the adapters' input, in the student's training pass")
-    lora_target_modules: str = flag(
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-        "linears with an adapter, by their HuggingFace names",
-    )
-    lora_adapter: str | None = flag(None, "start from this PEFT adapter directory")
-    save_adapter: str | None = flag(None, "export the trained adapters to this PEFT directory")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    train_iters: int = flag(100, "optimizer steps")
-    global_batch_size: int = flag(32, "rollouts an optimizer step")
-    micro_batch_size: int = flag(1, "rollouts a microbatch")
-    lr: float = flag(5e-6, "peak learning rate")
-    min_lr: float = flag(0.0, "final learning rate")
-    lr_decay_style: str = flag(
-        "cosine", "schedule", ("constant", "linear", "cosine", "inverse-square-root", "WSD")
-    )
-    lr_decay_iters: int | None = flag(
-        None, "steps that the rate decays over (None: --train-iters, as a run began with it)"
-    )
-    lr_warmup_iters: int = flag(0, "linear warm-up steps")
-    lr_warmup_fraction: float | None = flag(
-        None, "warm-up as a fraction of --lr-decay-iters, in place of --lr-warmup-iters"
-    )
-    lr_wsd_decay_style: str = flag(
-        "exponential",
-        "how WSD (warm-up, stable, decay) ends",
-        ("exponential", "linear", "cosine", "minus_sqrt"),
-    )
-    lr_wsd_decay_iters: int | None = flag(None, "steps of that end, the last of --lr-decay-iters")
-    weight_decay: float = flag(0.0, "AdamW weight decay")
-    adam_beta1: float = flag(0.9, "AdamW")
-    adam_beta2: float = flag(0.999, "AdamW")
-    adam_eps: float = flag(1e-8, "AdamW")
-    clip_grad: float = flag(0.1, "global gradient norm at most; 0 is off")
-    seed: int = flag(1234, "of the data order, the sampling and the initial weights")
-
-
-@dataclass(frozen=True)
 class EvaluationConfig:
-    eval_data: str | None = flag(None, "JSONL of problems with answers to evaluate on")
-    eval_interval: int = flag(
-        0, "evaluate every so many steps; 0: before the first and after the last alone"
+    eval_data: str | None = flag(
+        None, "JSONL of problems with answers to evaluate on", needs="hf_model"
     )
-    eval_samples: int = flag(12, "samples a problem (the k of Average@k)")
-    eval_temperature: float = flag(1.0, "sampling temperature; 0 is greedy")
-    eval_top_p: float = flag(0.95, "nucleus sampling")
-    eval_top_k: int = flag(0, "top-k sampling; 0 is off")
+    eval_interval: int = flag(
+        0,
+        "evaluate every so many steps; 0: before the first and after the last alone",
+        at_least(0),
+        needs="eval_data",
+    )
+    eval_samples: int = flag(12, "samples a problem (the k of Average@k)", at_least(1))
+    eval_temperature: float = flag(1.0, "sampling temperature; 0 is greedy", at_least(0))
+    eval_top_p: float = flag(0.95, "nucleus sampling", ABOVE_0_TO_1)
+    eval_top_k: int = flag(0, "top-k sampling; 0 is off", at_least(0))
     eval_max_new_tokens: int | None = flag(
-        None, "tokens an answer at most (default: --max-new-tokens)"
+        None, "tokens an answer at most (default: --max-new-tokens)", at_least(1)
     )
     eval_thinking: bool = flag(True, "the chat template in thinking mode")
-    eval_seed: int = flag(0, "of the samples, the same in every run")
+    eval_seed: int = flag(0, "of the samples, the same in every run", SEED)
     grader: str = flag(
         "math",
         "math: equal as mathematics; exact: equal as text; or package.module:function of your own",
@@ -148,33 +121,31 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class BatchingConfig:
-    max_tokens_per_microbatch: int = flag(
-        0,
-        "sort rollouts by length into microbatches of at most this many padded tokens of either "
-        "model; 0: --micro-batch-size rollouts each",
-    )
-    pack_sequences: bool = flag(
-        False,
-        "with it: a microbatch's rollouts in one row (THD), without padding between them (with "
-        "context parallelism, each padded to 2 x CP tokens)",
-    )
-
-
-@dataclass(frozen=True)
 class CheckpointConfig:
-    save: str | None = flag(None, "write checkpoints into this directory")
-    load: str | None = flag(None, "resume from the newest checkpoint of this directory")
-    save_interval: int = flag(0, "save every so many steps; 0: at the end alone")
-    async_save: bool = flag(False, "train on while a checkpoint is written")
-    keep_last: int = flag(0, "keep only so many checkpoints; 0 keeps all")
-    exact_checkpoint: bool = flag(
-        False, "refuse where --load would take an older checkpoint, or start without one"
+    save: str | None = flag(None, "write checkpoints into this directory", needs="hf_model")
+    load: str | None = flag(
+        None, "resume from the newest checkpoint of this directory", needs="hf_model"
     )
-    exit_interval: int | None = flag(None, "save and end after a step that this divides")
-    exit_duration_in_mins: float | None = flag(None, "save and end after so many minutes")
+    save_interval: int = flag(
+        0, "save every so many steps; 0: at the end alone", at_least(0), needs="save"
+    )
+    async_save: bool = flag(False, "train on while a checkpoint is written", needs="save")
+    keep_last: int = flag(
+        0, "keep only so many checkpoints; 0 keeps all", at_least(0), needs="save"
+    )
+    exact_checkpoint: bool = flag(
+        False,
+        "refuse where --load would take an older checkpoint, or start without one",
+        needs="load",
+    )
+    exit_interval: int | None = flag(
+        None, "save and end after a step that this divides", at_least(1)
+    )
+    exit_duration_in_mins: float | None = flag(None, "save and end after so many minutes", ABOVE_0)
     max_consecutive_nonfinite_steps: int = flag(
-        3, "steps in a row without a finite loss and gradient that end the run; fewer are skipped"
+        3,
+        "steps in a row without a finite loss and gradient that end the run; fewer are skipped",
+        at_least(1),
     )
 
 
@@ -198,11 +169,15 @@ class OutputConfig:
 class EmbeddedConfig:
     """Only read by the embedded default (neither --hf-model nor --data)."""
 
-    demo_seeds: int = flag(3, "embedded task: seeds of each method")
-    warm_start_iters: int = flag(800, "embedded task: supervised steps before, at most")
-    warm_start_loss: float = flag(0.03, "embedded task: they end at this mean loss, nats a token")
-    warm_start_lr: float = flag(1e-3, "embedded task: their peak learning rate")
-    eval_problems: int = flag(60, "embedded task: held-out problems")
+    demo_seeds: int = flag(3, "embedded task: seeds of each method", at_least(1))
+    warm_start_iters: int = flag(
+        800, "embedded task: supervised steps before, at most", at_least(0)
+    )
+    warm_start_loss: float = flag(
+        0.03, "embedded task: they end at this mean loss, nats a token", at_least(0)
+    )
+    warm_start_lr: float = flag(1e-3, "embedded task: their peak learning rate", at_least(0))
+    eval_problems: int = flag(60, "embedded task: held-out problems", at_least(1))
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,6 @@ class SequenceBatch:
         rows = self.tokens.expand(len(self.predicting), -1)
         return rows.gather(1, self.predicting + 1)[self.scored]
 
-    def to(self, device: torch.device) -> SequenceBatch:
-        """A copy on ``device``."""
-        fields = vars(self).values()
-        return SequenceBatch(*(t.to(device) if isinstance(t, Tensor) else t for t in fields))
-
 
 @dataclass(frozen=True)
 class Microbatch:

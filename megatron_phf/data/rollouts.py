@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +90,20 @@ def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
     Raises:
         ValueError: names the file and line of the first mistake.
     """
-    rollouts = [
+    stamp = None
+    with contextlib.suppress(OSError, ValueError):  # read_jsonl says what is wrong
+        found = os.stat(path)
+        stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+    return [*_parsed(path, vocab_size, stamp)]
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: str, vocab_size: int | None, stamp: object) -> tuple[Rollout, ...]:
+    """Once for the check before launch and the run; ``stamp``: which state of the file."""
+    rollouts = tuple(
         _rollout(content, vocab_size, f"{path}:{number}")
         for number, content in read_jsonl(path, "--replay-file")
-    ]
+    )
     if not rollouts:
         raise ValueError(f"--replay-file {path}: no rollouts in it")
     return rollouts

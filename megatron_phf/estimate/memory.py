@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_phf.config.settings import Config
 from megatron_phf.lora.config import num_adapter_parameters
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.teacher.architecture import read_teacher
+from megatron_phf.teacher.architecture import Models
 
 _GIB = 2**30
 # What the output loss works on at a time beside a chunk's logits, fp32: see losses/chunked.py.
@@ -55,11 +55,10 @@ def _trained(arch: Architecture, config: Config, machine: Machine) -> tuple[floa
     return local, whole / split / replicas
 
 
-def _teacher_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
-    width, kind = machine.width, config.method.teacher
-    teacher = read_teacher(arch, config)
-    if teacher is not None:
-        return _local_weights(teacher, config) * width
+def _teacher_bytes(models: Models, config: Config, machine: Machine) -> float:
+    width, kind, arch = machine.width, config.method.teacher, models.student
+    if models.other is not None:
+        return _local_weights(models.other, config) * width
     if kind == "live":
         return 0
     if config.lora.lora_rank:
@@ -68,9 +67,9 @@ def _teacher_bytes(arch: Architecture, config: Config, machine: Machine) -> floa
     return _local_weights(arch, config) * (width + average)
 
 
-def _target_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
-    method, new_tokens = config.method, config.rollout.max_new_tokens
-    hidden = (read_teacher(arch, config) or arch).hidden_size
+def _target_bytes(models: Models, config: Config, machine: Machine) -> float:
+    method, new_tokens, arch = config.method, config.rollout.max_new_tokens, models.student
+    hidden = models.teacher.hidden_size
     sequences = config.train.global_batch_size / machine.replicas
     rows = sequences * new_tokens * hidden * machine.width
     if method.phf_alpha == 0:
@@ -81,7 +80,7 @@ def _target_bytes(arch: Architecture, config: Config, machine: Machine) -> float
     return rows + sequences * transitions * layers * numbers * 4
 
 
-def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> dict[str, float]:
+def memory_estimate(models: Models, config: Config, machine: Machine) -> dict[str, float]:
     """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
 
     Weights are split over TP x PP, those of experts over EP too.  Gradients are fp32; Adam keeps
@@ -92,7 +91,7 @@ def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> dic
     layer (products of the window's length where they are smaller and enough), and the teacher's
     final hidden states of as many new tokens as allowed.
     """
-    width = machine.width
+    width, arch = machine.width, models.student
     trained, optimized = _trained(arch, config, machine)
     adapters = trained if config.lora.lora_rank else 0
     moments = 8 if width == 4 else 12
@@ -101,8 +100,8 @@ def memory_estimate(arch: Architecture, config: Config, machine: Machine) -> dic
         "weights": (_local_weights(arch, config) + adapters) * width,
         "gradients": trained * 4,
         "optimizer": optimized * moments,
-        teacher_key: _teacher_bytes(arch, config, machine),
-        "targets": _target_bytes(arch, config, machine),
+        teacher_key: _teacher_bytes(models, config, machine),
+        "targets": _target_bytes(models, config, machine),
     }
     return {name: size / _GIB for name, size in sizes.items()}
 
@@ -185,14 +184,14 @@ def kv_cache_bytes(arch: Architecture, config: Config, machine: Machine) -> floa
 
 
 def peak_estimate(
-    arch: Architecture, config: Config, machine: Machine, tokens: int
+    models: Models, config: Config, machine: Machine, tokens: int
 ) -> dict[str, float]:
     """GiB a rank at the peak of a step with microbatches of ``tokens`` padded tokens.
 
     The parts of :func:`memory_estimate`, and the larger of the rollouts' cache and of what the
     student's pass needs (activations, output loss): they are never there together.
     """
-    parts = memory_estimate(arch, config, machine)
+    parts, arch = memory_estimate(models, config, machine), models.student
     activations = activation_bytes(arch, config, machine, tokens) / _GIB
     loss = output_loss_bytes(arch, config, machine) / _GIB
     cache = kv_cache_bytes(arch, config, machine) / _GIB

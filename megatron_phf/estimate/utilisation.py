@@ -10,10 +10,9 @@ import torch
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.flops import student_flops
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.runtime import device, parallel
-from megatron_phf.teacher.architecture import read_teacher
+from megatron_phf.teacher.architecture import Models
 
 # Dense bf16 peaks in TFLOP/s by a part of torch's device name, from the makers' data sheets.
 _GPU_PEAKS = (
@@ -50,10 +49,9 @@ def measured_peak(dtype: torch.dtype) -> float:
 class Utilisation:
     """The share of all ranks' peak that the student's steps reach."""
 
-    def __init__(self, config: Config, arch: Architecture) -> None:
+    def __init__(self, config: Config, models: Models) -> None:
         """Every rank calls it at the same time, so that on CPUs each measures its share."""
-        self._config, self._arch = config, arch
-        self._teacher = read_teacher(arch, config) or arch
+        self._config, self._models = config, models
         dtype, peak = model_dtype(config), None
         if not device.has_cuda():
             peak = measured_peak(dtype)
@@ -69,6 +67,7 @@ class Utilisation:
         """
         lengths = [len(r.student_prompt_ids) + len(r.response_ids) for r in rollouts]
         scored = sum(sum(r.scored) for r in rollouts)
-        flops = student_flops(self._arch, self._teacher, self._config, lengths, scored)
+        student, teacher = self._models.student, self._models.teacher
+        flops = student_flops(student, teacher, self._config, lengths, scored)
         total = sum(parallel.gather_over_data_parallel(flops))
         return None if self._peak is None else total / (self._peak * seconds)

@@ -8,20 +8,29 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 from megatron_phf.files.replace import PARTIAL, mark, remove, replace_directory
-from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 
 
-def write_directory(target: str, flag: str, write: Callable[[str], None]) -> str | None:
-    """On rank 0: let ``write`` fill a directory beside ``target``, then rename it.
+def write_directory(
+    target: str,
+    flag: str,
+    write: Callable[[str], None],
+    meanwhile: Callable[[], object] | None = None,
+) -> None:
+    """Let rank 0's ``write`` fill a directory beside ``target``, then rename it; every rank calls.
 
     What is there must be an earlier export of ours, or empty; a symbolic link stays one.
 
-    Returns:
-        What went wrong (disk full, no permission, something else is there), for
-        ``parallel.raise_together``; None on the other ranks, which do nothing here.
+    Args:
+        meanwhile: the other ranks' part, as in :func:`on_first_rank`.
+
+    Raises:
+        ValueError: disk full, no permission, or something else is there; on every rank.
     """
-    if not parallel.is_first_rank():
-        return None
+    on_first_rank(_write, target, flag, write, meanwhile=meanwhile)
+
+
+def _write(target: str, flag: str, write: Callable[[str], None]) -> None:
     partial = os.path.realpath(target) + PARTIAL
     try:
         remove(partial)
@@ -31,5 +40,4 @@ def write_directory(target: str, flag: str, write: Callable[[str], None]) -> str
         replace_directory(partial, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk
         remove(partial)
-        return f"{flag} {target}: cannot be written ({error})"
-    return None
+        raise ValueError(f"{flag} {target}: cannot be written ({error})") from error

@@ -40,10 +40,16 @@ def new_file(path: str, errors: str = "strict") -> Iterator[IO[str]]:
         raise
 
 
-def write_json(path: str, content: Any) -> None:
+def write_text(path: str, text: str) -> None:
+    """Write a whole text file, or leave the old one."""
+    with new_file(path) as f:
+        f.write(text)
+
+
+def write_json(path: str, content: Any, indent: int = 1) -> None:
     """Write a whole JSON file, or leave the old one."""
     with new_file(path) as f:
-        json.dump(content, f, indent=1, ensure_ascii=False)
+        json.dump(content, f, indent=indent, ensure_ascii=False)
 
 
 def check_new_text(path: str, text: str) -> None:
@@ -64,8 +70,7 @@ def check_new_text(path: str, text: str) -> None:
 def write_new_text(path: str, text: str) -> None:
     """Write a file that is not there yet, or has this content already; ValueError as above."""
     check_new_text(path, text)
-    with new_file(path) as f:
-        f.write(text)
+    write_text(path, text)
 
 
 def remove(path: str) -> None:

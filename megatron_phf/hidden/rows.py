@@ -7,12 +7,14 @@ second, and so on (the order of Transformer Engine's ``thd_get_partitioned_indic
 parallelism cuts that part again, into TP contiguous pieces.
 
 ``cu_seqlens`` below, int [n + 1]: where the n sequences of a packed row start, and its length;
-None: rows are sequences.
+None: rows are sequences.  All of this is computed on the host, once a microbatch: a layer gets
+:class:`RowPlaces`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,6 +28,22 @@ def context_positions(length: int, size: int, rank: int) -> Tensor:
     """Absolute positions, int64 [length / size], of the tokens of context rank ``rank``."""
     chunks = torch.arange(length).chunk(2 * size)
     return torch.cat((chunks[rank], chunks[-1 - rank]))
+
+
+@dataclass(frozen=True)
+class RowPlaces:
+    """Where chosen rows of a hidden state [s_local, b, h] are in this process.
+
+    ``flat`` int64 [...]: their number among its s_local x b rows; ``here`` bool [..., 1]: False
+    where another process has the row; None: they are all here.
+    """
+
+    flat: Tensor
+    here: Tensor | None
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> RowPlaces:
+        """A copy where ``move`` takes tensors."""
+        return RowPlaces(move(self.flat), None if self.here is None else move(self.here))
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,15 @@ class SequenceShards:
         index = start // size + (positions - start) % width + width * second
         return index, second | (chunk == rank)
 
+    def places(
+        self, index: Tensor, here: Tensor, row: Tensor | int, shape: torch.Size
+    ) -> RowPlaces:
+        """The result of :meth:`in_part` in ``row`` of whole tokens [b, s] -> :class:`RowPlaces`."""
+        b, s = shape
+        index, here = self.in_piece(index, here, s // self.context_size // self.sequence_size)
+        sharded = self.context is not None or self.sequence is not None
+        return RowPlaces(index * b + row, here[..., None] if sharded else None)
+
     def in_piece(self, index: Tensor, here: Tensor, s_local: int) -> tuple[Tensor, Tensor]:
         """The result of :meth:`in_part` -> (index in this process's piece, whether it is there)."""
         if self.sequence is not None:
@@ -112,7 +139,7 @@ class SequenceShards:
 
 
 class _GatherRows(torch.autograd.Function):
-    """hidden [s_local, b, h], index and here [b, m] -> rows [b, m, h], equal on all ranks.
+    """hidden [s_local, b, h] -> rows [*places, h], equal on all ranks of ``groups``.
 
     Each rank fills in the rows that it holds and the sum over the groups completes them: m rows
     travel, never the sequence.  All ranks then compute the same loss from the same rows, so each
@@ -120,49 +147,37 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, index: Tensor, here: Tensor, *groups: Any) -> Tensor:
-        batch = torch.arange(hidden.shape[1], device=hidden.device)[:, None]
-        rows = hidden[index, batch] * here[..., None]
+    def forward(ctx: Any, hidden: Tensor, places: RowPlaces, *groups: Any) -> Tensor:
+        rows = hidden.flatten(0, 1).index_select(0, places.flat.flatten())
+        rows = rows.view(*places.flat.shape, hidden.shape[-1])
+        if places.here is not None:
+            rows = rows * places.here
         for group in groups:
             if group is not None:
                 dist.all_reduce(rows, group=group)
-        ctx.save_for_backward(index, here)
-        ctx.shape = hidden.shape
+        ctx.places, ctx.shape = places, hidden.shape
         return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        index, here = ctx.saved_tensors
-        grad = grads[0].new_zeros(ctx.shape)
-        batch = torch.arange(ctx.shape[1], device=index.device)[:, None].expand_as(index)
-        # Accumulate: the padding of a short window repeats a position (with gradient zero).
-        grad.index_put_((index, batch), grads[0] * here[..., None], accumulate=True)
-        return grad, None, None, None, None
+        places, grad = ctx.places, grads[0]
+        if places.here is not None:
+            grad = grad * places.here
+        # Add: the padding of a short window repeats a position (with gradient zero).
+        whole = grad.new_zeros(ctx.shape).flatten(0, 1)
+        whole.index_add_(0, places.flat.flatten(), grad.flatten(0, -2))
+        return whole.view(ctx.shape), None, None, None
 
 
-def gather_rows(
-    hidden: Tensor, positions: Tensor, shards: SequenceShards, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """hidden [s_local, b, h], positions [b, m] in the whole padded row -> [b, m, h].
+def gather_rows(hidden: Tensor, places: RowPlaces, shards: SequenceShards) -> Tensor:
+    """hidden [s_local, b, h] -> rows [*places, h], equal on all ranks of ``shards``.
 
-    Equal on all ranks of ``shards``.  Under context parallelism a loss of these rows gives each
-    rank the gradient through its own tokens alone: summed over the ranks, each counts once.
+    Under context parallelism a loss of these rows gives each rank the gradient through its own
+    tokens alone: summed over the ranks, each counts once.
     """
-    s_local = hidden.shape[0]
-    length = s_local * shards.sequence_size * shards.context_size
-    index, here = shards.in_piece(*shards.in_part(positions, length, cu_seqlens), s_local)
-    return _GatherRows.apply(hidden, index, here, shards.sequence, shards.context)
+    return _GatherRows.apply(hidden, places, shards.sequence, shards.context)
 
 
-def part_rows(
-    hidden: Tensor, positions: Tensor, shards: SequenceShards, cu_seqlens: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """As :func:`gather_rows`, for the positions of this context rank's part alone.
-
-    Returns rows [b, m, h] and ``mine`` bool [b, m]: where False, another context rank has the row.
-    """
-    s_local = hidden.shape[0]
-    length = s_local * shards.sequence_size * shards.context_size
-    index, mine = shards.in_part(positions, length, cu_seqlens)
-    index, here = shards.in_piece(index, mine, s_local)
-    return _GatherRows.apply(hidden, index, here, shards.sequence, None), mine
+def part_rows(hidden: Tensor, places: RowPlaces, shards: SequenceShards) -> Tensor:
+    """As :func:`gather_rows`, for places in this context rank's part alone."""
+    return _GatherRows.apply(hidden, places, shards.sequence, None)

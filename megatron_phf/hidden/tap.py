@@ -20,12 +20,12 @@ from torch import Tensor
 
 from megatron_phf.hidden.loss import layer_values
 from megatron_phf.hidden.plan import FlowPlan, make_flow_plan
-from megatron_phf.hidden.rows import SequenceShards, gather_rows
+from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows
 from megatron_phf.hidden.targets import FlowTargets
 from megatron_phf.hidden.term import HiddenTerm
-from megatron_phf.runtime import parallel
+from megatron_phf.runtime import device, parallel
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -46,15 +46,14 @@ class _AttachLoss(torch.autograd.Function):
 class FlowWindow:
     """The window of one microbatch in the sequences of one model.
 
-    ``positions`` [b, m]: absolute positions of the window's tokens; ``valid`` bool [b, m]: False
-    where a shorter window is padded; ``gradient_scale``: what one sequence's L_flow is multiplied
-    with in the training objective; ``cu_seqlens``: of a packed row, see ``hidden.rows``.
+    ``places`` [b, m]: of the window's tokens; ``valid`` bool [b, m]: False where a shorter window
+    is padded; ``gradient_scale``: what one sequence's L_flow is multiplied with in the training
+    objective.
     """
 
-    positions: Tensor
+    places: RowPlaces
     valid: Tensor
     gradient_scale: float
-    cu_seqlens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,14 @@ class FlowTap:
         weights: Mapping[str, Sequence[float]],
         targets: Mapping[str, FlowTargets],
         shards: SequenceShards,
+        layers: int,
     ) -> None:
-        """``targets``: for each kind of states that the terms compare."""
+        """``targets``: for each kind of states that the terms compare; ``layers``: of the model."""
         self.terms, self.weights = terms, weights
         self._targets, self._shards = targets, shards
+        rows = [[self._weight(term, layer) for term in terms] for layer in range(1, layers + 1)]
+        # One copy to the device for all layers and steps: [L, T].
+        self._layer_weights = device.from_host(torch.tensor(rows, dtype=torch.float32))
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
         # A layer's output and its states: the next layer's input, most often.
@@ -145,7 +148,7 @@ class FlowTap:
         self, hidden: Tensor, window: FlowWindow, kinds: Sequence[str]
     ) -> dict[str, Tensor]:
         """[b, n, h] of each kind."""
-        rows = gather_rows(hidden, window.positions, self._shards, window.cu_seqlens)
+        rows = gather_rows(hidden, window.places, self._shards)
         return {kind: make_states(kind, rows, window.valid) for kind in kinds}
 
     def _record(
@@ -181,8 +184,8 @@ class FlowTap:
         absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
         terms = torch.stack([values.get(term.name, absent) for term in self.terms])
         self.values[microbatch, layer] = terms.detach()
-        weights = [self._weight(term, layer) for term in self.terms]
-        loss = (terms.sum(1) * terms.new_tensor(weights)).sum() * window.gradient_scale
+        weighted = terms.sum(1) * self._layer_weights[layer - 1]
+        loss = weighted.sum() * window.gradient_scale
         # Pipeline stages free their output's data once it is sent, which a view would not allow.
         attached = _AttachLoss.apply(outputs, loss)
         output = make_viewless_tensor(inp=attached, requires_grad=True, keep_graph=True)
@@ -231,7 +234,7 @@ def make_flow_tap(
 
     kinds = dict.fromkeys(term.states for term in terms)
     targets = {kind: FlowTargets(plan(kind), widths[1]) for kind in kinds}
-    return FlowTap(terms, weights, targets, shards)
+    return FlowTap(terms, weights, targets, shards, len(layer_map))
 
 
 def set_flow_tap(chunks: Sequence[Any], tap: FlowTap | None) -> None:

@@ -153,22 +153,8 @@ def _check_plain(content: dict[str, Any], path: str) -> None:
 def check_lora(config: Config) -> None:
     """Raise ValueError for LoRA flags that do not fit each other, or the adapter to start from."""
     lora = config.lora
-    if lora.lora_rank < 0:
-        raise ValueError(f"--lora-rank {lora.lora_rank}: need at least 0 (0 is off)")
     if lora.lora_rank == 0:
-        for flag, value in (
-            ("--lora-adapter", lora.lora_adapter),
-            ("--save-adapter", lora.save_adapter),
-        ):
-            if value is not None:
-                raise ValueError(f"{flag} needs --lora-rank above 0")
         return
-    if config.model.hf_model is None:
-        raise ValueError("--lora-rank needs --hf-model: the embedded task trains all weights")
-    if lora.lora_alpha <= 0:
-        raise ValueError(f"--lora-alpha {lora.lora_alpha}: need above 0")
-    if not 0 <= lora.lora_dropout < 1:
-        raise ValueError(f"--lora-dropout {lora.lora_dropout}: need 0 to below 1")
     targets = target_modules(lora)
     if lora.lora_adapter is not None:
         _check_start(lora, targets)

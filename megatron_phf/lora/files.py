@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_phf.config.settings import Config
 from megatron_phf.files.directories import write_directory
+from megatron_phf.files.replace import write_json
 from megatron_phf.lora.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -25,6 +25,7 @@ from megatron_phf.lora.linears import LowRankAdapter, adapted_linears
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_every_rank
 
 _PEFT = "base_model.model."
 
@@ -109,10 +110,9 @@ def save_peft_adapter(
 
     def write(directory: str) -> None:
         save_file(tensors, os.path.join(directory, WEIGHTS_FILE), {"format": "pt"})
-        with open(os.path.join(directory, CONFIG_FILE), "w", encoding="utf-8") as f:
-            json.dump(adapter_config(config), f, indent=2)
+        write_json(os.path.join(directory, CONFIG_FILE), adapter_config(config), indent=2)
 
-    parallel.raise_together(write_directory(target, flag, write))
+    write_directory(target, flag, write)
 
 
 def read_adapter(directory: str) -> tuple[dict[str, Tensor], float]:
@@ -133,8 +133,8 @@ def read_adapter(directory: str) -> tuple[dict[str, Tensor], float]:
 
 def _load_local(
     chunks: list[FlowGPTModel], arch: Architecture, config: Config, source: str
-) -> str | None:
-    """Fill this rank's adapters; what went wrong."""
+) -> None:
+    """Fill this rank's adapters."""
     path, matrices = os.path.join(source, WEIGHTS_FILE), ("lora_A", "lora_B")
     known = {
         tensor_name(layer, target, matrix)
@@ -146,19 +146,20 @@ def _load_local(
         with safe_open(path, "pt") as f:
             different = sorted(known ^ set(f.keys()))
             if different:
-                return f"{path}: {different[0]} is missing there or in this model; is it another's?"
+                raise ValueError(
+                    f"{path}: {different[0]} is missing there or in this model; is it another's?"
+                )
             for layer, target, adapter in _named_adapters(chunks):
                 a, b = (f.get_tensor(tensor_name(layer, target, matrix)) for matrix in matrices)
                 rank, (rows, columns) = adapter.lora_A.shape[0], adapter.shape
                 if a.shape != (rank, columns) or b.shape != (rows, rank):
-                    return (
+                    raise ValueError(
                         f"{path}: {target} of layer {layer} has another shape than this model's "
                         f"{rows} x {columns}; is it another's?"
                     )
                 adapter.load(a, b)
     except (OSError, SafetensorError) as error:
-        return f"{path}: cannot be read ({error}); copy the adapter again"
-    return None
+        raise ValueError(f"{path}: cannot be read ({error}); copy the adapter again") from error
 
 
 def load_peft_adapter(
@@ -169,4 +170,4 @@ def load_peft_adapter(
     Raises:
         ValueError: files are missing, damaged or another model's, on every rank.
     """
-    parallel.raise_together(_load_local(chunks, arch, config, source))
+    on_every_rank(_load_local, chunks, arch, config, source)

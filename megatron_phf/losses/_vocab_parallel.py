@@ -44,12 +44,36 @@ class VocabShard:
         total = self.sum((logits.sub_(top)).exp().sum(-1, keepdim=True))
         return logits.sub_(total.log_())
 
+    def _column(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Global ids [c] -> any column of this shard [c, 1], False [c] where it is not the id's.
+
+        Which ids are here is never asked for: the host would wait for the answer.
+        """
+        local = ids - self.start
+        return local.clamp(0, self.size - 1)[:, None], (local >= 0) & (local < self.size)
+
+    def pick(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x [c, v] -> its entry of each id [c]; 0 where another shard has that."""
+        if not self.size:
+            return x.new_zeros(len(ids))
+        column, here = self._column(ids)
+        return x.gather(1, column)[:, 0].masked_fill(~here, 0)
+
+    def add_at(self, x: Tensor, ids: Tensor, values: Tensor) -> Tensor:
+        """In place: x [c, v] with ``values`` [c] added to the ids' entries, where they are here."""
+        if self.size:
+            column, here = self._column(ids)
+            x.scatter_add_(1, column, values.masked_fill(~here, 0)[:, None])
+        return x
+
     def top_k_mask(self, logits: Tensor, k: int) -> Tensor:
         """logits [c, v] -> bool [c, v]: in the k largest of all shards, ties to the lowest id."""
         # A stable sort breaks ties by position; topk promises nothing about them.
         values, index = logits.sort(dim=-1, descending=True, stable=True)
-        missing = max(k - logits.shape[-1], 0)
+        entries = logits.shape[-1]
+        missing = max(k - entries, 0)
         values = F.pad(values[:, :k], (0, missing), value=-math.inf).contiguous()
+        index = F.pad(index[:, :k], (0, missing), value=entries)
         rank = 0
         if self.group is not None:
             parts = [torch.empty_like(values) for _ in range(dist.get_world_size(self.group))]
@@ -58,10 +82,10 @@ class VocabShard:
         # Shards come in the order of their ids, so that this sort too prefers the lowest id.
         winners = values.sort(dim=-1, descending=True, stable=True).indices[:, :k] - rank * k
         here = (winners >= 0) & (winners < k - missing)
-        rows, columns = here.nonzero().unbind(-1)
-        mask = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-        mask[rows, index[rows, winners[rows, columns]]] = True
-        return mask
+        # One column too many takes the winners of other shards; asking how many here would wait.
+        chosen = index.gather(1, winners.clamp(0, k - 1)).masked_fill_(~here, entries)
+        mask = logits.new_zeros((len(logits), entries + 1), dtype=torch.bool)
+        return mask.scatter_(1, chosen, True)[:, :entries]
 
 
 def vocab_shard(
@@ -155,18 +179,10 @@ def policy_chunk(
     """
     log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
     entropy = -(log_t.exp() * log_t).sum(-1)
-    local = targets - shard.start
-    here = (local >= 0) & (local < shard.size)
-    rows = here.nonzero()[:, 0]
-    picked = [
-        log_s.new_zeros(len(targets)).index_put((rows,), x[rows, local[rows]])
-        for x in (log_s, log_t)
-    ]
-    sums = shard.sum(torch.stack((*picked, entropy)))
+    sums = shard.sum(torch.stack((*(shard.pick(x, targets) for x in (log_s, log_t)), entropy)))
     advantage = torch.ones_like(sums[0]) if supervised else sums[1] - sums[0]
     values = torch.stack((-advantage * sums[0], torch.zeros_like(advantage), sums[2]))
     if not with_gradient:
         return values, None
     gradient = log_s.exp_().mul_(advantage[:, None])
-    gradient[rows, local[rows]] -= advantage[rows]
-    return values, gradient
+    return values, shard.add_at(gradient, targets, -advantage)

@@ -54,6 +54,14 @@ class _Problem:
     objective: str
 
 
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two 16-bit matrices as their sums are, in fp32: not rounded."""
+    # Since torch 2.8, on CUDA alone; there is no fp32 sum in place that every such version takes.
+    if left.is_cuda and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 class _Gradients:
     """Gradients of one loss, added up over chunks (None where not wanted)."""
 
@@ -74,8 +82,13 @@ class _Gradients:
             return
         if self.weight.dtype is d_logits.dtype:
             self.weight[:real].addmm_(d_logits.T, rows)
-        else:
-            self.weight[:real] += d_logits.T @ rows
+            return
+        # The product of a chunk in fp32, a block of entries at a time: one of the whole head would
+        # be as large as the sum itself.
+        size = max(1, _BLOCK_BYTES[rows.device.type] // (4 * rows.shape[1]))
+        for start in range(0, real, size):
+            block = slice(start, min(start + size, real))
+            self.weight[block] += _wide_product(d_logits[:, block].T, rows)
 
 
 class _Chunked(torch.autograd.Function):

@@ -32,9 +32,5 @@ def chunked_log_probs(
         if not len(chunk):
             continue
         logs = shard.log_softmax_((chunk @ weight[:size].T).to(wide))
-        local = ids - vocab_start
-        here = (local >= 0) & (local < size)
-        picked = logs.new_zeros(len(ids))
-        picked[here] = logs[here, local[here]]
-        parts.append(shard.sum(picked))
+        parts.append(shard.sum(shard.pick(logs, ids)))
     return torch.cat(parts)

@@ -12,11 +12,10 @@ from typing import Any
 
 from megatron_phf.config.settings import Config, ParallelConfig, flag_of
 from megatron_phf.data.microbatches import round_up
-from megatron_phf.files.foreign import Fields, read_json_object, shown
+from megatron_phf.files.foreign import Fields, read_json_object
 from megatron_phf.model.experts import Experts, read_experts
+from megatron_phf.model.families import FAMILIES, Family, family_of
 from megatron_phf.model.rope import Rope, read_rope
-
-ARCHITECTURES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,19 @@ class Architecture:
     experts: Experts | None = None
 
     @property
+    def family(self) -> Family:
+        """Its row in the table of architectures."""
+        return FAMILIES[self.model_type]
+
+    @property
     def qk_layernorm(self) -> bool:
-        """Qwen3 normalises queries and keys."""
-        return self.model_type in ("qwen3", "qwen3_moe")
+        """Whether queries and keys are normalised."""
+        return self.family.qk_layernorm
 
     @property
     def add_qkv_bias(self) -> bool:
-        """Qwen2 adds a bias to q, k and v."""
-        return self.model_type == "qwen2"
+        """Whether q, k and v have a bias."""
+        return self.family.qkv_bias
 
     def padded_groups(self, tensor_parallel_size: int) -> int:
         """Key/value groups after padding to a multiple of the tensor-parallel size."""
@@ -79,46 +83,6 @@ class Architecture:
             return 0
         expert = 3 * self.hidden_size * self.experts.ffn_hidden_size
         return self.num_layers * self.experts.count * expert
-
-
-def _refuse_unsupported(fields: Fields) -> None:
-    path, content = fields.path, fields.content
-    model_type = content.get("model_type")
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path}: model_type {shown(model_type)} is not supported (only {known})")
-    biases = ["mlp_bias"] + (["attention_bias"] if model_type != "qwen2" else [])
-    wanted: dict[str, Any] = {"hidden_act": "silu", **dict.fromkeys(biases, False)}
-    wanted |= {"use_sliding_window": False}
-    if model_type == "qwen3_moe":  # experts in every layer
-        wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
-    nullable: dict[str, Any] = {
-        "mlp_only_layers": [],
-        "per_layer_config": {},
-        "transformers_weights": None,
-    }
-    for name, value in (wanted | nullable).items():
-        found = content.get(name, value)
-        if found != value and not (name in nullable and found is None):
-            raise ValueError(f"{path}: {name}={shown(found)} is not supported (only {value!r})")
-    layers = content.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-        raise ValueError(
-            f"{path}: layer_types={shown(layers)} is not supported (only 'full_attention')"
-        )
-
-
-def _head_sizes(content: Fields, heads: int, hidden_size: int) -> tuple[int, int]:
-    """(key/value groups, channels a head).
-
-    transformers has numbers of its own where Qwen's files lack these, and a null is not a number
-    for all of them: both are mistakes here, where they do not mean what they say.
-    """
-    kind, name = content.text("model_type"), "num_key_value_heads"
-    missing = name not in content.content and kind != "llama"
-    groups = content.size(name, None if missing else heads, nullable=kind != "qwen3_moe")
-    channels = None if kind.startswith("qwen3") else max(1, hidden_size // heads)
-    return groups, content.size("head_dim", channels, nullable=kind == "llama")
 
 
 def _check_heads(path: str, arch: Architecture) -> None:
@@ -155,9 +119,9 @@ def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
         path: what an error names.
     """
     content = Fields(path, mapping)
-    _refuse_unsupported(content)
+    family = family_of(content)
     heads, hidden_size = content.size("num_attention_heads"), content.size("hidden_size")
-    groups, kv_channels = _head_sizes(content, heads, hidden_size)
+    groups, kv_channels = family.head_sizes(content, heads, hidden_size)
     arch = Architecture(
         model_type=content.text("model_type"),
         num_layers=content.size("num_hidden_layers"),
@@ -169,10 +133,10 @@ def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
         vocab_size=content.size("vocab_size"),
         max_position_embeddings=content.size("max_position_embeddings"),
         layernorm_epsilon=content.number("rms_norm_eps", 1e-6),
-        rope=read_rope(content),
+        rope=read_rope(content, family.rope_kinds),
         tie_word_embeddings=content.boolean("tie_word_embeddings", False),
         initializer_range=content.number("initializer_range", 0.02),
-        experts=read_experts(content),
+        experts=read_experts(content, family.experts) if family.experts else None,
     )
     _check_heads(path, arch)
     return arch

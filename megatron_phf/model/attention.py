@@ -5,6 +5,8 @@ Which of torch's kernels they may be says ``device.setup``: on CUDA none of cuDN
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +66,23 @@ def _expands_groups(query: Tensor, mask: Tensor | None) -> bool:
     return device.has_cuda() and (mask is not None or not half)
 
 
+@functools.lru_cache(maxsize=1)
+def _visible(
+    lengths: tuple[int, ...], size: int, rank: int, where: torch.device
+) -> tuple[Tensor, ...]:
+    """Which keys of each sequence, rank by rank, context rank ``rank`` of ``size`` sees.
+
+    ``lengths``: of its queries.  Bool [1, 1, length, size x length] each; all layers of a
+    microbatch, and their backward passes, share them.
+    """
+    masks = []
+    for length in lengths:
+        parts = [context_positions(size * length, size, r) for r in range(size)]
+        own, every = (device.from_host(x).to(where) for x in (parts[rank], torch.cat(parts)))
+        masks.append((own[:, None] >= every)[None, None])
+    return tuple(masks)
+
+
 class CausalAttention(MegatronModule):
     """torch's fused attention as megatron's core attention, for the ``local`` layer spec.
 
@@ -109,21 +128,25 @@ class CausalAttention(MegatronModule):
                 gather_from_sequence_parallel_region(x, group=self.context) for x in (key, value)
             )
         if packed_seq_params is None:
-            return self._attend(query, key, value)
+            return self._attend(query, key, value, *self._masks([len(query)], query.device))
         # This rank's tokens of each sequence; every rank's of keys and values, by rank.
-        lengths = (packed_seq_params.cu_seqlens_q.diff() // size).tolist()
+        lengths = (packed_seq_params.cu_seqlens_q.diff() // size).tolist()  # it is on the host
         queries = query.unsqueeze(1).split(lengths)
         keys, values = (
             x.unsqueeze(1).unflatten(0, (size, -1)).split(lengths, dim=1) for x in (key, value)
         )
-        sides = zip(queries, keys, values, strict=True)
-        return torch.cat([self._attend(q, k.flatten(0, 1), v.flatten(0, 1)) for q, k, v in sides])
+        sides = zip(queries, keys, values, self._masks(lengths, query.device), strict=True)
+        return torch.cat(
+            [self._attend(q, k.flatten(0, 1), v.flatten(0, 1), mask) for q, k, v, mask in sides]
+        )
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _masks(self, lengths: Sequence[int], where: torch.device) -> Sequence[Tensor | None]:
+        """Of each sequence; None where causality is all, which needs no mask."""
+        if self.context.size() == 1:
+            return [None] * len(lengths)
+        return _visible(tuple(lengths), self.context.size(), self.context.rank(), where)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """One sequence: this context rank's queries, the keys and values of all, rank by rank."""
-        size, mask = self.context.size(), None
-        if size > 1:
-            parts = [context_positions(len(key), size, r).to(query.device) for r in range(size)]
-            mask = (parts[self.context.rank()][:, None] >= torch.cat(parts))[None, None]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         return attend(q, k, v, mask, is_causal=mask is None, scale=self.scale)

@@ -22,17 +22,26 @@ class Experts:
     aux_loss_coeff: float
 
 
-def read_experts(content: Fields) -> Experts | None:
-    if content.text("model_type") != "qwen3_moe":
-        return None
-    # transformers 5 writes num_local_experts, the models on the hub say num_experts.
-    name = "num_local_experts" if "num_local_experts" in content.content else "num_experts"
+@dataclass(frozen=True)
+class ExpertKeys:
+    """Where a ``config.json`` has the fields of :class:`Experts`; of ``count``, the first there."""
+
+    count: tuple[str, ...]
+    per_token: str
+    ffn_hidden_size: str
+    normalize_weights: str
+    aux_loss_coeff: str
+
+
+def read_experts(content: Fields, keys: ExpertKeys) -> Experts:
+    """The mixture of experts of a ``config.json``; ValueError where Megatron has none such."""
+    counts = [name for name in keys.count if name in content.content]
     experts = Experts(
-        count=content.size(name),
-        per_token=content.size("num_experts_per_tok"),
-        ffn_hidden_size=content.size("moe_intermediate_size"),
-        normalize_weights=content.boolean("norm_topk_prob", False),
-        aux_loss_coeff=content.number("router_aux_loss_coef", 0.001, zero=True),
+        count=content.size((counts or keys.count[-1:])[0]),
+        per_token=content.size(keys.per_token),
+        ffn_hidden_size=content.size(keys.ffn_hidden_size),
+        normalize_weights=content.boolean(keys.normalize_weights, False),
+        aux_loss_coeff=content.number(keys.aux_loss_coeff, 0.001, zero=True),
     )
     if experts.per_token == 1 and experts.normalize_weights:
         raise ValueError(

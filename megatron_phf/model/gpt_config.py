@@ -96,6 +96,8 @@ def transformer_config(arch: Architecture, config: Config) -> TransformerConfig:
         gradient_accumulation_fusion=kernels.gradient_accumulation(config).on,
         # Interleaved stages exchange shapes through batched sends otherwise, which gloo lacks.
         batch_p2p_comm=on_gpu and virtual == 1,
+        # A wait for the whole device after each message, for a fault of torch long before ours.
+        batch_p2p_sync=False,
         overlap_p2p_comm=False,
         # Microbatches of their own lengths: each message is announced by its shape.
         variable_seq_lengths=config.batching.max_tokens_per_microbatch > 0,

@@ -10,6 +10,7 @@ otherwise.  No import of torch: the checks before launch read it too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DEFAULT_BASE = 10000.0  # of transformers' Llama, Qwen2 and Qwen3 where the file says nothing
-_KINDS = ("default", "linear", "llama3")
+KINDS = ("default", "linear", "llama3")
 # transformers' RopeParameters, and ``type``, the older name; what a kind does not read is ignored.
 KNOWN = {
     *("rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "attention_factor"),
@@ -95,7 +96,7 @@ def _positions(content: Fields) -> int:
     return content.size("max_position_embeddings")
 
 
-def read_rope(content: Fields) -> Rope:
+def read_rope(content: Fields, kinds: Sequence[str] = KINDS) -> Rope:
     """The rotary embedding of a ``config.json``, as transformers 5 reads it.
 
     Raises:
@@ -103,12 +104,11 @@ def read_rope(content: Fields) -> Rope:
     """
     parameters, base = _parameters(content)
     _check_parameters(content, parameters)
-    kinds = [parameters.content[n] for n in ("rope_type", "type") if n in parameters.content]
-    kind = kinds[0] if kinds else "default"
-    if kind not in _KINDS:
+    named = [parameters.content[n] for n in ("rope_type", "type") if n in parameters.content]
+    kind = named[0] if named else "default"
+    if kind not in kinds:
         raise ValueError(
-            f"{content.path}: rope scaling {shown(kind)} is not supported (only "
-            f"{', '.join(_KINDS)})"
+            f"{content.path}: rope scaling {shown(kind)} is not supported (only {', '.join(kinds)})"
         )
     if kind == "default":
         return Rope(base)

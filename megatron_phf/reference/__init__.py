@@ -10,7 +10,7 @@ from megatron_phf.reference.hidden import cka_terms, flow_terms, named_terms, wi
 from megatron_phf.reference.method import Result, compute, read_replay, train
 from megatron_phf.reference.model import load_model
 from megatron_phf.reference.options import Options
-from megatron_phf.reference.output import divergence
+from megatron_phf.reference.output_loss import divergence
 
 __all__ = [
     "Options",

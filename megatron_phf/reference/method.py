@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, window
 from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
 from megatron_phf.reference.options import Options
-from megatron_phf.reference.output import cross_entropy, divergence, sampled_token
+from megatron_phf.reference.output_loss import cross_entropy, divergence, sampled_token
 
 
 @dataclass

@@ -11,7 +11,7 @@ from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.teacher.architecture import common_vocab_size
+from megatron_phf.teacher.architecture import Models
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,16 @@ class RolloutContext:
     def __init__(
         self,
         config: Config,
-        arch: Architecture,
+        models: Models,
         prompts: Prompts | None,
         load: Callable[[], list[FlowGPTModel]],
     ) -> None:
-        self.config, self.arch, self._prompts, self._load = config, arch, prompts, load
+        self.config, self.models, self._prompts, self._load = config, models, prompts, load
+
+    @property
+    def arch(self) -> Architecture:
+        """The student's."""
+        return self.models.student
 
     @property
     def prompts(self) -> Prompts:
@@ -53,4 +58,4 @@ class RolloutContext:
     @property
     def vocab_size(self) -> int:
         """Token ids from here on one of the two models lacks."""
-        return common_vocab_size(self.arch, self.config)
+        return self.models.vocab_size

@@ -23,23 +23,34 @@ FLAG = "--rollout-engine"
 
 @dataclass(frozen=True)
 class EngineRow:
-    """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``)."""
+    """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``).
+
+    ``reads_data``: it needs the problems of --data; else its prompts are its own.
+    """
 
     factory: str
     samples: bool = True
+    reads_data: bool = True
 
 
 ENGINES = {
     "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine"),
     "vllm": EngineRow("megatron_phf.rollout.vllm.engine:make_engine"),
     "reference": EngineRow("megatron_phf.rollout.sources:reference_source", samples=False),
-    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", samples=False),
+    "replay": EngineRow(
+        "megatron_phf.rollout.sources:replay_source", samples=False, reads_data=False
+    ),
 }
 
 
 def engine_row(spec: str) -> EngineRow:
     """The row of an engine by its name, or of one's own by ``package.module:factory``."""
     return ENGINES.get(spec) or EngineRow(spec)
+
+
+def reads_data(config: Config) -> bool:
+    """Whether the run's rollouts start from the problems of ``--data``."""
+    return engine_row(config.rollout.rollout_engine).reads_data
 
 
 def check_engine(config: Config) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_every_rank
 
 
 def asked_once(ask: Callable[[], Sequence[Response]]) -> list[Response]:
@@ -16,12 +17,5 @@ def asked_once(ask: Callable[[], Sequence[Response]]) -> list[Response]:
     Raises:
         ValueError: that of ``ask``; on every rank of the world.
     """
-    responses: Sequence[Response] = []
-    problem = None
-    if parallel.decides_for_model():
-        try:
-            responses = ask()
-        except ValueError as error:
-            problem = str(error)
-    parallel.raise_together(problem)
-    return parallel.share_object(list(responses))
+    responses = on_every_rank(lambda: list(ask()) if parallel.decides_for_model() else [])
+    return parallel.share_object(responses)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,17 @@ from typing import Protocol
 import numpy as np
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import keep_lines
+from megatron_phf.data.problems import append_jsonl, keep_lines
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.rollout.checked import CheckedEngine
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.engines import engine_row, make_by_factory
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
-from megatron_phf.teacher.architecture import read_teacher
+from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.teacher.architecture import Models
 
 
 class RolloutSource(Protocol):
@@ -32,11 +31,18 @@ class RolloutSource(Protocol):
         ...
 
 
+def problem_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch (from 0) takes ``count`` problems."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 2**32 + epoch]))
+    return generator.permutation(count)
+
+
 class ProblemOrder:
     """Which problems a step takes: seeded, each epoch another permutation."""
 
     def __init__(self, pairs: Sequence[PromptPair], global_batch_size: int, seed: int) -> None:
         self._pairs, self._batch, self._seed = pairs, global_batch_size, seed
+        self._known: dict[int, np.ndarray] = {}
 
     def share(self, iteration: int) -> tuple[list[int], list[PromptPair]]:
         """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
@@ -46,8 +52,9 @@ class ProblemOrder:
 
     def _problem_of(self, sample_id: int) -> int:
         epoch, position = divmod(sample_id, len(self._pairs))
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, 2**32 + epoch]))
-        return int(generator.permutation(len(self._pairs))[position])
+        if epoch not in self._known:  # of the last one alone: it is as long as the data
+            self._known = {epoch: problem_permutation(len(self._pairs), self._seed, epoch)}
+        return int(self._known[epoch][position])
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,10 @@ class ResponseRoom:
         return min(*behind, self.max_new_tokens)
 
 
-def response_room(config: Config, arch: Architecture) -> ResponseRoom:
+def response_room(config: Config, models: Models) -> ResponseRoom:
     """Where student and teacher, which may be another model, end a response."""
-    teacher = read_teacher(arch, config) or arch
-    positions = arch.max_position_embeddings, teacher.max_position_embeddings
-    return ResponseRoom(*positions, config.rollout.max_new_tokens)
+    student, teacher = (m.max_position_embeddings for m in (models.student, models.teacher))
+    return ResponseRoom(student, teacher, config.rollout.max_new_tokens)
 
 
 def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
@@ -171,7 +177,7 @@ def _order(context: RolloutContext) -> ProblemOrder:
 
 def reference_source(context: RolloutContext) -> ReferenceSource:
     """``--rollout-engine reference``."""
-    prompts, room = context.prompts, response_room(context.config, context.arch)
+    prompts, room = context.prompts, response_room(context.config, context.models)
     end = prompts.tokenizer.eos_id
     stop = prompts.stop_ids[0] if end is None else end
     return ReferenceSource(prompts.tokenizer.encode, stop, _order(context), room)
@@ -205,8 +211,16 @@ def make_source(context: RolloutContext) -> RolloutSource:
         source: RolloutSource = make_by_factory(spec, context)
         return source
     sampling = sampling_params(config, context.prompts.stop_ids)
-    room = response_room(config, context.arch)
+    room = response_room(config, context.models)
     return OnPolicySource(make_engine(context), _order(context), sampling, room)
+
+
+def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
+    """With ``--record-rollouts`` in that file too, behind the rollouts of ``done`` steps."""
+    path = config.rollout.record_rollouts
+    if path is None:
+        return source
+    return RecordingSource(source, path, done * config.train.global_batch_size)
 
 
 class RecordingSource:
@@ -217,15 +231,15 @@ class RecordingSource:
 
     def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
         self._source, self._path = source, path
-        if parallel.is_first_rank():
-            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-            keep_lines(path, lambda number, line: number <= kept, is_rollout)
+        on_first_rank(self._begin, kept)
+
+    def _begin(self, kept: int) -> None:
+        os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
+        keep_lines(self._path, lambda number, line: number <= kept, is_rollout)
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
         local = self._source.rollouts(iteration)
         shares = parallel.gather_over_data_parallel([rollout_to_json(r) for r in local])
-        if parallel.is_first_rank():
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.writelines(json.dumps(r) + "\n" for share in shares for r in share)
+        on_first_rank(append_jsonl, self._path, [r for share in shares for r in share])
         return local

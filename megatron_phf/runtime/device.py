@@ -50,6 +50,11 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device(), non_blocking=True)
 
 
+def from_host(tensor: torch.Tensor) -> torch.Tensor:
+    """What was made in host memory, on the device of this process; nobody waits for the copy."""
+    return to_device(host_buffer(tensor).copy_(tensor)) if has_cuda() else tensor
+
+
 def host_buffer(like: torch.Tensor) -> torch.Tensor:
     """Host memory for a copy of ``like``; pinned where there is CUDA, which costs time to make."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=has_cuda())

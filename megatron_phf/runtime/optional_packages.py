@@ -32,7 +32,8 @@ def why_missing(name: str) -> str | None:
     hidden = name in sys.modules and sys.modules[name] is None
     if not hidden and importlib.util.find_spec(name) is None:
         return f"{name} is not installed"
-    return _failure(name)
+    reason = import_failure(name)
+    return reason and f"{name} is installed but does not import ({reason})"
 
 
 def hide_broken() -> None:
@@ -42,7 +43,8 @@ def hide_broken() -> None:
 
 
 @functools.cache
-def _failure(name: str) -> str | None:
+def import_failure(name: str) -> str | None:
+    """What an import of the package says, shortened; None where it works.  Hides one that fails."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,6 +55,5 @@ def _failure(name: str) -> str | None:
         for module in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
             del sys.modules[module]
         sys.modules[name] = None  # type: ignore[assignment]  # Python's mark for "not to be found"
-        reason = shorten(f"{type(error).__name__}: {error}", 100, placeholder=" ...")
-        return f"{name} is installed but does not import ({reason})"
+        return shorten(f"{type(error).__name__}: {error}", 100, placeholder=" ...")
     return None

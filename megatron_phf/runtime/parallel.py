@@ -139,11 +139,6 @@ def context_parallel_size() -> int:
     return mpu.get_context_parallel_world_size()
 
 
-def is_first_stage() -> bool:
-    """Whether this process embeds the tokens (of its first virtual chunk)."""
-    return mpu.is_pipeline_first_stage(ignore_virtual=True)
-
-
 def is_last_stage() -> bool:
     """Whether this process holds the output head (of its last virtual chunk)."""
     return mpu.is_pipeline_last_stage(ignore_virtual=True)
@@ -252,7 +247,7 @@ def max_over_experts(value: int) -> int:
     """
     if expert_parallel_size() == 1:
         return value
-    return int(largest_over_experts(torch.tensor([value], device=device.device())))
+    return int(largest_over_experts(device.from_host(torch.tensor([value]))))
 
 
 def largest_over_experts(numbers: torch.Tensor) -> torch.Tensor:
@@ -270,9 +265,13 @@ def gather_over_data_parallel(value: Any) -> list[Any]:
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
     """The maximum of each value over the world; every rank must call it."""
-    tensor = torch.tensor([float(v) for v in values], device=device.device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return tensor.tolist()
+    return max_of_tensor(device.from_host(torch.tensor([float(v) for v in values])))
+
+
+def max_of_tensor(values: torch.Tensor) -> list[float]:
+    """As :func:`max_over_ranks`, of numbers [n] on the device, which it overwrites."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -282,10 +281,10 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
     return gathered
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's picklable ``value`` on every rank."""
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's picklable ``value`` on every rank (of the world where no group is given)."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

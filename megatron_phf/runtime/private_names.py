@@ -27,7 +27,6 @@ TORCH = Package(
     "torch",
     "2.11 and 2.13",
     (
-        "torch:_foreach_lerp_",
         "torch:_C._autograd._get_current_graph_task_keep_graph",
         "torch.distributed.distributed_c10d:_get_default_store",
         "torch.distributed.distributed_c10d:_world.pg_map",
@@ -119,11 +118,6 @@ def _version(package: str) -> str:
 
 
 # torch
-
-
-def lerp_(tensors: Sequence[Any], ends: Sequence[Any], weight: float) -> None:
-    """Each of ``tensors`` moves by ``weight`` of the way to its end, in place, in few kernels."""
-    find("torch:_foreach_lerp_")(tensors, ends, weight)
 
 
 def keeps_graph() -> bool:

@@ -18,6 +18,7 @@ class RunLock:
     """An fcntl lock on DIR/run.lock, which says who holds it.
 
     The file stays behind and means nothing without the lock: there is no stale lock to remove.
+    Not the package filelock's: see docs/design.md.
     """
 
     def __init__(self, directory: str, flag: str) -> None:
@@ -33,7 +34,14 @@ class RunLock:
             self._file: IO[str] = open(path, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ValueError(f"{flag} {directory}: cannot be written ({error.strerror})") from error
-        if not self._taken():
+        try:
+            taken = self._taken()
+        except OSError as error:
+            raise ValueError(
+                f"{flag} {directory}: its file system has no locks ({error.strerror}); mount it "
+                "with them, or name a directory elsewhere"
+            ) from error
+        if not taken:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()

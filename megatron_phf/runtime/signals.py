@@ -30,11 +30,15 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._installed = False
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
 
     def install(self) -> None:
         """From now on a signal waits for the end of the step."""
+        if self._installed:
+            return
+        self._installed = True
         for number in STOP_SIGNALS:
             if not _stays_ignored(number):
                 signal.signal(number, lambda number, frame: None)

@@ -6,30 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_phf.lora.linears import adapters_off, is_adapter
+from megatron_phf.lora.linears import is_adapter
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.teacher.average import WeightAverage
-
-
-class BaseModelTeacher:
-    """Frozen: the student's model with its adapters off.  Adds no tensor."""
-
-    def __init__(self, student: list[FlowGPTModel]) -> None:
-        self.chunks = student
-
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """Adapters off within."""
-        return adapters_off(self.chunks)
-
-    def update(self, student: list[FlowGPTModel]) -> None:
-        """Nothing."""
-
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Empty: the base model does not change."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
 
 
 class AdapterEmaTeacher:

@@ -1,4 +1,4 @@
-"""A teacher that is another model (``--teacher-hf-model``): what it needs to fit its student.
+"""The models of a run: its student, and a teacher that is another (``--teacher-hf-model``).
 
 Without torch: the checks before launch read it too.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_phf.config.settings import Config, flag_of
+from megatron_phf.config.settings import Config
 from megatron_phf.files.foreign import parse_json
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.hidden.spec import flow_spec, flow_weights
@@ -38,24 +39,45 @@ def teacher_config(config: Config) -> Config:
     )
 
 
-def read_teacher(arch: Architecture, config: Config) -> Architecture | None:
-    """The other model's architecture, its vocabulary cut or padded to the student's; or None.
+@dataclass(frozen=True)
+class Models:
+    """The architectures of a run, read once (:func:`read_models`).
 
-    With equal rows, tensor-parallel ranks hold the same tokens of both heads.
+    ``other``: that of ``--teacher-hf-model``, its vocabulary cut or padded to the student's: with
+    equal rows, tensor-parallel ranks hold the same tokens of both heads.
     """
+
+    student: Architecture
+    other: Architecture | None = None
+
+    @property
+    def teacher(self) -> Architecture:
+        """The other model's, or the student's own."""
+        return self.other or self.student
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that both models have; a vocabulary may be padded beyond the tokenizer's."""
+        stored = None if self.other is None else self.other.stored_vocab_size
+        return min(self.student.vocab_size, stored or self.student.vocab_size)
+
+
+def read_models(config: Config, student: Architecture | None = None) -> Models:
+    """From the ``config.json`` of each model that the flags name; ``student``: where known.
+
+    Raises:
+        ValueError: as ``read_architecture``; names the flag.
+    """
+    if student is None:
+        assert config.model.hf_model is not None
+        student = read_architecture(config.model.hf_model)
     directory = config.teacher.teacher_hf_model
     if directory is None:
-        return None
-    own = read_architecture(directory, TEACHER_FLAG)
-    return dataclasses.replace(own, vocab_size=arch.vocab_size, stored_vocab_size=own.vocab_size)
-
-
-def common_vocab_size(arch: Architecture, config: Config) -> int:
-    """Token ids that both models have; a vocabulary may be padded beyond the tokenizer's."""
-    teacher = read_teacher(arch, config)
-    if teacher is None or teacher.stored_vocab_size is None:
-        return arch.vocab_size
-    return min(arch.vocab_size, teacher.stored_vocab_size)
+        return Models(student)
+    own, rows = read_architecture(directory, TEACHER_FLAG), student.vocab_size
+    return Models(
+        student, dataclasses.replace(own, vocab_size=rows, stored_vocab_size=own.vocab_size)
+    )
 
 
 def layer_map(config: Config, student_layers: int, teacher_layers: int) -> tuple[int, ...]:
@@ -155,53 +177,43 @@ def check_teacher_flags(config: Config) -> None:
             f"it out, or name another model with {TEACHER_FLAG}"
         )
     if teacher.teacher_hf_model is None:
-        for f in dataclasses.fields(teacher):
-            if f.name != "teacher_offload" and getattr(teacher, f.name) is not None:
-                raise ValueError(f"{flag_of(f.name)} needs {TEACHER_FLAG}")
         return
     if config.method.teacher != "frozen":
         raise ValueError(
             f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
             "another model: use --teacher frozen, or leave one of the two out"
         )
-    if config.model.hf_model is None:
-        raise ValueError(f"{TEACHER_FLAG} needs --hf-model (and --data): the student")
 
 
-def check_models(config: Config, directory: str) -> None:
-    """Raise ValueError where student (in ``directory``) or teacher do not fit the layout."""
-    arch, own = read_architecture(directory), config
-    if config.teacher.teacher_hf_model is not None:  # the long prompt is the other model's
+def check_models(models: Models, config: Config, tokenizers: bool = True) -> None:
+    """Raise ValueError where student, teacher and flow loss do not fit the layout or one another.
+
+    ``tokenizers``: whether a model without one is a mistake.
+    """
+    own = config
+    if models.other is not None:  # the long prompt is the other model's
         own = config.replaced(max_teacher_prompt_length=config.data.max_prompt_length)
-    check_split(arch, own)
-    check_teacher(arch, config)
-    check_flow(arch, config)
-
-
-def check_flow(arch: Architecture, config: Config) -> None:
-    """Raise ValueError where the flow loss that the flags choose does not fit the two models."""
-    spec, teacher = flow_spec(config), read_teacher(arch, config) or arch
+    check_split(models.student, own)
+    _check_teacher(models, config, tokenizers)
+    layers, spec = models.student.num_layers, flow_spec(config)
     try:
-        flow_weights(arch.num_layers, spec, teacher.hidden_size == arch.hidden_size)
+        flow_weights(layers, spec, models.teacher.hidden_size == models.student.hidden_size)
     except ValueError as error:
         raise ValueError(f"--phf-terms {config.method.phf_terms}, --phf-layers: {error}") from error
 
 
-def check_teacher(arch: Architecture, config: Config) -> None:
+def _check_teacher(models: Models, config: Config, tokenizers: bool) -> None:
     """Raise ValueError where the other model does not fit the student or the layout."""
-    teacher = read_teacher(arch, config)
-    if teacher is None:
+    if models.other is None:
         return
     directory = config.teacher.teacher_hf_model
     assert directory is not None and config.model.hf_model is not None
     try:
-        check_split(teacher, teacher_config(config))
+        check_split(models.other, teacher_config(config))
     except ValueError as error:
         raise ValueError(
             f"{TEACHER_FLAG} {directory}: {error} (of the teacher: "
             "--teacher-num-layers-in-first-pipeline-stage and its sibling)"
         ) from error
-    layer_map(config, arch.num_layers, teacher.num_layers)
-    replaying = config.rollout.rollout_engine == "replay"
-    common = common_vocab_size(arch, config)
-    check_tokenizers(config.model.hf_model, directory, common, required=not replaying)
+    layer_map(config, models.student.num_layers, models.other.num_layers)
+    check_tokenizers(config.model.hf_model, directory, models.vocab_size, tokenizers)

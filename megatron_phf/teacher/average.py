@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
-from megatron_phf.runtime import private_names
 from megatron_phf.weights.sharded import weights_sharded_state_dict
 
 _PREFIX = "teacher."
@@ -55,11 +54,11 @@ class WeightAverage:
     def update(self, student: list[FlowGPTModel]) -> None:
         """One step towards the weights of ``student``, chunks of the same layout."""
         wait_for_weights(student)
-        averages = [average for _, average in self.pairs()]
         weights = [p.data for chunk in student for _, p in self._selected(chunk)]
-        # An offloaded teacher's average is on the host, and is updated there.
-        new = [w.to(a.device, torch.float32) for w, a in zip(weights, averages, strict=True)]
-        private_names.lerp_(averages, new, 1.0 - self._decay)
+        # One after the other: fp32 copies of all bf16 weights at a time would be a step's peak.
+        for weight, (_, average) in zip(weights, self.pairs(), strict=True):
+            # An offloaded teacher's average is on the host, and is updated there.
+            average.lerp_(weight.to(average.device, torch.float32), 1.0 - self._decay)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """For megatron-core's dist_checkpointing: one entry a chunk, keys prefixed ``teacher.``."""

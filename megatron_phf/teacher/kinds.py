@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import torch
 
 from megatron_phf.config.settings import Config
+from megatron_phf.lora.linears import adapters_off
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.fp8 import never_trained
 from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
-from megatron_phf.teacher.adapters import AdapterEmaTeacher, BaseModelTeacher
-from megatron_phf.teacher.architecture import TEACHER_FLAG, read_teacher, teacher_config
+from megatron_phf.teacher.adapters import AdapterEmaTeacher
+from megatron_phf.teacher.architecture import TEACHER_FLAG, Models, teacher_config
 from megatron_phf.teacher.average import WeightAverage
 from megatron_phf.teacher.offload import HostWeights
 from megatron_phf.weights.huggingface import load_hf_weights
@@ -47,7 +48,7 @@ class Teacher(Protocol):
 
 
 class StatelessTeacher:
-    """Frozen on weights of its own, or live on the student's: nothing to keep."""
+    """Frozen on weights of its own, live on the student's, or its base model: nothing to keep."""
 
     def __init__(self, chunks: list[FlowGPTModel], resident: Resident = _always) -> None:
         self.chunks, self._resident = chunks, resident
@@ -101,10 +102,10 @@ class EmaTeacher:
         self._apply()
 
 
-def _other_model(arch: Architecture, config: Config) -> list[FlowGPTModel]:
+def _other_model(teacher: Architecture, config: Config) -> list[FlowGPTModel]:
     """The model of ``--teacher-hf-model``, in the student's layout and with its vocabulary rows."""
-    teacher, settings = read_teacher(arch, config), never_trained(teacher_config(config))
-    assert teacher is not None and settings.model.hf_model is not None
+    settings = never_trained(teacher_config(config))
+    assert settings.model.hf_model is not None
     chunks = build_model(teacher, settings)
     load_hf_weights(chunks, teacher, settings, settings.model.hf_model, TEACHER_FLAG)
     for chunk in chunks:
@@ -130,7 +131,9 @@ class TeacherKind:
 TEACHERS = {
     "frozen": TeacherKind(
         on_weights=lambda chunks, config, resident: StatelessTeacher(chunks, resident),
-        on_adapters=lambda student, config: BaseModelTeacher(student),
+        on_adapters=lambda student, config: StatelessTeacher(
+            student, lambda: adapters_off(student)
+        ),
     ),
     "ema": TeacherKind(
         on_weights=lambda chunks, config, resident: EmaTeacher(
@@ -142,16 +145,18 @@ TEACHERS = {
 }
 
 
-def make_teacher(student: list[FlowGPTModel], arch: Architecture, config: Config) -> Teacher:
+def make_teacher(student: list[FlowGPTModel], models: Models, config: Config) -> Teacher:
     """The teacher of ``--teacher``, starting at the student's weights; or another model."""
     kind = TEACHERS[config.method.teacher]
     if kind.on_student is not None:
         return kind.on_student(student)
-    other = config.teacher.teacher_hf_model is not None
-    if config.lora.lora_rank and not other:
+    if config.lora.lora_rank and models.other is None:
         assert kind.on_adapters is not None
         return kind.on_adapters(student, config)
-    chunks = _other_model(arch, config) if other else frozen_copy(student, arch, config)
+    if models.other is None:
+        chunks = frozen_copy(student, models.student, config)
+    else:
+        chunks = _other_model(models.other, config)
     resident = HostWeights(chunks).on_device if config.teacher.teacher_offload else _always
     assert kind.on_weights is not None
     return kind.on_weights(chunks, config, resident)

@@ -1,12 +1,19 @@
-"""A step's rollouts as microbatches of this data-parallel rank, on the device."""
+"""A step's rollouts as microbatches of this data-parallel rank, on the device.
+
+Whatever depends on lengths and masks is worked out on the host, and goes to the device with the
+tokens, in copies that nobody waits for: no layer and no loss has to ask the device for a number.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import LocalBatch, SequenceBatch, flow_window, make_local_batch
+from megatron_phf.data.batch import SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.microbatches import (
     groups_under_budget,
     packed_tokens,
@@ -15,18 +22,94 @@ from megatron_phf.data.microbatches import (
     split_into,
 )
 from megatron_phf.data.rollouts import Rollout
-from megatron_phf.hidden.rows import SequenceShards
+from megatron_phf.hidden.rows import RowPlaces, SequenceShards
 from megatron_phf.hidden.tap import FlowWindow
 from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.runtime import device, parallel
 
 
-def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShards) -> LocalBatch:
+@dataclass(frozen=True)
+class PlacedBatch:
+    """A :class:`SequenceBatch` as this process reads it: on the device, but for what says host.
+
+    N of its tokens are scored, n of them by outputs of this context rank.  tokens [b, s / CP];
+    ``shape``: (b, s); padding [b, s_local]: as a layer holds it; ``window`` [b, m] and
+    ``window_valid`` bool [b, m]; ``scored`` [N]: the outputs that predict the scored tokens;
+    ``own`` [n]: those of this context rank, ``kept`` int64 [n]: which of the N they are, or None
+    where all; ``targets`` int64 [n]: the tokens; ``sequence`` int64 [n], host: their rows;
+    ``log_probs`` fp64 [n] or None; ``cu_seqlens`` int32, host, and ``max_seqlen``: see
+    :class:`SequenceBatch`.
+    """
+
+    tokens: Tensor
+    shape: torch.Size
+    padding: Tensor
+    window: RowPlaces
+    window_valid: Tensor
+    scored: RowPlaces
+    own: RowPlaces
+    kept: Tensor | None
+    targets: Tensor
+    sequence: Tensor
+    log_probs: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+
+
+@dataclass(frozen=True)
+class PlacedMicrobatch:
+    """The same responses as the student and as the teacher reads them."""
+
+    student: PlacedBatch
+    teacher: PlacedBatch
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This data-parallel rank's microbatches of one step; the rest as in ``LocalBatch``."""
+
+    microbatches: list[PlacedMicrobatch]
+    num_tokens: int
+    num_sequences: int
+    order: list[list[int]]
+    token_counts: tuple[int, int]
+
+
+def place(batch: SequenceBatch, shards: SequenceShards) -> PlacedBatch:
+    """``batch``, from the host, as this process reads it."""
+    shape, limits, move = batch.tokens.shape, batch.cu_seqlens, device.from_host
+    response = batch.scored.flatten().nonzero()[:, 0]
+    sequence = response // max(1, batch.scored.shape[1])
+    row = sequence if limits is None else 0
+    index, mine = shards.in_part(batch.predicting[batch.scored], shape[1], limits)
+    kept = mine.nonzero()[:, 0]
+    own_row = row if isinstance(row, int) else row[kept]
+    window = shards.in_part(batch.window, shape[1], limits)
+    window_row = torch.arange(shape[0])[:, None] if limits is None else 0
+    log_probs = batch.log_probs
+    return PlacedBatch(
+        tokens=move(shards.part(batch.tokens, limits)),
+        shape=shape,
+        padding=move(shards.piece(batch.padding, limits).contiguous()),
+        window=shards.places(*window, window_row, shape).moved(move),
+        window_valid=move(batch.window_valid),
+        scored=shards.places(index, mine, row, shape).moved(move),
+        own=shards.places(index[kept], mine[kept], own_row, shape).moved(move),
+        kept=None if len(kept) == len(mine) else move(kept),
+        targets=move(batch.target_ids()[kept]),
+        sequence=sequence[kept],
+        log_probs=None if log_probs is None else move(log_probs.flatten()[response[kept]]),
+        cu_seqlens=limits,
+        max_seqlen=batch.max_seqlen,
+    )
+
+
+def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShards) -> StepBatch:
     """Microbatches of both models' sequences; every data-parallel rank calls it.
 
     ``shards``: how this process's layers see a sequence.
     """
-    method, where = config.method, device.device()
+    method = config.method
     batch = make_local_batch(
         rollouts,
         config.train.micro_batch_size,
@@ -37,13 +120,21 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
         packed=config.batching.pack_sequences,
         row_length=fixed_row_length(config, shards.length_multiple),
     )
-    moved = [type(m)(m.student.to(where), m.teacher.to(where)) for m in batch.microbatches]
-    return dataclasses.replace(batch, microbatches=moved)
+    return StepBatch(
+        [
+            PlacedMicrobatch(place(m.student, shards), place(m.teacher, shards))
+            for m in batch.microbatches
+        ],
+        batch.num_tokens,
+        batch.num_sequences,
+        batch.order,
+        batch.token_counts(),
+    )
 
 
-def flow_windows(batches: Sequence[SequenceBatch], scale: float = 0.0) -> list[FlowWindow]:
+def flow_windows(batches: Sequence[PlacedBatch], scale: float = 0.0) -> list[FlowWindow]:
     """The flow loss's window in each microbatch; ``scale``: see ``FlowWindow.gradient_scale``."""
-    return [FlowWindow(b.window, b.window_valid, scale, b.cu_seqlens) for b in batches]
+    return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
 
 
 def _row_multiple(config: Config, shards: SequenceShards) -> int:

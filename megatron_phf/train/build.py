@@ -5,12 +5,19 @@ from __future__ import annotations
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import field_names, read_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, fill, prompt_templates
-from megatron_phf.data.tokenizer import Tokenizer
+from megatron_phf.data.tokenizer import (
+    Tokenizer,
+    check_token_ids,
+    load_tokenizer,
+    stop_token_ids,
+)
 from megatron_phf.data.unknown import unknown_tokens
 from megatron_phf.lora.files import load_peft_adapter
 from megatron_phf.lora.linears import add_adapters
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, build_model
+from megatron_phf.rollout.context import Prompts
+from megatron_phf.teacher.architecture import Models
 from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.checkpoint_files import converted_weights
 from megatron_phf.train.logging import say
@@ -38,10 +45,25 @@ def load_student(arch: Architecture, config: Config, directory: str) -> list[Flo
     return chunks
 
 
-def make_distiller(arch: Architecture, config: Config, student: list[FlowGPTModel]) -> Distiller:
+def make_distiller(models: Models, config: Config, student: list[FlowGPTModel]) -> Distiller:
     """Teacher and optimizer around ``student``."""
-    teacher = make_teacher(student, arch, config)
-    return Distiller(config, arch, student, teacher, StudentOptimizer(student, config))
+    teacher = make_teacher(student, models, config)
+    return Distiller(config, models, student, teacher, StudentOptimizer(student, config))
+
+
+def make_prompts(config: Config, models: Models) -> Prompts:
+    """Those of ``--data``, with the tokenizer that made them and what ends a response."""
+    directory = config.model.hf_model
+    assert directory is not None
+    tokenizer = load_tokenizer(config)
+    stop_ids = stop_token_ids(tokenizer, directory)
+    check_token_ids(tokenizer, stop_ids, models.vocab_size)
+    pairs = read_prompts(config, tokenizer)
+    ends = {pairs[0].student_ids[-1], pairs[0].teacher_ids[-1]} & set(stop_ids)
+    if ends:  # as some models' templates do
+        name = tokenizer.decode(sorted(ends), skip_special_tokens=False)
+        say(f"warning  prompts end with the stop token {name}; does the chat template mean that?")
+    return Prompts(tokenizer, pairs, stop_ids)
 
 
 def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:

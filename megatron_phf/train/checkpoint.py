@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_phf.config.settings import Config
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.runtime import device, parallel
+from megatron_phf.runtime.together import on_every_rank, on_first_rank
 from megatron_phf.train import checkpoint_files as files
 from megatron_phf.train.checkpoint_inputs import check_compatible, copy_model_files, inputs
 from megatron_phf.train.logging import say
@@ -41,14 +42,12 @@ class Checkpointer:
     def __init__(self, config: Config, distiller: Distiller) -> None:
         self._config, self._distiller = config, distiller
         self._directory = config.checkpoint.save
-        self._inputs = parallel.broadcast_object(
-            inputs(config) if parallel.is_first_rank() else None
-        )
+        self._inputs = on_first_rank(inputs, config)
         # A group of its own: the thread's collectives must not mix with those of the steps.
         separate = config.checkpoint.async_save or device.has_cuda()
         self._group = dist.new_group(backend="gloo") if separate else None
-        if self._directory is not None and parallel.is_first_rank():
-            files.remove_leftovers(self._directory)
+        if self._directory is not None:
+            on_first_rank(files.remove_leftovers, self._directory)
         self._buffers = torch_dist.HostBuffers() if config.checkpoint.async_save else None
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
@@ -92,18 +91,16 @@ class Checkpointer:
         where = (self._directory, iteration)
         partial, rank, group = files.partial_directory(*where), dist.get_rank(), self._group
         try:
-            torch_dist.on_first_rank(group, files.start, *where)
+            on_first_rank(files.start, *where, group=group)
             snapshot.write(partial, group)
-            torch_dist.on_first_rank(group, copy_model_files, self._config, partial)
+            on_first_rank(copy_model_files, self._config, partial, group=group)
             mine = [n for n in files.files_below(partial) if _writer(n) == rank]
-            torch_dist.on_every_rank(
-                group, lambda: manifest["files"].update(files.settle(partial, mine))
-            )
-            for part in parallel.gather_objects(manifest["files"], group):
+            settled = on_every_rank(files.settle, partial, mine, group=group)
+            for part in parallel.gather_objects(settled, group):
                 manifest["files"].update(part)
-            torch_dist.on_first_rank(group, files.publish, *where, manifest)
+            on_first_rank(files.publish, *where, manifest, group=group)
             if count := self._config.checkpoint.keep_last:
-                torch_dist.on_first_rank(group, files.keep_last, self._directory, count)
+                on_first_rank(files.keep_last, self._directory, count, group=group)
         except OSError as error:
             if rank == 0:
                 files.discard(*where)
@@ -150,7 +147,7 @@ class Checkpointer:
         if files.converted_weights(directory) is not None:
             say(f"--load {directory}: converted weights, starting before step 1")
             return Progress()
-        iterations = parallel.broadcast_object(files.saved_iterations(directory))
+        iterations = on_first_rank(files.saved_iterations, directory)
         exact = self._config.checkpoint.exact_checkpoint
         if not iterations:
             if exact:
@@ -196,16 +193,10 @@ def _writer(name: str) -> int:
 
 def _examined(path: str) -> tuple[dict[str, Any], str | None]:
     """The manifest, and what is wrong with the checkpoint; each rank reads a part of the files."""
-    manifest: dict[str, Any] = {}
-    problem = None
-    if parallel.is_first_rank():
-        try:
-            manifest = files.read_manifest(path)
-        except ValueError as error:
-            problem = str(error)
-    manifest, problem = parallel.broadcast_object((manifest, problem))
-    if problem is not None:
-        return manifest, problem
+    try:
+        manifest = on_first_rank(files.read_manifest, path)
+    except ValueError as error:
+        return {}, str(error)
     names = sorted(manifest["files"])[dist.get_rank() :: dist.get_world_size()]
     found = files.damage(path, {name: manifest["files"][name] for name in names})
     problems = [text for part in parallel.gather_objects(found) for text in part]

@@ -12,7 +12,6 @@ Plain Python, no torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_phf.files.foreign import parse_json
-from megatron_phf.files.replace import OLD, PARTIAL, free_number
+from megatron_phf.files.replace import OLD, PARTIAL, free_number, write_json, write_text
 
 TRACKER, MANIFEST = "latest_checkpointed_iteration.txt", "checkpoint.json"
 RELEASE = "release"  # Megatron's name for weights without a run: converted ones
@@ -82,22 +81,13 @@ def settle(directory: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _write(path: str, text: str) -> None:
-    """The whole text appears under ``path``, or what was there stays."""
-    with open(path + PARTIAL, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + PARTIAL, path)
-
-
 def publish(directory: str, iteration: int, manifest: dict[str, Any]) -> None:
     """Make a completely written checkpoint visible, its tracker last."""
     final, partial = (
         iteration_directory(directory, iteration),
         partial_directory(directory, iteration),
     )
-    _write(os.path.join(partial, MANIFEST), json.dumps(manifest, indent=1))
+    write_json(os.path.join(partial, MANIFEST), manifest)
     for parent, _, _ in os.walk(partial):
         _fsync(parent)
     shutil.rmtree(final + OLD, ignore_errors=True)
@@ -107,7 +97,7 @@ def publish(directory: str, iteration: int, manifest: dict[str, Any]) -> None:
         os.rename(final, f"{final}.{free_number([final])}")
     os.rename(partial, final)
     _fsync(directory)
-    _write(os.path.join(directory, TRACKER), str(iteration))
+    write_text(os.path.join(directory, TRACKER), str(iteration))
     _fsync(directory)
     shutil.rmtree(final + OLD, ignore_errors=True)
 

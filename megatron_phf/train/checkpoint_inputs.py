@@ -12,6 +12,7 @@ from megatron_phf.files.replace import MARKER
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.train.checkpoint_files import fingerprint
 from megatron_phf.weights import hf_directory
+from megatron_phf.weights.model_files import TEMPLATES
 
 # A flag that decides what the checkpoint's tensors mean, or which problems the next step gets.
 _FIXED = (
@@ -24,7 +25,6 @@ _READ = ("data", "replay_file", "student_template", "teacher_template", "tokeniz
 _MODELS = ("hf_model", "teacher_hf_model")
 # Beside config.json and the weights: tokenizers with their templates and code, generation settings.
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
-_TEMPLATES = "additional_chat_templates"
 _NOT_READ = re.compile(r"(readme|licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
 
@@ -41,12 +41,13 @@ def _sampled(path: str) -> dict[str, Any]:
 
 
 def _small_files(directory: str) -> dict[str, Any]:
-    """Fingerprints of what decides about prompts and stop tokens, by name."""
+    """Fingerprints of what may decide about prompts and stop tokens, by name.
+
+    More than an export copies (``weights.model_files``): what no tokenizer of today reads, too.
+    """
     names = [n for n in os.listdir(directory) if n.endswith(_SMALL) and not _NOT_READ.match(n)]
-    more = os.path.join(directory, _TEMPLATES)
-    names += [
-        os.path.join(_TEMPLATES, n) for n in (os.listdir(more) if os.path.isdir(more) else [])
-    ]
+    more = os.path.join(directory, TEMPLATES)
+    names += [os.path.join(TEMPLATES, n) for n in (os.listdir(more) if os.path.isdir(more) else [])]
     paths = {name: os.path.join(directory, name) for name in sorted(names)}
     return {n: fingerprint(p) for n, p in paths.items() if os.path.isfile(p) and n != MARKER}
 

@@ -22,7 +22,7 @@ class DriftMeter:
     """
 
     def __init__(self, config: Config) -> None:
-        self._threshold = config.vllm.vllm_drift_warning
+        self._threshold = config.rollout.engine_drift_warning
         self._clear()
 
     def _clear(self) -> None:
@@ -45,16 +45,16 @@ class DriftMeter:
             self._sums.zero_()
         dist.all_reduce(self._sums)
         dist.all_reduce(self._largest, op=dist.ReduceOp.MAX)
-        total, count = self._sums.tolist()
-        mean, largest = total / max(count, 1), float(self._largest)
+        total, count, largest = torch.cat((self._sums, self._largest)).tolist()
+        mean = total / max(count, 1)
         self._clear()
         beyond = not mean <= self._threshold
         if beyond:
             say(
                 "warning: log-probabilities of the rollout engine and of the student differ by "
-                f"{mean:.3g} nats on average, more than --vllm-drift-warning {self._threshold:g}: "
-                "has the engine the student's weights, its dtype and, in vLLM, --logprobs-mode "
-                "raw_logprobs?"
+                f"{mean:.3g} nats on average, more than --engine-drift-warning "
+                f"{self._threshold:g}: has the engine the student's weights, its dtype and, in "
+                "vLLM, --logprobs-mode raw_logprobs?"
             )
         names = ("rollout_drift", "rollout_drift_max", "rollout_drift_warning")
         return dict(zip(names, (mean, largest, beyond), strict=True))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import keep_lines
-from megatron_phf.data.tokenizer import Tokenizer
-from megatron_phf.evaluation.evaluate import Evaluation, TestSet, evaluate
-from megatron_phf.evaluation.grading import Grader
-from megatron_phf.rollout.protocol import RolloutEngine
-from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.runtime import parallel
-from megatron_phf.train.logging import say
+from megatron_phf.data.problems import append_jsonl, keep_lines
+from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_phf.evaluation.evaluate import (
+    Evaluation,
+    evaluate,
+    evaluation_sampling,
+    read_test_set,
+)
+from megatron_phf.evaluation.grading import make_grader
+from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.rollout.megatron.engine import student_engine
+from megatron_phf.runtime.heartbeat import Heartbeat
+from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.teacher.architecture import Models
+from megatron_phf.train.hooks import RunHook
+from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.run_files import step_of
 
 _SHOWN = 4  # problems whose generations are kept to look at
@@ -28,28 +34,27 @@ class EvaluationLog:
     def __init__(self, directory: str, done: int = 0) -> None:
         """``done``: steps of a run that is resumed; later evaluations are forgotten."""
         self._path = os.path.join(directory, "evaluations.jsonl")
-        known: dict[int, float] = {}
-        if parallel.is_first_rank():
-            os.makedirs(directory, exist_ok=True)
-            keep_lines(
-                self._path,
-                lambda number, line: bool(done) and 0 <= step_of(line) <= done,
-                lambda line: step_of(line) >= 0,
-            )
-            with open(self._path, encoding="utf-8") as f:
-                known = {o["step"]: o["average_at_k"] for o in map(json.loads, f)}
-        self.averages: dict[int, float] = parallel.broadcast_object(known)
+        self.averages = on_first_rank(self._begin, done)
+
+    def _begin(self, done: int) -> dict[int, float]:
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        keep_lines(
+            self._path,
+            lambda number, line: bool(done) and 0 <= step_of(line) <= done,
+            lambda line: step_of(line) >= 0,
+        )
+        with open(self._path, encoding="utf-8") as f:
+            return {o["step"]: o["average_at_k"] for o in map(json.loads, f)}
 
     def add(self, step: int, evaluation: Evaluation) -> None:
         """Record the evaluation after ``step`` steps."""
         self.averages[step] = evaluation.average
-        if parallel.is_first_rank():
-            os.makedirs(os.path.dirname(self._path) or ".", exist_ok=True)  # removed meanwhile
-            with open(self._path, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, **evaluation.record(_SHOWN)}) + "\n")
+        on_first_rank(append_jsonl, self._path, [{"step": step, **evaluation.record(_SHOWN)}])
 
     def describe(self) -> str:
         """Best and last, in one line."""
+        if not self.averages:
+            return "evaluation: none"
         best, last = max(self.averages, key=lambda s: self.averages[s]), max(self.averages)
         return (
             f"evaluation: best {100 * self.averages[best]:.2f} % after step {best}, "
@@ -57,32 +62,59 @@ class EvaluationLog:
         )
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """Evaluates the student that ``engine`` samples from."""
+class Evaluations(RunHook):
+    """Average@k on ``--eval-data``: before the first step, where it is time to, after the last."""
 
-    config: Config
-    engine: RolloutEngine
-    tokenizer: Tokenizer
-    tests: TestSet
-    sampling: SamplingParams
-    grader: Grader
-    log: EvaluationLog
-    report: Callable[[int, dict[str, Any]], None] = lambda step, values: None
+    def __init__(
+        self,
+        config: Config,
+        models: Models,
+        student: list[FlowGPTModel],
+        logger: RunLogger,
+        heartbeat: Heartbeat,
+        done: int,
+    ) -> None:
+        """``done``: steps of a run that is resumed."""
+        e, directory = config.evaluation, config.model.hf_model
+        assert e.eval_data is not None and directory is not None
+        self._settings, self._logger, self._heartbeat = e, logger, heartbeat
+        self._tokenizer = load_tokenizer(config)
+        self._tests = read_test_set(e.eval_data, "--eval-data", config, self._tokenizer)
+        if self._tests.unknown is not None:
+            say(f"warning  {self._tests.unknown}")
+        room = models.student.max_position_embeddings - self._tests.longest_prompt
+        stop_ids = stop_token_ids(self._tokenizer, directory)
+        self._sampling = evaluation_sampling(config, stop_ids, room)
+        self._engine = student_engine(config, models, student)
+        self._log = EvaluationLog(config.output.output_dir, done)
+        self._closing = contextlib.ExitStack()
+        self._grader = self._closing.enter_context(make_grader(e.grader))
 
-    def run(self) -> Evaluation:
-        """Evaluate now."""
-        k = self.config.evaluation.eval_samples
-        return evaluate(self.engine, self.tokenizer, self.tests, self.sampling, k, self.grader)
+    def before_step(self, iteration: int) -> None:
+        """Evaluate what the steps before have made, if it is time to."""
+        done, interval = iteration - 1, self._settings.eval_interval
+        if done == 0 or (interval > 0 and done % interval == 0):
+            self._evaluate(done)
 
-    def after(self, step: int) -> None:
-        """Evaluate if it is time to after ``step`` steps and has not been done before."""
-        interval, total = self.config.evaluation.eval_interval, self.config.train.train_iters
-        due = step in (0, total) or (interval > 0 and step % interval == 0)
-        if not due or step in self.log.averages:
+    def at_end(self, iteration: int, stopped: bool) -> None:
+        """Evaluate what is exported."""
+        if not stopped:
+            self._evaluate(iteration)
+        say(self._log.describe())
+
+    def close(self) -> None:
+        """End the grader's process."""
+        self._closing.close()
+
+    def _evaluate(self, step: int) -> None:
+        if step in self._log.averages:
             return
-        result = self.run()
-        self.log.add(step, result)
+        self._heartbeat.at(f"step {step}, evaluation")
+        k = self._settings.eval_samples
+        result = evaluate(
+            self._engine, self._tokenizer, self._tests, self._sampling, k, self._grader
+        )
+        self._log.add(step, result)
         say(f"evaluation after step {step}: {result.describe()}, {result.seconds:.0f} s")
         values = {"average_at_k": result.average, "pass_at_k": result.pass_at_k}
-        self.report(step, {**values, "majority_at_k": result.majority_at_k})
+        self._logger.evaluation(step, {**values, "majority_at_k": result.majority_at_k})

@@ -18,6 +18,8 @@ from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.train.hooks import RunHook
 from megatron_phf.train.logging import say
 from megatron_phf.weights.huggingface import save_hf
 
@@ -50,7 +52,7 @@ def save_or_rescue(save: Save, flag: str, target: str, output_dir: str) -> str |
         return None
     except ValueError as error:
         problem = str(error)
-    for path in parallel.broadcast_object(_elsewhere(flag, output_dir)):
+    for path in on_first_rank(_elsewhere, flag, output_dir):
         try:
             save(path, "instead of it")
         except ValueError as error:
@@ -60,12 +62,18 @@ def save_or_rescue(save: Save, flag: str, target: str, output_dir: str) -> str |
     return f"{problem}; the trained weights are lost, but for the checkpoints of --save"
 
 
+def export_probe(
+    student: list[FlowGPTModel], arch: Architecture, rows: int, length: int
+) -> dict[str, Tensor]:
+    """Tokens, and the student's logits for them, for ``tools/check_export.py``; collective."""
+    shape, generator = (rows, length), torch.Generator().manual_seed(0)
+    tokens = torch.randint(arch.vocab_size, shape, generator=generator)
+    logits = MegatronRollouts(student, arch.vocab_size, rows).next_token_logits(tokens)
+    return {"tokens": tokens, "logits": logits.float().cpu()}
+
+
 def _write_probe(student: list[FlowGPTModel], arch: Architecture, path: str) -> None:
-    """Tokens, and the student's logits for them, for ``tools/check_export.py``."""
-    tokens = torch.randint(arch.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    engine = MegatronRollouts(student, arch.vocab_size, len(tokens))
-    tensors: dict[str, Tensor] = {"tokens": tokens}
-    tensors["logits"] = engine.next_token_logits(tokens).float().cpu()
+    tensors = export_probe(student, arch, 4, 32)
     if not parallel.is_first_rank():
         return
     try:
@@ -75,37 +83,40 @@ def _write_probe(student: list[FlowGPTModel], arch: Architecture, path: str) -> 
         say(f"warning: {path} cannot be written ({error}); the exports are whole without it")
 
 
-def export(
-    student: list[FlowGPTModel], arch: Architecture, config: Config, source: str
-) -> str | None:
-    """Save the student, and what it computes: ``tools/check_export.py`` compares the two.
+class Export(RunHook):
+    """The student at the end of a run, and what it computes, for ``tools/check_export.py``."""
 
-    Returns:
-        None, or why an export is not at its place, and where it is.
-    """
+    def __init__(self, config: Config, arch: Architecture, student: list[FlowGPTModel]) -> None:
+        self._config, self._arch, self._student = config, arch, student
 
-    def save_adapter(target: str, flag: str) -> None:
-        save_peft_adapter(student, arch, config, target, flag)
+    def at_end(self, iteration: int, stopped: bool) -> str | None:
+        """Save; why an export is not at its place, and where it is."""
+        if stopped:
+            return None
+        output = self._config.output.output_dir
+        named = {
+            "--save-adapter": (self._config.lora.save_adapter, self._save_adapter),
+            "--save-hf": (self._config.output.save_hf, self._save_model),
+        }
+        problems = {
+            target: save_or_rescue(save, flag, target, output)
+            for flag, (target, save) in named.items()
+            if target is not None
+        }
+        if not problems:
+            return None
+        probe = os.path.join(output, "export_probe.safetensors")
+        _write_probe(self._student, self._arch, probe)
+        for target, problem in problems.items():
+            if problem is None:
+                check = f"python tools/check_export.py {target} {probe}"
+                say(f"exported to {target}; compare its logits: {check}")
+        return "; ".join(filter(None, problems.values())) or None
 
-    def save_model(target: str, flag: str) -> None:
-        save_hf(student, arch, config, source, target, flag=flag)
+    def _save_adapter(self, target: str, flag: str) -> None:
+        save_peft_adapter(self._student, self._arch, self._config, target, flag)
 
-    output = config.output.output_dir
-    named = {
-        "--save-adapter": (config.lora.save_adapter, save_adapter),
-        "--save-hf": (config.output.save_hf, save_model),
-    }
-    problems = {
-        target: save_or_rescue(save, flag, target, output)
-        for flag, (target, save) in named.items()
-        if target is not None
-    }
-    if not problems:
-        return None
-    probe = os.path.join(output, "export_probe.safetensors")
-    _write_probe(student, arch, probe)
-    for target, problem in problems.items():
-        if problem is None:
-            check = f"python tools/check_export.py {target} {probe}"
-            say(f"exported to {target}; compare its logits: {check}")
-    return "; ".join(filter(None, problems.values())) or None
+    def _save_model(self, target: str, flag: str) -> None:
+        source = self._config.model.hf_model
+        assert source is not None
+        save_hf(self._student, self._arch, self._config, source, target, flag=flag)

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import keep_lines
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.train.hooks import RunHook
 from megatron_phf.train.metrics import StepMetrics
 from megatron_phf.train.run_files import metrics_path, plain_config, step_of
 
@@ -36,22 +38,29 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-class RunLogger:
+class RunLogger(RunHook):
     """Records the steps of one run on rank 0; does nothing elsewhere."""
 
-    def __init__(self, config: Config, total: int, name: str = "train", done: int = 0) -> None:
-        """``done``: steps of a run that is resumed; what was recorded after them goes."""
+    def __init__(self, config: Config, done: int = 0, every: int = 1) -> None:
+        """Every rank calls it.
+
+        Args:
+            done: steps of a run that is resumed; what was recorded after them goes.
+            every: how many steps have a line together, the last of them.
+
+        Raises:
+            ValueError: a package is missing; on every rank.
+        """
         self._active = parallel.is_first_rank()
-        self._total = total
+        self._total, self._every = config.train.train_iters, every
         self._metrics: Any = None
         self._board: Any = None
         self._wandb: Any = None
         self._bar: Any = None
-        if self._active:
-            self._open(config, name, done)
+        on_first_rank(self._open, config, done)
 
-    def _open(self, config: Config, name: str, done: int) -> None:
-        output = config.output
+    def _open(self, config: Config, done: int) -> None:
+        output, name = config.output, config.output.run_name
         os.makedirs(output.output_dir, exist_ok=True)
         path = metrics_path(config)
         os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
@@ -75,12 +84,13 @@ class RunLogger:
                 disable=None,
             )
 
-    def step(self, iteration: int, metrics: StepMetrics) -> None:
+    def after_step(self, iteration: int, metrics: StepMetrics) -> None:
         """Record one step."""
         if not self._active:
             return
         values = {"step": iteration, **metrics.as_json()}
-        tqdm.write(_line(iteration, self._total, values))
+        if iteration % self._every == 0 or iteration == self._total:
+            tqdm.write(_line(iteration, self._total, values))
         self._metrics.write(json.dumps(_finite(values)) + "\n")
         self._metrics.flush()
         self._record(iteration, _scalars(values))

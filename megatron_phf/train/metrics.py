@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,25 +29,27 @@ class OutputLoss:
     per_token: Tensor
     clipped: Tensor
     teacher_entropy: Tensor
-    sequence: Tensor  # row of each token in its microbatch
+    sequence: Tensor  # row of each token in its microbatch, on the host
 
 
 class PhaseTimer:
-    """Seconds and memory of the phases of one step, the device waited for at each end.
+    """Seconds and memory of the phases of one step, the device waited for at the end of each.
+
+    They follow one another: what is left of the device's work when a phase begins is next to none.
 
     ``memory_bytes``: the phase's peak on CUDA, the resident set at its end on CPU.
     """
 
-    def __init__(self, entered: Callable[[str], None] = lambda name: None) -> None:
+    def __init__(self, entered: Callable[[str], None] = lambda name: None, where: str = "") -> None:
+        """``entered`` hears of each phase, its name behind ``where``."""
         self.seconds: dict[str, float] = {}
         self.memory_bytes: dict[str, int] = {}
-        self._entered = entered
+        self._entered, self._where = entered, where
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time within to phase ``name``."""
-        self._entered(name)
-        device.synchronize()
+        self._entered(self._where + name)
         device.start_peak()
         start = time.perf_counter()
         try:
@@ -67,7 +70,8 @@ class StepMetrics:
     not computed then); ``flow_terms``: ``flow_<term>`` of each of the run's terms and its list by
     layer or pair, None also where the teacher has another hidden size and the term needs the
     student's; ``clipped_fraction``: of the vocabulary entries (entry clip) or of the tokens (token
-    clip); ``teacher_entropy``: nats a token, at the loss's temperature.
+    clip); ``teacher_entropy``: nats a token, at the loss's temperature, None where the teacher
+    has read nothing.
     """
 
     loss: float
@@ -78,7 +82,7 @@ class StepMetrics:
     learning_rate: float
     clipped_fraction: float
     clip_mode: str
-    teacher_entropy: float
+    teacher_entropy: float | None
     rollout_tokens: int
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -97,7 +101,7 @@ def _mean(values: Sequence[float]) -> float:
 def _flow_metrics(per_layer: Tensor | None, tap: FlowTap, config: Config) -> dict[str, Any]:
     """per_layer [T, L]: means of the tap's terms (None: not computed) -> the fields of the flow.
 
-    A term over pairs is that with the layer before: its first number is unused.
+    On the host.  A term over pairs is that with the layer before: its first number is unused.
     """
     flow, rows = None, {}
     if per_layer is not None:
@@ -146,7 +150,8 @@ def summarize(
     if parallel.tensor_parallel_rank() > 0:  # they hold the same values as rank 0
         sums.zero_()
     dist.all_reduce(sums)
-    opsd, clipped, entropy, tokens = (float(x) for x in sums[-4:])
+    sums = sums.cpu()
+    opsd, clipped, entropy, tokens = sums[-4:].tolist()
     alpha = config.method.phf_alpha
     per_layer = sums[:-4].view_as(flow) / config.train.global_batch_size
     fields = _flow_metrics(per_layer if alpha > 0 else None, tap, config)
@@ -157,7 +162,7 @@ def summarize(
         learning_rate=learning_rate,
         clipped_fraction=clipped / tokens,
         clip_mode=config.method.opsd_clip_mode,
-        teacher_entropy=entropy / tokens,
+        teacher_entropy=None if math.isnan(entropy) else entropy / tokens,
         rollout_tokens=round(tokens),
         **fields,
     )

@@ -82,10 +82,10 @@ class StudentOptimizer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-    def gradients_finite(self) -> bool:
-        """Whether every gradient of this rank is finite (after the reduction)."""
+    def gradients_finite(self) -> torch.Tensor:
+        """Whether every gradient of this rank is finite (after the reduction): bool []."""
         sums = [b.grad_data.sum() for chunk in self.wrapped for b in _buffers(chunk)]
-        return all(bool(torch.isfinite(total)) for total in sums)
+        return torch.stack([torch.zeros((), device=device.device()), *sums]).isfinite().all()
 
     def step(self) -> tuple[float, float]:
         """Clip and update the weights; (learning rate used, gradient norm before clipping)."""

@@ -10,15 +10,21 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_phf.data.batch import SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards
+from megatron_phf.runtime import device
+from megatron_phf.train.batch import PlacedBatch
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
 
 
-def packed_seq_params(batch: SequenceBatch, shards: SequenceShards) -> PackedSeqParams | None:
+def packed_seq_params(
+    batch: PlacedBatch, shards: SequenceShards, on_host: bool
+) -> PackedSeqParams | None:
     """Where the sequences of a packed row end, for attention and rotary positions.
+
+    ``on_host``: for layers that cut rows there, one sequence after the other: from the device they
+    would have to fetch the lengths in every layer.
 
     Each with its padding, which causality hides from its tokens.  Transformer Engine's context
     parallelism would cut real lengths wrongly that 2 CP does not divide, and its flash attention
@@ -28,6 +34,8 @@ def packed_seq_params(batch: SequenceBatch, shards: SequenceShards) -> PackedSeq
     limits, longest = batch.cu_seqlens, batch.max_seqlen
     if limits is None:
         return None
+    if not on_host:
+        limits = device.from_host(limits)
     params = PackedSeqParams("thd", limits, limits, max_seqlen_q=longest, max_seqlen_kv=longest)
     if shards.context is not None:
         params.cu_seqlens_q_padded = params.cu_seqlens_kv_padded = limits
@@ -36,7 +44,7 @@ def packed_seq_params(batch: SequenceBatch, shards: SequenceShards) -> PackedSeq
 
 def run_pipeline(
     chunks: Sequence[torch.nn.Module],
-    batches: Sequence[SequenceBatch],
+    batches: Sequence[PlacedBatch],
     loss: LossFunction,
     shards: SequenceShards,
     *,
@@ -48,24 +56,25 @@ def run_pipeline(
     number of microbatches, and DDP averages gradients over data-parallel ranks: the caller's
     normaliser takes both into account, see ``train.step.normalizer``.)
     """
+    local = chunks[0].config.transformer_impl == "local"
     iterators = [iter(enumerate(batches)) for _ in chunks]
 
     def forward_step(
-        iterator: Iterator[tuple[int, SequenceBatch]], model: torch.nn.Module
+        iterator: Iterator[tuple[int, PlacedBatch]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
         index, batch = next(iterator)
         # The microbatch's number rides along to the layers (see FlowTransformerLayer).
         extra = {"context_mask": torch.tensor(index)}
         hidden = model(
-            shards.part(batch.tokens, batch.cu_seqlens),
+            batch.tokens,
             None,
             None,
-            packed_seq_params=packed_seq_params(batch, shards),
+            packed_seq_params=packed_seq_params(batch, shards, on_host=local),
             extra_block_kwargs=extra,
         )
         return hidden, lambda output: loss(index, output)
 
-    b, s = batches[0].tokens.shape
+    b, s = batches[0].shape
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],

@@ -18,7 +18,8 @@ import megatron_phf
 from megatron_phf.config.settings import Config
 from megatron_phf.files.replace import set_aside, write_json
 from megatron_phf.model.architecture import Architecture
-from megatron_phf.runtime import device, parallel
+from megatron_phf.runtime import device
+from megatron_phf.runtime.together import on_first_rank
 
 # What a run writes into --output-dir anew, beside its metrics and what its flags name.
 _FILES = ("run.json", "evaluations.jsonl", "export_probe.safetensors")
@@ -62,12 +63,14 @@ def _has_content(path: str) -> bool:
 
 
 def write_run_file(config: Config, arch: Architecture, done: int = 0) -> None:
-    """``run.json`` in --output-dir: what is run, on what.  Rank 0 writes.
+    """``run.json`` in --output-dir: what is run, on what; every rank calls, rank 0 writes.
 
     A run that starts anew (``done`` 0) renames the files of an earlier one there, and says so.
     """
-    if not parallel.is_first_rank():
-        return
+    on_first_rank(_write_run_file, config, arch, done)
+
+
+def _write_run_file(config: Config, arch: Architecture, done: int) -> None:
     directory = config.output.output_dir
     os.makedirs(directory, exist_ok=True)
     if not done:

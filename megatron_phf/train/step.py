@@ -10,12 +10,11 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.hidden.tap import make_flow_tap, set_flow_tap
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
 from megatron_phf.runtime import parallel
-from megatron_phf.teacher.architecture import layer_map
+from megatron_phf.teacher.architecture import Models, layer_map
 from megatron_phf.teacher.kinds import Teacher
-from megatron_phf.train.batch import make_batch
+from megatron_phf.train.batch import StepBatch, make_batch
 from megatron_phf.train.metrics import PhaseTimer, StepMetrics, summarize
 from megatron_phf.train.nonfinite import NonfiniteSteps
 from megatron_phf.train.optimizer import StudentOptimizer
@@ -29,25 +28,26 @@ class Distiller:
     def __init__(
         self,
         config: Config,
-        arch: Architecture,
+        models: Models,
         student: list[FlowGPTModel],
         teacher: Teacher,
         optimizer: StudentOptimizer,
     ) -> None:
-        self.config, self.arch = config, arch
+        self.config, self.models, self.arch = config, models, models.student
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.nonfinite = NonfiniteSteps(config)
         self.shards = sequence_shards(student[0].config)
         method = config.method
-        layers = layer_map(config, arch.num_layers, teacher.chunks[0].config.num_layers)
+        layers = layer_map(config, self.arch.num_layers, teacher.chunks[0].config.num_layers)
         self.tap = make_flow_tap(
             student, teacher.chunks, layers, method.phf_window_size, flow_spec(config), self.shards
         )
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
-        self.teacher_pass = TeacherPass(teacher, flow, self.shards)
-        self.student_pass = StudentPass(config, arch, student, optimizer, flow, self.shards)
+        scores = method.opsd_objective != "cross_entropy"
+        self.teacher_pass = TeacherPass(teacher, flow, self.shards, scores)
+        self.student_pass = StudentPass(config, models, student, optimizer, flow, self.shards)
 
     def step(self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer) -> StepMetrics:
         """Train on this data-parallel rank's ``rollouts``.
@@ -60,21 +60,35 @@ class Distiller:
         batch = make_batch(rollouts, self.config, self.shards)
         with timer.phase("teacher"):
             targets = self.teacher_pass(batch)
-        if self.config.lora.lora_dropout > 0:
-            parallel.seed_dropout(self.config.train.seed, iteration)
+        self._seed_dropout(iteration)
         with timer.phase("student"):
             student = self.student_pass(batch, targets)
         del targets  # with it goes the output head of an offloaded teacher
+        finite = self._finite(iteration, rollouts, student, batch)
+        with timer.phase("optimizer"):
+            learning_rate, grad_norm = self._update(finite)
+        return self.metrics(student, learning_rate, grad_norm)
+
+    def _seed_dropout(self, iteration: int) -> None:
+        if self.config.lora.lora_dropout > 0:
+            parallel.seed_dropout(self.config.train.seed, iteration)
+
+    def _finite(
+        self, iteration: int, rollouts: Sequence[Rollout], student: StudentOutput, batch: StepBatch
+    ) -> bool:
+        """Whether losses and gradients are, on every rank."""
         finite = self.optimizer.gradients_finite()
-        skip = self.nonfinite.must_skip(
+        return not self.nonfinite.must_skip(
             iteration, rollouts, student.outputs, self.tap.values, finite, batch.order
         )
-        learning_rate, grad_norm = self.optimizer.learning_rate, math.nan
-        with timer.phase("optimizer"):
-            if not skip:
-                learning_rate, grad_norm = self.optimizer.step()
-                self.teacher.update(self.student)
-        return self.metrics(student, learning_rate, grad_norm)
+
+    def _update(self, finite: bool) -> tuple[float, float]:
+        """Student and teacher; (learning rate, gradient norm), NaN where nothing changed."""
+        if not finite:
+            return self.optimizer.learning_rate, math.nan
+        learning_rate, grad_norm = self.optimizer.step()
+        self.teacher.update(self.student)
+        return learning_rate, grad_norm
 
     def metrics(
         self, student: StudentOutput, learning_rate: float, grad_norm: float

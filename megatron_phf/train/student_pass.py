@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import LocalBatch, SequenceBatch
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
-from megatron_phf.teacher.architecture import common_vocab_size
-from megatron_phf.train.batch import flow_windows
+from megatron_phf.teacher.architecture import Models
+from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
@@ -41,14 +39,14 @@ class StudentPass:
     def __init__(
         self,
         config: Config,
-        arch: Architecture,
+        models: Models,
         student: list[FlowGPTModel],
         optimizer: StudentOptimizer,
         tap: FlowTap | None,
         shards: SequenceShards,
     ) -> None:
         """``tap`` None: there is no flow loss."""
-        self._config, self._arch, self._student = config, arch, student
+        self._config, self._arch, self._student = config, models.student, student
         self._optimizer, self._tap, self._shards = optimizer, tap, shards
         method = config.method
         self._spec = DivergenceSpec(
@@ -59,17 +57,17 @@ class StudentPass:
             top_k=method.opsd_top_k,
         )
         self._drift = DriftMeter(config)
-        self._vocab_size = common_vocab_size(arch, config)
+        self._vocab_size = models.vocab_size
 
-    def __call__(self, batch: LocalBatch, teacher: TeacherOutput) -> StudentOutput:
+    def __call__(self, batch: StepBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
 
         Raises:
             ValueError: the global batch has no token to train on.
         """
         measured = sum(m.student.log_probs is not None for m in batch.microbatches)
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts(), measured]
-        totals = parallel.sum_over_data_parallel(torch.tensor(counts, device=device.device()))
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts, measured]
+        totals = parallel.sum_over_data_parallel(device.from_host(torch.tensor(counts)))
         num_tokens, num_sequences, useful, computed, measured = totals.tolist()
         if num_tokens == 0:
             raise ValueError(
@@ -93,14 +91,13 @@ class StudentPass:
 
     def _run(
         self,
-        batches: Sequence[SequenceBatch],
+        batches: Sequence[PlacedBatch],
         teacher: TeacherOutput,
         token_weight: float,
         flow_scale: float,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            assert teacher.head is not None, "the last stage computes the loss"
-            target = teacher.rows.pop(index), teacher.head
+            target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
             return self._output_loss(batches[index], hidden, target, token_weight)
 
         self._optimizer.zero_grad()
@@ -115,47 +112,53 @@ class StudentPass:
             self._tap.stop()
         return outputs
 
-    def _mask_padding(self, batches: Sequence[SequenceBatch]) -> None:
+    def _mask_padding(self, batches: Sequence[PlacedBatch]) -> None:
         """Padding must not count in the routers' load-balancing loss.
 
         The schedule gives that loss its share of the mean over microbatches.
         """
         if self._arch.experts is not None:
-            pieces = [self._shards.piece(b.padding, b.cu_seqlens) for b in batches]
-            set_padding(self._student, pieces)
+            set_padding(self._student, [b.padding for b in batches])
             reset_aux_loss()
 
     def _output_loss(
         self,
-        batch: SequenceBatch,
+        batch: PlacedBatch,
         hidden: Tensor,
-        teacher: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight.
+        weight; None where the loss does not look at it.
         """
-        rows, mine = part_rows(hidden, batch.predicting, self._shards, batch.cu_seqlens)
-        here, kept = batch.scored & mine, mine[batch.scored]
-        rows, weight = rows[here], self._student[-1].output_weight()
-        targets, head = batch.target_ids()[kept], self._head_split(weight)
+        rows = part_rows(hidden, batch.own, self._shards)
+        weight = self._student[-1].output_weight()
+        head = self._head_split(weight)
         if batch.log_probs is not None:
-            self._drift.add(chunked_log_probs(rows, weight, targets, **head), batch.log_probs[here])
+            mine = chunked_log_probs(rows, weight, batch.targets, **head)
+            self._drift.add(mine, batch.log_probs)
+        if teacher is None:
+            read, other = rows, weight
+        else:
+            kept = batch.kept
+            read = teacher[0] if kept is None else teacher[0].index_select(0, kept)
+            other = teacher[1]
         result = chunked_divergence(
             rows,
-            teacher[0][kept],
+            read,
             weight,
-            teacher[1],
+            other,
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
-            target_ids=targets,
+            target_ids=batch.targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
-        sequence = here.nonzero()[:, 0]
-        report = OutputLoss(result.per_token, result.clipped, result.teacher_entropy, sequence)
+        entropy = result.teacher_entropy
+        entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
+        report = OutputLoss(result.per_token, result.clipped, entropy, batch.sequence)
         return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt_config import model_dtype, transformer_impl
 from megatron_phf.runtime import device, parallel
 from megatron_phf.runtime.kernels import feature_table
-from megatron_phf.teacher.architecture import layer_map, read_teacher
+from megatron_phf.teacher.architecture import Models, layer_map
 
 _SHOWN_TOKENS = 12
 
 
-def _teacher_lines(arch: Architecture, config: Config) -> list[str]:
+def _teacher_lines(models: Models, config: Config) -> list[str]:
     """What is said of a teacher that is another model."""
-    teacher = read_teacher(arch, config)
+    arch, teacher = models.student, models.other
     if teacher is None:
         return []
     layers = layer_map(config, arch.num_layers, teacher.num_layers)
@@ -66,11 +66,11 @@ def _rate(train: TrainConfig) -> str:
     )
 
 
-def run_summary(arch: Architecture, config: Config) -> str:
+def run_summary(models: Models, config: Config) -> str:
     """The block printed before the first step."""
-    p, t, m = config.parallel, config.train, config.method
+    arch, p, t, m = models.student, config.parallel, config.train, config.method
     machine = Machine(model_dtype(config).itemsize, parallel.data_parallel_size())
-    memory = memory_estimate(arch, config, machine)
+    memory = memory_estimate(models, config, machine)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     virtual = p.num_virtual_stages_per_pipeline_rank
     expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size})"
@@ -79,7 +79,7 @@ def run_summary(arch: Architecture, config: Config) -> str:
         (
             f"model    {arch.model_type}, {arch.num_layers} layers, hidden {arch.hidden_size}, "
             f"{str(model_dtype(config)).removeprefix('torch.')}, {transformer_impl(config)} layers",
-            *_teacher_lines(arch, config),
+            *_teacher_lines(models, config),
             *([] if config.is_embedded else [_recipe_line(config)]),
             f"trained  {_trainable(arch, config)}",
             f"layout   TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}"

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_phf.data.batch import LocalBatch
 from megatron_phf.hidden.rows import SequenceShards, gather_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.model.gpt import evaluating
 from megatron_phf.teacher.kinds import Teacher
-from megatron_phf.train.batch import flow_windows
+from megatron_phf.train.batch import StepBatch, flow_windows
 from megatron_phf.train.pipeline import run_pipeline
 
 
@@ -29,25 +28,29 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """A forward-only pipeline over the microbatches; ``tap`` None: there is no flow loss."""
+    """A forward-only pipeline over the microbatches; ``tap`` None: there is no flow loss.
+
+    ``scores``: the output loss needs it too; where neither does, nothing is computed.
+    """
 
     teacher: Teacher
     tap: FlowTap | None
     shards: SequenceShards
+    scores: bool = True
 
-    def __call__(self, batch: LocalBatch) -> TeacherOutput:
+    def __call__(self, batch: StepBatch) -> TeacherOutput:
         """Flow targets into the tap on every stage, and, on the last, final hidden states.
 
         Never its logits.
         """
         batches = [m.teacher for m in batch.microbatches]
         rows: dict[int, Tensor] = {}
+        if self.tap is None and not self.scores:
+            return TeacherOutput(rows, None)
 
         def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
-            batch = batches[index]
             # All of them on every context rank: the student's row may be elsewhere.
-            every = gather_rows(hidden, batch.predicting, self.shards, batch.cu_seqlens)
-            rows[index] = every[batch.scored]
+            rows[index] = gather_rows(hidden, batches[index].scored, self.shards)
             return hidden.new_zeros(()), None
 
         if self.tap is not None:

@@ -183,12 +183,13 @@ def _layer_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a HuggingFace model, by name; a tied output head is left out."""
+    rows = arch.stored_vocab_size or arch.vocab_size
     shapes: dict[str, tuple[int, ...]] = {
-        _EMBEDDING: (arch.vocab_size, arch.hidden_size),
+        _EMBEDDING: (rows, arch.hidden_size),
         "model.norm.weight": (arch.hidden_size,),
     }
     if not arch.tie_word_embeddings:
-        shapes[_HEAD] = (arch.vocab_size, arch.hidden_size)
+        shapes[_HEAD] = (rows, arch.hidden_size)
     layer = _layer_shapes(arch)
     for i in range(arch.num_layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_phf.config.settings import TokenizerConfig
 from megatron_phf.files.foreign import INDEX_FILE, read_json_object
+from megatron_phf.files.replace import write_json
 from megatron_phf.weights.model_files import copy_files, other_files, tokenizer_files
 
 SHARD_BYTES = 5 * 10**9
@@ -59,8 +59,7 @@ def _name_shards(shards: list[list[str]], directory: str, total: int) -> None:
             "metadata": {"total_size": total},
             "weight_map": {w: f for f, shard in zip(names, shards, strict=True) for w in shard},
         }
-        with open(os.path.join(directory, INDEX_FILE), "w") as f:
-            json.dump(index, f, indent=1)
+        write_json(os.path.join(directory, INDEX_FILE), index)
 
 
 def copy_model_files(
@@ -83,5 +82,4 @@ def copy_model_files(
     content.pop("torch_dtype", None)
     content.pop("quantization_config", None)  # the weights beside it are not quantised
     content["dtype"] = str(dtype).removeprefix("torch.")
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=2)
+    write_json(path, content, indent=2)

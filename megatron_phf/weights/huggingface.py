@@ -8,6 +8,7 @@ export that is complete or not there at all.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.private_names import BridgeHooks, bridge_class
+from megatron_phf.runtime.together import on_every_rank
 from megatron_phf.weights import loaded
 from megatron_phf.weights.headers import StoredTensor, stored_tensors
 from megatron_phf.weights.hf_directory import SHARD_BYTES, copy_model_files, write_shards
@@ -160,7 +162,7 @@ def _bridge(arch: Architecture, config: Config) -> Any:
     )
     tp = parallel.tensor_parallel_size()
     divisible_by = config.model.make_vocab_size_divisible_by
-    bridge = bridge_class(_Bridge, arch.model_type, norms, arch=arch)(
+    bridge = bridge_class(_Bridge, arch.family.bridge, norms, arch=arch)(
         hf_config, dtype=model_dtype(config), make_vocab_size_divisible_by=divisible_by * tp
     )
     bridge.vocab_size = arch.vocab_size
@@ -188,27 +190,30 @@ def load_hf_weights(
         bridge.stored = stored
         with unrounded(chunks):
             bridge.load_weights(base, directory, memory_efficient=True)
-        problem = None if chunks[0].config.fp8_param else _difference(base, arch, stored)
     except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"{flag} {directory}: its weights do not load ({error}); copy the model again"
         ) from error
-    parallel.raise_together(
-        problem
-        and f"{flag} {directory}: after loading, {problem}; were the files changed "
-        "meanwhile? Else it is a fault of megatron_phf: please report it"
-    )
+    if not chunks[0].config.fp8_param:
+        on_every_rank(_check_loaded, base, arch, stored, f"{flag} {directory}")
 
 
-def _difference(
-    base: list[_AsMbridgeNames], arch: Architecture, stored: Mapping[str, StoredTensor]
-) -> str | None:
+def _check_loaded(
+    base: list[_AsMbridgeNames], arch: Architecture, stored: Mapping[str, StoredTensor], named: str
+) -> None:
     for chunk in base:
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
-        problem = loaded.difference(chunk.named_parameters(), arch, layers, stored)
+        try:
+            problem = loaded.difference(chunk.named_parameters(), arch, layers, stored)
+        except (KeyError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{named}: its weights do not load ({error}); copy the model again"
+            ) from error
         if problem is not None:
-            return problem
-    return None
+            raise ValueError(
+                f"{named}: after loading, {problem}; were the files changed meanwhile? Else it is "
+                "a fault of megatron_phf: please report it"
+            )
 
 
 def export_hf_weights(
@@ -276,7 +281,5 @@ def save_hf(
         write_shards(weights, directory, max_shard_bytes)
         copy_model_files(source, directory, dtype, config.tokenizer)
 
-    problem = write_directory(target, flag, write)
-    for _ in weights:  # the other ranks, and rank 0 after an error: the export is collective
-        pass
-    parallel.raise_together(problem)
+    # The export is collective: for the other ranks, and for rank 0 after an error.
+    write_directory(target, flag, write, meanwhile=lambda: deque(weights, maxlen=0))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_phf.model.fp8 import unrounded, without_fp8_state
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.weights import torch_dist
 
 _WITH_HEADS = ("self_attention.linear_qkv.", "self_attention.linear_proj.")
@@ -53,7 +54,7 @@ def save_weights(chunks: list[FlowGPTModel], directory: str) -> None:
         ValueError: it cannot be written, on every rank.
     """
     try:
-        torch_dist.on_first_rank(None, lambda: os.makedirs(directory, exist_ok=True))
+        on_first_rank(lambda: os.makedirs(directory, exist_ok=True))
         torch_dist.Snapshot(weights_sharded_state_dict(chunks)).write(directory)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be written ({error})") from error

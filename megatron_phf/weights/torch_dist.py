@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_phf.runtime import device, private_names
 from megatron_phf.runtime.private_names import INDEX_NAMES
+from megatron_phf.runtime.together import on_first_rank
 
 COMMON, INDEX = "common.pt", ".metadata"
 # What torch's index of a checkpoint consists of; every other name in the pickle is refused.
@@ -98,45 +99,14 @@ class Snapshot:
             dcp.save(self.tensors, storage_writer=writer, planner=planner, process_group=group)
         except CheckpointException as error:  # not an Exception; the same on every rank
             raise OSError(_short(next(iter(error.failures.values()))[0])) from error
-        on_first_rank(group, self._write_rest, directory)
+        on_first_rank(self._write_rest, directory, group=group)
 
     def _write_rest(self, directory: str) -> None:
-        torch.save(self.common, os.path.join(directory, COMMON))
-        save_config(CheckpointingConfig("torch_dist", 1), directory)
-
-
-def on_first_rank(group: dist.ProcessGroup | None, action: Callable[..., None], *args: Any) -> None:
-    """Let rank 0 do something to the disk while the others of ``group`` wait.
-
-    Raises:
-        OSError: on every rank, where it cannot.
-    """
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
         try:
-            action(*args)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as its own
-            problem[0] = _short(error)
-    dist.broadcast_object_list(problem, src=0, group=group)
-    if problem[0] is not None:
-        raise OSError(problem[0])
-
-
-def on_every_rank(group: dist.ProcessGroup | None, action: Callable[[], None]) -> None:
-    """Let every rank of ``group`` do something to the disk.
-
-    Raises:
-        OSError: on every rank, where one cannot.
-    """
-    problem = None
-    try:
-        action()
-    except OSError as error:
-        problem = _short(error)
-    problems: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, problem, group=group)
-    if any(problems):
-        raise OSError(next(p for p in problems if p))
+            torch.save(self.common, os.path.join(directory, COMMON))
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(_short(error)) from error
+        save_config(CheckpointingConfig("torch_dist", 1), directory)
 
 
 def read(state: dict[str, Any], directory: str, *, complete: bool = True) -> dict[str, Any]:

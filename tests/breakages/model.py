@@ -83,9 +83,9 @@ MODEL = (
     ),
     Breakage(
         "the flow window of a packed row is looked up as in one sequence",
-        "megatron_phf/hidden/tap.py",
-        "self._shards, window.cu_seqlens)",
-        "self._shards)",
+        "megatron_phf/train/batch.py",
+        "shards.in_part(batch.window, shape[1], limits)",
+        "shards.in_part(batch.window, shape[1])",
         (CONTEXT, "-k", "test_gradient and cp2_full"),
     ),
     Breakage(

@@ -101,8 +101,8 @@ RUN = (
     Breakage(
         "vLLM's log-probabilities meet those of the next token",
         "megatron_phf/train/student_pass.py",
-        "batch.log_probs[here])",
-        "batch.log_probs[here].roll(1))",
+        "self._drift.add(mine, batch.log_probs)",
+        "self._drift.add(mine, batch.log_probs.roll(1))",
         (VLLM_JOB, "-k", "adapters or checkpoints"),
     ),
     Breakage(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_phf.cli import acceptance, preflight
-from megatron_phf.cli.accept import launch, model, rows, table
+from megatron_phf.cli.accept import launch, model, table, verdicts
 from megatron_phf.cli.accept.plan import LAYOUTS, Plan
 from megatron_phf.config.flags import parse_args
 from megatron_phf.model.architecture import parse_architecture, read_architecture
@@ -100,7 +100,7 @@ def test_without_transformer_engine_all_else_is_local_and_in_bf16(tmp_path: Path
     bare = plan(tmp_path, engine="Transformer Engine", processes=8)
     for case in bare.cases():
         assert "local" in case.argv and "transformer_engine" not in case.argv
-    found = rows.evaluate(bare, launch.Clock(0.0))
+    found = verdicts.evaluate(bare, launch.Clock(0.0))
     skipped = [row.name for row in found if row.why == "needs Transformer Engine"]
     assert skipped == [
         "parity with transformers, Transformer Engine", "parity with transformers, userbuffers",
@@ -155,8 +155,8 @@ def evaluated(directory: Path, cuda: bool, **changed: object) -> dict[str, table
     for name, content in {**GOOD, **changed}.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
     some = plan(directory, cuda)
-    found = [*rows.step_rows(some, ""), *rows.decode_row(some, "")]
-    found += [rows.curve_row(some, "train_bf16", "train"), rows.resume_row(some, "save")]
+    found = [*verdicts.step_rows(some, ""), *verdicts.decode_row(some, "")]
+    found += [verdicts.curve_row(some, "train_bf16", "train"), verdicts.resume_row(some, "save")]
     return {row.name.split(" of ")[0].split(",")[0]: row for row in found}
 
 
@@ -187,7 +187,7 @@ def test_a_small_model_or_an_unknown_gpu_has_no_verdict(tmp_path: Path) -> None:
         evaluated(tmp_path, cuda=True, step={**GOOD["step"], "mfu": None})["MFU"].result == "shown"
     )
     small = dataclasses.replace(plan(tmp_path), arch=large(cuda=False))
-    assert {row.result for row in rows.step_rows(small, "")} == {"shown"}
+    assert {row.result for row in verdicts.step_rows(small, "")} == {"shown"}
 
 
 def test_failures_come_first_and_a_report_is_the_table(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_failures_come_first_and_a_report_is_the_table(tmp_path: Path) -> None:
     clock = launch.Clock(0.0, {"parity_fp32": "no\nsuch kernel", "decode": launch.LATE})
     for name, content in GOOD.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    found = rows.evaluate(every, clock)
+    found = verdicts.evaluate(every, clock)
     results = [row.result for row in table.ordered(found)]
     assert results == sorted(results, key=list(table.RESULTS).index)
     lines = table.table(found).splitlines()
@@ -217,7 +217,7 @@ def test_failures_come_first_and_a_report_is_the_table(tmp_path: Path) -> None:
 
 def test_the_large_model_that_could_not_be_written_is_the_reason(tmp_path: Path) -> None:
     clock = launch.Clock(0.0, {"large": "No space left on device"})
-    found = {row.name: row for row in rows.evaluate(plan(tmp_path, engine="x"), clock)}
+    found = {row.name: row for row in verdicts.evaluate(plan(tmp_path, engine="x"), clock)}
     assert found["decoding in process"].measured == "large: No space left on device"
     assert found["parity with transformers, fp32"].result == "late"
 

@@ -134,9 +134,9 @@ def main() -> None:
         if path.endswith(checkpoint_files.TRACKER):
             faults.at("publish")
 
-    _before(checkpoint_files, "_write", before_write)
+    _before(checkpoint_files, "write_text", before_write)
     _before(torch_dist.Snapshot, "write", lambda *args: faults.at("save_files"))
-    _before(session.Session, "begin", lambda self: faults.start_timers())
+    _before(session.Checkpoints, "resume", lambda self: faults.start_timers())
     product(sys.argv[2:])
 
 

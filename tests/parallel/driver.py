@@ -48,6 +48,7 @@ from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.sources import ReplaySource
 from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import read_models
 from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.build import load_student, make_distiller
 from megatron_phf.train.metrics import PhaseTimer
@@ -165,7 +166,7 @@ def teacher_memory(student: list, config: Config) -> dict:
     old ones are held, so that no new one takes an old one's address.
     """
     before = storages()
-    teacher = make_teacher(student, read_architecture(config.model.hf_model), config)
+    teacher = make_teacher(student, read_models(config), config)
     named = [pair for chunk in student for pair in chunk.named_parameters()]
     adapters = sum(p.nbytes for name, p in named if is_adapter(name))
     added = sum(s.nbytes() for address, s in storages().items() if address not in before)
@@ -245,7 +246,7 @@ def distill_case(
     """The kinds that train."""
     arch = read_architecture(config.model.hf_model)
     source = ReplaySource(config.rollout.replay_file, arch.vocab_size, config)
-    distiller = make_distiller(arch, config, student)
+    distiller = make_distiller(read_models(config), config, student)
     if config.lora.lora_rank:
         check_only_adapters_train(distiller)
     if distiller.teacher.chunks is not student:

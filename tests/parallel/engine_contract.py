@@ -7,12 +7,12 @@ import torch
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import rollout_to_json
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
-from megatron_phf.model.architecture import read_architecture
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import engine_row
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sources import make_engine, make_source, sampling_params
 from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import read_models
 from megatron_phf.train.build import load_student, read_prompts
 
 SAMPLES, LIMITS = [7, 3, 11, 900], [12, 1, 5, 12]
@@ -25,10 +25,12 @@ def content(responses: list[Response]) -> list[tuple]:
 
 def make_context(config: Config) -> RolloutContext:
     directory = config.model.hf_model
-    arch, tokenizer = read_architecture(directory), load_tokenizer(config)
+    models, tokenizer = read_models(config), load_tokenizer(config)
     pairs = read_prompts(config, tokenizer)
     prompts = Prompts(tokenizer, pairs, stop_token_ids(tokenizer, directory))
-    return RolloutContext(config, arch, prompts, lambda: load_student(arch, config, directory))
+    return RolloutContext(
+        config, models, prompts, lambda: load_student(models.student, config, directory)
+    )
 
 
 def contract(config: Config) -> dict:

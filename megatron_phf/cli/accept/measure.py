@@ -6,18 +6,13 @@ Each case leaves NAME.json as soon as it is done.  Replayed random rollouts of o
 padding and no luck of the draw in a figure.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 import statistics
-import sys
 import time
-import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -25,22 +20,16 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
-
-from megatron_phf.runtime import device
-
-device.import_megatron()
-
-from megatron_phf.config.flags import parse_args
+from megatron_phf.cli import cases
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.memory import Machine, kv_cache_bytes, peak_estimate
 from megatron_phf.estimate.utilisation import Utilisation
-from megatron_phf.model.architecture import read_architecture
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.rollout.megatron.engine import MegatronRollouts
 from megatron_phf.rollout.sampling import SamplingParams
-from megatron_phf.runtime import parallel
+from megatron_phf.runtime import device, parallel
+from megatron_phf.teacher.architecture import read_models
 from megatron_phf.teacher.kinds import make_teacher
 from megatron_phf.train.build import load_student
 from megatron_phf.train.checkpoint import Checkpointer, Progress
@@ -49,6 +38,7 @@ from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.step import Distiller
 
 _GIB = 2**30
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 class Large:
@@ -57,12 +47,13 @@ class Large:
     def __init__(self, config: Config, case: dict[str, Any]) -> None:
         assert config.model.hf_model is not None
         self.config, self.case = config, case
-        self.arch = read_architecture(config.model.hf_model)
+        self.models = read_models(config)
+        self.arch = self.models.student
         parallel.initialize(config.parallel)
         self.student = load_student(self.arch, config, config.model.hf_model)
-        self.teacher = make_teacher(self.student, self.arch, config)
+        self.teacher = make_teacher(self.student, self.models, config)
         self.optimizer = StudentOptimizer(self.student, config)
-        self.utilisation = Utilisation(config, self.arch)
+        self.utilisation = Utilisation(config, self.models)
         generator = random.Random(parallel.data_parallel_rank())
         count = case["batch"] // parallel.data_parallel_size()
 
@@ -78,7 +69,7 @@ class Large:
     def distiller(self, flow: bool = True) -> Distiller:
         """With the flow loss or without, around the same models and optimizer."""
         config = self.config if flow else self.config.replaced(phf_alpha=0.0)
-        return Distiller(config, self.arch, self.student, self.teacher, self.optimizer)
+        return Distiller(config, self.models, self.student, self.teacher, self.optimizer)
 
     def step(self, distiller: Distiller, timer: PhaseTimer | None = None) -> PhaseTimer:
         """One more of them."""
@@ -113,7 +104,7 @@ def step(large: Large) -> dict[str, Any]:
         "price": statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs),
         "mfu": None if None in shares else statistics.median(s for s in shares if s is not None),
         "peak_gib": max(parallel.max_over_ranks(peaks)) / _GIB,
-        "formula_gib": sum(peak_estimate(large.arch, config, machine, tokens).values()),
+        "formula_gib": sum(peak_estimate(large.models, config, machine, tokens).values()),
         "tokens": c["batch"] * (c["prompt"] + c["response"]),
     }
 
@@ -128,7 +119,7 @@ def synchronisations(large: Large) -> dict[str, Any]:
 
     def note(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
         if "synchroniz" in str(message):
-            places[phase[0], f"{os.path.relpath(filename, ROOT)}:{lineno}"] += 1
+            places[phase[0], f"{os.path.relpath(filename, _ROOT)}:{lineno}"] += 1
 
     def entered(name: str) -> None:
         phase[0] = name
@@ -224,24 +215,15 @@ KINDS = {f.__name__: f for f in (step, synchronisations, decode, async_save)}
 
 
 def main() -> None:
-    """All cases, which share their flags; a failed one ends the run."""
-    cases, output = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2]
-    device.setup()
-    device.init_distributed(int(os.environ["LOCAL_RANK"]), timeout_minutes=5)
-    large: Large | None = None
-    for case in cases:
-        try:
-            large = large or Large(parse_args(case["argv"]), case)
-            result = KINDS[case["kind"]](large)
-        except Exception:
-            print(f"case {case['name']} failed\n{traceback.format_exc()}", flush=True)
-            os._exit(1)
-        if torch.distributed.get_rank() == 0:
-            partial = Path(output, f"{case['name']}.partial")
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.rename(partial.with_suffix(".json"))
-    parallel.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    """All cases, which share their flags and models."""
+    made: list[Large] = []
+
+    def run(config: Config, case: dict[str, Any], _: str) -> object:
+        if not made:
+            made.append(Large(config, case))
+        return KINDS[case["kind"]](made[0])
+
+    cases.main(run, after=lambda: None)
 
 
 if __name__ == "__main__":

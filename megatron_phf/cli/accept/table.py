@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_phf.files.replace import write_json
+
 # In the order of the table: what needs attention comes first.
 RESULTS = {
     "fail": "**FAIL**",
@@ -55,12 +57,10 @@ def table(rows: list[Row]) -> str:
 
 
 def write_report(path: str, machine: dict[str, Any], rows: list[Row], times: list[dict]) -> None:
-    """Whole or not at all: a later start may end this program."""
+    """Write the report; a later start may end this program."""
     report = {**machine, "rows": [asdict(row) for row in ordered(rows)], "cases": times}
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    partial = Path(path + ".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, report)
 
 
 def heading(report: dict[str, Any]) -> str:

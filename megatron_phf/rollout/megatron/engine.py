@@ -10,7 +10,6 @@ from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, evaluating, without_sequence_parallel
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.megatron.batch import Batch
@@ -20,22 +19,20 @@ from megatron_phf.rollout.megatron.graphs import StepGraphs, wants_graphs
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams, VocabularyShard, sample
 from megatron_phf.runtime import device, parallel
-from megatron_phf.teacher.architecture import common_vocab_size
+from megatron_phf.teacher.architecture import Models
 
 
 def make_engine(context: RolloutContext) -> MegatronRollouts:
     """What samples from the student in process."""
-    return student_engine(context.config, context.arch, context.student)
+    return student_engine(context.config, context.models, context.student)
 
 
-def student_engine(
-    config: Config, arch: Architecture, student: list[FlowGPTModel]
-) -> MegatronRollouts:
+def student_engine(config: Config, models: Models, student: list[FlowGPTModel]) -> MegatronRollouts:
     """The same, of chunks that are there."""
     size = config.rollout.rollout_batch_size
     required = config.rollout.decode_cuda_graphs == "on"
-    graphs = StepGraphs(wants_graphs(config, arch), required)
-    return MegatronRollouts(student, common_vocab_size(arch, config), size, graphs)
+    graphs = StepGraphs(wants_graphs(config, models.student), required)
+    return MegatronRollouts(student, models.vocab_size, size, graphs)
 
 
 class MegatronRollouts:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 
-from megatron_phf.config.settings import Config, flag_of
-
-_AT_LEAST_ONE = ("vllm_sync_interval", "vllm_concurrency")
+from megatron_phf.config.settings import Config
 
 
 def server_urls(config: Config) -> list[str]:
@@ -64,16 +62,8 @@ def read_api_key(config: Config) -> str | None:
     return key
 
 
-def _check_numbers(config: Config) -> None:
+def _check_timeout(config: Config) -> None:
     vllm = config.vllm
-    for name in _AT_LEAST_ONE:
-        if getattr(vllm, name) < 1:
-            raise ValueError(f"{flag_of(name)} {getattr(vllm, name)}: need at least 1")
-    for name in ("vllm_timeout_seconds", "vllm_backoff_seconds", "vllm_drift_warning"):
-        if getattr(vllm, name) <= 0:
-            raise ValueError(f"{flag_of(name)} {getattr(vllm, name)}: need more than 0")
-    if vllm.vllm_max_retries < 0:
-        raise ValueError(f"--vllm-max-retries {vllm.vllm_max_retries}: need at least 0")
     minutes = config.parallel.distributed_timeout_minutes
     if config.rollout.rollout_engine == "vllm" and vllm.vllm_timeout_seconds >= 60 * minutes:
         raise ValueError(
@@ -86,7 +76,7 @@ def _check_numbers(config: Config) -> None:
 def check_vllm(config: Config) -> None:
     """Raise ValueError where the flags of vLLM rollouts do not fit, each other or the rest."""
     vllm, engine = config.vllm, config.rollout.rollout_engine
-    _check_numbers(config)
+    _check_timeout(config)
     if (engine == "vllm") != (vllm.vllm_url is not None):
         raise ValueError("--vllm-url and --rollout-engine vllm belong together")
     if engine != "vllm":

@@ -20,7 +20,7 @@ from megatron_phf.rollout.vllm.flags import (
 )
 from megatron_phf.rollout.vllm.http import Patience
 from megatron_phf.rollout.vllm.server import VllmServer
-from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.weights.huggingface import save_hf
 
 # Of --distributed-timeout-minutes: what a phase may take while other ranks wait for its end.
@@ -42,15 +42,13 @@ def connect(config: Config, arch: Architecture) -> list[VllmServer]:
     patience = Patience(v.vllm_timeout_seconds, v.vllm_max_retries, v.vllm_backoff_seconds)
     key = read_api_key(config)
     servers = [VllmServer(url, patience, key) for url in server_urls(config)]
-    problem = None
-    if parallel.is_first_rank():
-        try:
-            for server in servers:
-                _check_server(server, config, arch)
-        except ValueError as error:
-            problem = str(error)
-    parallel.raise_together(problem)
+    on_first_rank(_check_servers, servers, config, arch)
     return servers
+
+
+def _check_servers(servers: list[VllmServer], config: Config, arch: Architecture) -> None:
+    for server in servers:
+        _check_server(server, config, arch)
 
 
 def _check_server(server: VllmServer, config: Config, arch: Architecture) -> None:
@@ -95,13 +93,16 @@ class WeightSync:
         self._servers, self._student, self._arch, self._config = servers, student, arch, config
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
         # The copy of --hf-model that servers started with is ours to replace.
-        foreign = not self._adapters and parallel.is_first_rank() and not_ours(self._directory)
-        if foreign and is_copy(self._directory, str(config.model.hf_model)):
-            mark(self._directory)
-        run = parallel.broadcast_object(os.urandom(4).hex() if parallel.is_first_rank() else None)
-        self._prefix, self._name = f"phf-{run}", ""
+        if not self._adapters:
+            on_first_rank(self._adopt)
+        self._prefix, self._name = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}", ""
         self._models: dict[str, str] = {}
         self._locks = {server.url: threading.Lock() for server in servers}
+
+    def _adopt(self) -> None:
+        source = str(self._config.model.hf_model)
+        if not_ours(self._directory) and is_copy(self._directory, source):
+            mark(self._directory)
 
     def push(self, version: int) -> None:
         """Export the student, and let every server use it from now on.  Every rank calls.
@@ -123,13 +124,7 @@ class WeightSync:
                 flag=flag,
                 tied_head=True,
             )
-        problem = None
-        if parallel.is_first_rank():
-            try:
-                self._tell(old)
-            except ValueError as error:
-                problem = str(error)
-        parallel.raise_together(problem)
+        on_first_rank(self._tell, old)
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)

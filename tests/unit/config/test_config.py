@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_phf.cli import preflight
-from megatron_phf.config.flags import build_parser, parse_args
-from megatron_phf.config.settings import Config
+from megatron_phf.config.flags import build_parser, check_fields, parse_args
+from megatron_phf.config.settings import Config, config_groups, flag_of
 from tests.models import make_model, make_replay
 
 GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'
@@ -42,6 +44,34 @@ def test_embedded_defaults_give_way_to_flags() -> None:
 def test_every_flag_has_a_help_text() -> None:
     for action in build_parser()._actions:
         assert action.help
+
+
+NUMBERS = [
+    (f.name, f.metadata["range"])
+    for cls in config_groups().values()
+    for f in dataclasses.fields(cls)
+    if "int" in str(f.type) or "float" in str(f.type)
+]
+
+
+@pytest.mark.parametrize(("name", "allowed"), NUMBERS)
+def test_every_number_has_a_range_that_is_checked_and_in_its_help(name: str, allowed) -> None:
+    with pytest.raises(ValueError, match=f"^{flag_of(name)} -1: need {re.escape(allowed.text)}$"):
+        check_fields(Config().replaced(**{name: -1}))
+    (action,) = [a for a in build_parser()._actions if a.dest == name]
+    assert f"; {allowed.text}" in action.help
+
+
+@pytest.mark.parametrize("flag", ["--engine-drift-warning", "--vllm-drift-warning"])
+def test_an_earlier_name_of_a_flag_is_accepted(flag: str) -> None:
+    assert parse_args([flag, "0.25"]).rollout.engine_drift_warning == 0.25
+
+
+def test_choices_hold_without_a_command_line_too() -> None:
+    with pytest.raises(ValueError, match="--teacher 'best': need frozen, ema or live"):
+        check_fields(Config().replaced(teacher="best"))
+    (action,) = [a for a in build_parser()._actions if a.dest == "keep_last"]
+    assert action.help.endswith("(default: 0; at least 0; needs --save)")
 
 
 def test_booleans_and_none() -> None:
@@ -118,6 +148,12 @@ MISTAKES = {
     "--opsd-beta 1.5": "--opsd-beta 1.5: need 0 to 1",
     "--phf-window-size 1": "--phf-window-size 1: need at least 2",
     "--phf-alpha -1": "--phf-alpha -1.0: need at least 0",
+    "--min-lr 1": "--min-lr 1.0: need 0 to --lr",
+    "--lr inf": "--lr inf: need a finite number",
+    "--save-interval 1099511627776": "--save-interval 1.100e+12: too large a number",
+    "--distributed-timeout-minutes 0": "--distributed-timeout-minutes 0.0: need above 0",
+    "--keep-last 2": "--keep-last needs --save",
+    "--save out": "--save needs --hf-model",
     "--context-parallel-size 2": "--context-parallel-size above 1",
     "--sequence-parallel": "--sequence-parallel needs --tensor-model-parallel-size",
     "--num-virtual-stages-per-pipeline-rank 2": "needs --pipeline-model-parallel-size above 1",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_phf.config.flags import parse_args
+from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.config.schedule import check_schedule, decay_iters
 from megatron_phf.config.settings import Config
 from megatron_phf.runtime import device
@@ -120,8 +120,10 @@ REAL = ["--hf-model", "m", "--data", "d"]
 
 @pytest.mark.parametrize("flags", BAD)
 def test_a_schedule_that_is_none_is_refused(flags: str) -> None:
+    config = parse_args([*REAL, *flags.split()])
     with pytest.raises(ValueError, match=r"^--lr-") as error:
-        check_schedule(parse_args([*REAL, *flags.split()]))
+        check_fields(config)
+        check_schedule(config)
     assert BAD[flags] in str(error.value)
 
 

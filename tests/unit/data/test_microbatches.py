@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_phf.cli import preflight
+from megatron_phf.config.flags import check_fields
 from megatron_phf.config.settings import Config
 from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.microbatches import (
@@ -93,9 +94,9 @@ def test_refused_flags() -> None:
     with pytest.raises(ValueError, match="takes the place of --micro-batch-size"):
         preflight._check_batching(base.replaced(max_tokens_per_microbatch=9, micro_batch_size=2))
     with pytest.raises(ValueError, match="--max-tokens-per-microbatch -1"):
-        preflight._check_batching(base.replaced(max_tokens_per_microbatch=-1))
+        check_fields(base.replaced(max_tokens_per_microbatch=-1))
     with pytest.raises(ValueError, match="--pack-sequences needs --max-tokens-per-microbatch"):
-        preflight._check_batching(base.replaced(pack_sequences=True))
+        check_fields(base.replaced(pack_sequences=True))
     packed = base.replaced(max_tokens_per_microbatch=9, pack_sequences=True)
     lengths = {"max_prompt_length": 3, "max_teacher_prompt_length": 5, "max_new_tokens": 4}
     cut = packed.replaced(context_parallel_size=2, **lengths)

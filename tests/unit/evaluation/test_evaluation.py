@@ -71,7 +71,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parallel, "is_first_rank", lambda: True)
-    monkeypatch.setattr(parallel, "broadcast_object", lambda value: value)
+    monkeypatch.setattr(parallel, "broadcast_object", lambda value, group: value)
     log = EvaluationLog(str(tmp_path))
     for step in (0, 10, 20):
         log.add(step, evaluation())

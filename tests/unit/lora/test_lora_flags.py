@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_phf.cli import preflight
-from megatron_phf.cli.merge import merge
+from megatron_phf.cli.merge_adapter import merge
 from megatron_phf.config.settings import Config
 from megatron_phf.lora.config import (
     ALLOWED,

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_phf import reference
@@ -19,7 +20,8 @@ from megatron_phf.losses import (
     generalized_jsd,
     policy_gradient_loss,
 )
-from megatron_phf.losses.chunked import _BLOCK_BYTES
+from megatron_phf.losses import chunked as chunked_module
+from megatron_phf.losses.chunked import _BLOCK_BYTES, _Gradients
 
 seeds = st.integers(0, 2**31 - 1)
 specs = st.builds(
@@ -225,6 +227,42 @@ def test_no_more_than_two_logits_of_a_chunk(dtype: torch.dtype, monkeypatch) -> 
         loss = chunked(rows.requires_grad_(), teacher, weight, weight, plain(), chunk_tokens=8).loss
         loss.backward()
     assert alive.most == 2
+
+
+def _head_gradient(rows: Tensor, teacher: Tensor, weight: Tensor, chunk: int) -> Tensor:
+    rows, weight = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+    chunked(rows, teacher, weight, weight, plain(), chunk_tokens=chunk).loss.backward()
+    return weight.grad.double()
+
+
+def test_the_heads_gradient_is_not_rounded_chunk_by_chunk(monkeypatch) -> None:
+    """Against plain torch in float64, on the same bf16 numbers."""
+    monkeypatch.setitem(_BLOCK_BYTES, "cpu", 4 * 40)
+    rows, teacher, weight = (normal(i, n, 8).bfloat16() for i, n in ((1, 256), (2, 256), (3, 40)))
+    exact = _head_gradient(rows.double(), teacher.double(), weight.double(), 256)
+    error = (_head_gradient(rows, teacher, weight, 4) - exact).norm() / exact.norm()
+    monkeypatch.setattr(chunked_module, "_wide_product", lambda left, right: left @ right)
+    rounded = (_head_gradient(rows, teacher, weight, 4) - exact).norm() / exact.norm()
+    assert error < rounded < 3e-3  # most of it is the logits' and the result's own rounding
+
+
+def test_the_heads_gradient_adds_up_in_fp32() -> None:
+    d_logits, rows = (normal(i, 64, n).bfloat16() for i, n in ((1, 40), (2, 8)))
+    gradients = _Gradients(rows, torch.zeros(40, 8, dtype=torch.bfloat16), (False, True))
+    for start in range(0, 64, 4):
+        part = slice(start, start + 4)
+        gradients.add(part, rows[part], d_logits[part])
+    wanted = d_logits.double().T @ rows.double()
+    assert (gradients.weight - wanted).abs().max() < 1e-5  # 3e-2 where each product is rounded
+
+
+def test_the_heads_gradient_on_cuda_is_one_product_in_fp32() -> None:
+    with FakeTensorMode():
+        left, right = (
+            torch.empty(*n, dtype=torch.bfloat16, device="cuda") for n in ((8, 4), (4, 6))
+        )
+        made = chunked_module._wide_product(left, right)
+    assert (made.dtype, made.shape) == (torch.float32, (8, 6))
 
 
 def test_backward_through_a_graph_that_is_kept_leaves_it_whole() -> None:

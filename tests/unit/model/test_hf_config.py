@@ -14,7 +14,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from megatron_phf.model.architecture import ARCHITECTURES, Architecture, parse_architecture
+from megatron_phf.model.architecture import Architecture, parse_architecture
+from megatron_phf.model.families import FAMILIES, Family
 from megatron_phf.model.rope import KNOWN, scaled_frequencies
 
 BASE = {
@@ -151,7 +152,7 @@ READ = {
 def test_every_spelling_of_rope(theta: object, tmp_path: Path) -> None:
     """Each on one of the four architectures, whose rotary embeddings are one code."""
     read = 0
-    kinds = itertools.cycle(ARCHITECTURES)
+    kinds = itertools.cycle(FAMILIES)
     for name, changes in ROPES.items():
         content = config(next(kinds), **changes, rope_theta=theta)
         arch = ours(content)
@@ -164,7 +165,7 @@ def test_every_spelling_of_rope(theta: object, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", READ)
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_spellings_that_are_read(name: str, model_type: str) -> None:
     arch = ours(config(model_type, **ROPES[name]))
     assert arch is not None
@@ -187,7 +188,7 @@ def test_the_names_of_rope_parameters_are_transformers() -> None:
     assert get_type_hints(RopeParameters).keys() | {"type"} == KNOWN
 
 
-FIELDS = [(kind, name) for kind in ARCHITECTURES for name in config(kind) if name != "model_type"]
+FIELDS = [(kind, name) for kind in FAMILIES for name in config(kind) if name != "model_type"]
 # Nulls that transformers takes, and what they mean.
 NULLS = {"rope_scaling", "rope_parameters", "layer_types", "per_layer_config", "mlp_only_layers"}
 
@@ -231,3 +232,39 @@ def test_missing_and_null_fields(kind: str, name: str, tmp_path: Path) -> None:
 def test_layers_that_differ_from_each_other(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_architecture(config("qwen3_moe", **changes), "config.json")
+
+
+def test_another_decoder_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral without its window: what it has, and what the row refuses, is transformers'."""
+    only = {"sliding_window": None, "hidden_act": "silu", "attention_bias": False}
+    row = Family("mistral", only=only, rope_kinds=("default",), may_lack=("head_dim",))
+    content = config("mistral", sliding_window=None)
+    with pytest.raises(ValueError, match=r"model_type 'mistral' is not supported \(only qwen3, "):
+        parse_architecture(content, "config.json")
+    monkeypatch.setitem(FAMILIES, "mistral", row)
+    arch, model = ours(content), theirs(content, tmp_path)
+    assert arch is not None and not arch.qk_layernorm and not arch.add_qkv_bias
+    assert arch.num_parameters() == sum(p.numel() for p in model.parameters())
+    same_rope(arch, model)
+    for key, value, message in (
+        ("sliding_window", 64, r"sliding_window=64 is not supported \(only None\)"),
+        ("rope_scaling", TABLES["linear"], r"rope scaling 'linear' is not supp.* \(only default\)"),
+        ("attention_bias", None, "attention_bias=None is not supported"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_architecture({**content, key: value}, "config.json")
+
+
+@pytest.mark.parametrize(("model_type", "row"), FAMILIES.items())
+def test_every_row_counts_transformers_weights(
+    model_type: str, row: Family, tmp_path: Path
+) -> None:
+    content = config(model_type)
+    arch, model = ours(content), theirs(content, tmp_path)
+    assert arch is not None
+    names = dict(model.named_parameters())
+    assert arch.num_parameters() == sum(p.numel() for p in names.values())
+    attention = "model.layers.0.self_attn."
+    assert row.qk_layernorm == (attention + "q_norm.weight" in names)
+    assert row.qkv_bias == (attention + "q_proj.bias" in names)
+    assert (row.experts is not None) == ("model.layers.0.mlp.gate.weight" in names)

@@ -17,6 +17,7 @@ from megatron_phf.rollout.sources import (
     reference_source,
 )
 from megatron_phf.runtime import parallel
+from megatron_phf.teacher.architecture import Models
 
 STOP = 9
 
@@ -61,7 +62,7 @@ def test_a_reference_solution_ends_with_the_tokenizers_eos(eos: int | None, last
     arch = SimpleNamespace(vocab_size=20, max_position_embeddings=64)
     config = Config().replaced(hf_model="m", rollout_engine="reference", global_batch_size=1)
     prompts = Prompts(tokenizer, pairs(1), (3, 9))
-    source = reference_source(RolloutContext(config, arch, prompts, lambda: []))
+    source = reference_source(RolloutContext(config, Models(arch), prompts, lambda: []))
     assert source.rollouts(1)[0].response_ids == (5, last)
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from megatron_phf.config.flags import parse_args
+from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.losses import chunked_log_probs
 from megatron_phf.model.architecture import parse_architecture
@@ -214,13 +214,15 @@ VLLM = ["--rollout-engine", "vllm", "--hf-model", "x", "--data", "y", "--vllm-ur
         ([*VLLM, "http://h:1", "--vllm-timeout-seconds", "600"], "--distributed-timeout-minutes"),
         ([*VLLM, "http://h:1", "--vllm-api-key-file", "/nowhere"], "--vllm-api-key-file /nowhere"),
         (["--vllm-concurrency", "0"], "--vllm-concurrency 0: need at least 1"),
-        (["--vllm-backoff-seconds", "0"], "--vllm-backoff-seconds 0.0: need more than 0"),
+        (["--vllm-backoff-seconds", "0"], "--vllm-backoff-seconds 0.0: need above 0"),
         (["--vllm-max-retries", "-1"], "--vllm-max-retries -1: need at least 0"),
     ],
 )
 def test_flags_that_do_not_fit(flags: list[str], message: str) -> None:
+    config = parse_args(flags)
     with pytest.raises(ValueError, match=message):
-        check_vllm(parse_args(flags))
+        check_fields(config)
+        check_vllm(config)
 
 
 def test_urls() -> None:

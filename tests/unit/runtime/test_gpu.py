@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_phf.cli import gpu_flags, preflight
-from megatron_phf.config.flags import parse_args
+from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
@@ -43,7 +43,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]
         importlib.invalidate_caches()
 
     yield add
-    optional_packages._failure.cache_clear()
+    optional_packages.import_failure.cache_clear()
     for name in set(sys.modules) - before:
         if name.split(".")[0] in ("transformer_engine", "apex", "amp_C"):
             del sys.modules[name]
@@ -81,8 +81,10 @@ def engine(packages: Callable[[Path], None]) -> None:
     ],
 )
 def test_combinations_that_do_not_fit(engine: None, flags: list[str], message: str) -> None:
+    config = parse_args(["--hf-model", "m", *flags])
     with pytest.raises(ValueError, match=message):
-        gpu_flags.check_gpu(parse_args(flags))
+        check_fields(config)
+        gpu_flags.check_gpu(config)
 
 
 @pytest.mark.parametrize("flags", [FP8, [*WEIGHTS, *DISTRIBUTED], FP8[:2], USERBUFFERS])

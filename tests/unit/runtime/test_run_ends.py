@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ lock = RunLock(sys.argv[1], "--save")
 print("ready", flush=True)
 time.sleep(60)
 """
+FORKS = "import ctypes; fork = ctypes.PyDLL(None).fork"
 
 
 def start(code: str, *arguments: str) -> subprocess.Popen:
@@ -93,6 +95,28 @@ def test_a_directory_takes_one_run(tmp_path: Path, monkeypatch) -> None:
         process.wait()
     lock = RunLock(str(tmp_path), "--save")
     lock.release()
+
+
+@pytest.mark.parametrize("fork", ["fork = os.fork", FORKS])
+def test_the_lock_ends_with_its_process_not_with_that_ones_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fork: str
+) -> None:
+    """One forked by Python, or by a library that Python knows nothing of, as MPI does."""
+    monkeypatch.setattr("megatron_phf.runtime.run_lock._PATIENCE_SECONDS", 0.0)
+    child = f"import os\n{fork}\nif not fork(): time.sleep(3), os._exit(0)\n"
+    process = start(HOLDS.replace("print(", child + "print("), str(tmp_path))
+    process.kill()
+    process.wait()
+    RunLock(str(tmp_path), "--save").release()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with pytest.raises(ValueError, match=r"--save .*: its file system has no locks \(No locks ava"):
+        RunLock(str(tmp_path), "--save")
 
 
 def test_a_lock_of_another_program_stays(tmp_path: Path) -> None:

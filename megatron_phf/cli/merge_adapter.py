@@ -1,6 +1,6 @@
 """A PEFT adapter merged into the HuggingFace model it was trained on, tensor by tensor.
 
-    python -m megatron_phf.cli.merge JOB.json
+    python -m megatron_phf.cli.merge_adapter JOB.json
 
 One process for tools/convert_checkpoint.py, which has checked the job.  It holds the adapter, one
 file of the target and one tensor.
