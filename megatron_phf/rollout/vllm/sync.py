@@ -17,9 +17,11 @@ from megatron_phf.rollout.vllm.flags import (
     server_urls,
     sync_directory,
     syncs_adapters,
+    syncs_by_disk,
 )
 from megatron_phf.rollout.vllm.http import Patience
 from megatron_phf.rollout.vllm.server import VllmServer
+from megatron_phf.runtime import device
 from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.weights.huggingface import save_hf
 
@@ -47,8 +49,16 @@ def connect(config: Config, arch: Architecture) -> list[VllmServer]:
 
 
 def _check_servers(servers: list[VllmServer], config: Config, arch: Architecture) -> None:
+    _check_way(config.vllm.vllm_weight_sync)
     for server in servers:
         _check_server(server, config, arch)
+
+
+def _check_way(way: str) -> None:
+    if way in ("nccl", "ipc") and not device.has_cuda():
+        raise ValueError(
+            f"--vllm-weight-sync {way} is for GPUs, and there is none here; use torch_distributed"
+        )
 
 
 def _check_server(server: VllmServer, config: Config, arch: Architecture) -> None:
@@ -62,7 +72,11 @@ def _check_server(server: VllmServer, config: Config, arch: Architecture) -> Non
             f"--max-new-tokens need {wanted}; start it with --max-model-len {wanted}"
         )
     directory = sync_directory(config)
-    if not syncs_adapters(config) and os.path.realpath(str(root)) != directory:
+    if (
+        syncs_by_disk(config)
+        and not syncs_adapters(config)
+        and os.path.realpath(str(root)) != directory
+    ):
         raise ValueError(
             f"--vllm-url {server.url} serves {root}, but this run writes its weights to "
             f"--vllm-sync-dir {directory}; copy --hf-model there and start vllm serve {directory}"
@@ -77,7 +91,29 @@ def _base_model(server: VllmServer, until: float) -> dict:
     return cards[0]
 
 
-class WeightSync:
+class ServedModels:
+    """What each server calls the student."""
+
+    def __init__(self, servers: list[VllmServer]) -> None:
+        self._models: dict[str, str] = {}
+        self._locks = {server.url: threading.Lock() for server in servers}
+
+    def model(self, server: VllmServer, until: float) -> str:
+        """The model that a request to ``server`` names."""
+        with self._locks[server.url]:
+            if server.url not in self._models:
+                self._models[server.url] = _base_model(server, until)["id"]
+            return self._models[server.url]
+
+    def restore(self, server: VllmServer, until: float) -> None:
+        """What a request needs that a restarted server does not know."""
+
+    def lost(self) -> bool:
+        """Whether a server sampled with other weights than it was given.  Every rank calls it."""
+        return False
+
+
+class WeightSync(ServedModels):
     """Brings the student's weights to all servers, as an adapter or as the model's own files.
 
     An adapter gets a new name each time: servers keep what they computed with the old one by name.
@@ -90,14 +126,13 @@ class WeightSync:
         arch: Architecture,
         config: Config,
     ) -> None:
+        super().__init__(servers)
         self._servers, self._student, self._arch, self._config = servers, student, arch, config
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
         # The copy of --hf-model that servers started with is ours to replace.
         if not self._adapters:
             on_first_rank(self._adopt)
         self._prefix, self._name = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}", ""
-        self._models: dict[str, str] = {}
-        self._locks = {server.url: threading.Lock() for server in servers}
 
     def _adopt(self) -> None:
         source = str(self._config.model.hf_model)
@@ -142,13 +177,8 @@ class WeightSync:
             shutil.rmtree(self._path(old), ignore_errors=True)
 
     def model(self, server: VllmServer, until: float) -> str:
-        """The model that a request to ``server`` names."""
-        if self._adapters:
-            return self._name
-        with self._locks[server.url]:
-            if server.url not in self._models:
-                self._models[server.url] = _base_model(server, until)["id"]
-            return self._models[server.url]
+        """The adapter's name, or the model's."""
+        return self._name if self._adapters else super().model(server, until)
 
     def restore(self, server: VllmServer, until: float) -> None:
         """A restarted server knows no adapters; the model's own files it has read again itself."""
