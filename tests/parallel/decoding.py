@@ -75,6 +75,7 @@ def decoding(student: list, vocab_size: int, case: dict) -> dict:
     # Each alone, and so each prompt once for itself.
     pairs = zip(prompts, ids, strict=True)
     alone = [tokens_of(engine, [prompt], sampling, [i])[0] for prompt, i in pairs]
+    assert not any({*sampling.stop_ids} & {*row[:-1]} for row in alone)
     read: list[int] = []
     forward = engine.forward
 
