@@ -29,28 +29,38 @@ class Beds:
     def sleep(self) -> None:
         """Leave the GPUs' memory to the models."""
         level = 2 if self.forget else 1
-        self._each(lambda control: control.is_asleep() or control.sleep(level))
+
+        def sleep(control: Control) -> None:
+            if not control.is_asleep():
+                control.sleep(level)
+
+        self._each(sleep)
         self.asleep = bool(self._controls)
 
     def wake_weights(self) -> None:
         """Memory for the weights, which may then be brought."""
-        self._each(lambda control: control.is_asleep() and control.wake("weights"))
+        self._each(lambda control: _wake(control, "weights"))
 
     def wake_cache(self) -> None:
         """Memory for keys and values: requests may come."""
-        self._each(lambda control: control.is_asleep() and control.wake("kv_cache"))
+        self._each(lambda control: _wake(control, "kv_cache"))
         self.asleep = False
 
-    def _each(self, action: Callable[[Control], object]) -> None:
+    def _each(self, action: Callable[[Control], None]) -> None:
         if self._controls:
             on_first_rank(self._tell, action, deadline(self._config))
 
-    def _tell(self, action: Callable[[Control], object], until: float) -> None:
+    def _tell(self, action: Callable[[Control], None], until: float) -> None:
         for control in self._controls:
             _told(control, action, until)
 
 
-def _told(control: Control, action: Callable[[Control], object], until: float) -> None:
+def _wake(control: Control, what: str) -> None:
+    if control.is_asleep():
+        control.wake(what)
+
+
+def _told(control: Control, action: Callable[[Control], None], until: float) -> None:
     """``action`` once it answers: one that was restarted is awake."""
     while True:
         try:

@@ -19,8 +19,10 @@ from megatron_phf.rollout.vllm.sync import deadline
 from megatron_phf.runtime.together import on_first_rank
 
 # torchrun's, which vLLM would take for its own.
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
-_LAUNCHER += ("MASTER_PORT", "GROUP_WORLD_SIZE", "OMP_NUM_THREADS")
+_LAUNCHER = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
+)
 _LINES_SHOWN = 15
 
 

@@ -76,7 +76,7 @@ class WeightTransfer(ServedModels):
         for _ in range(1 + self._config.vllm.vllm_max_retries):
             attempt = _Round(missing, self._links, self._way) if parallel.is_first_rank() else None
             self._send(attempt)
-            gone = on_first_rank(lambda: attempt.settle(until))  # noqa: B023 (called here)
+            gone = on_first_rank(_settled, attempt, until)
             if not gone:
                 return
             missing = [control for control in self._controls if control.server.url in gone]
@@ -110,6 +110,11 @@ class WeightTransfer(ServedModels):
             return any(control.version() != self._version for control in self._controls)
         except ServerGone:
             return True
+
+
+def _settled(attempt: _Round | None, until: float) -> list[str]:
+    assert attempt is not None, "rank 0 has one"
+    return attempt.settle(until)
 
 
 class _Round:

@@ -94,9 +94,14 @@ class TorchDistributed:
 
     def send(self, group: Any, tensors: Named) -> Callable[[], None]:
         """See the module; call what it gives to wait until all is sent."""
-        # Kept by what is returned: a broadcast reads its tensor until it is done.
-        works = [group.broadcast(tensor.contiguous(), wire.TRAINER) for _, tensor in tensors]
-        return lambda: [work.wait() for work in works] and None
+        sent = [tensor.contiguous() for _, tensor in tensors]  # kept until they are read
+        works = [group.broadcast(tensor, wire.TRAINER) for tensor in sent]
+
+        def wait() -> None:
+            for work, _ in zip(works, sent, strict=True):
+                work.wait()
+
+        return wait
 
 
 class Nccl:
@@ -142,7 +147,8 @@ class Nccl:
         with torch.cuda.stream(stream):
             packed = _packed(tensors)
             torch.cuda.nccl.broadcast([packed], comms=[communicator])
-        return lambda: (stream.synchronize(), packed)[0]
+
+        return stream.synchronize
 
 
 class Ipc:
