@@ -18,7 +18,7 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config, flag_of
 from megatron_phf.console import print_anything
 from megatron_phf.estimate.flops import forward_flops, student_flops
-from megatron_phf.estimate.memory import Machine, peak_estimate
+from megatron_phf.estimate.memory import Machine, last_layer_bytes, peak_estimate
 from megatron_phf.files.foreign import read_json_object
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
 from megatron_phf.teacher.architecture import Models
@@ -113,7 +113,8 @@ def traffic(arch: Architecture, config: Config, replicas: int, tokens: int) -> d
 
     TP with SP: a gather and a scatter of the activations at both halves of a layer, forward and
     backward, for the student (and again where it is recomputed), forward for the teacher.  PP: one
-    activation over a boundary and its gradient.  DP: gradients in fp32, weights back.
+    activation over a boundary and its gradient (the last stage: also its targets, where all layers
+    are compared with the last).  DP: gradients in fp32, weights back.
     """
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
@@ -121,6 +122,8 @@ def traffic(arch: Architecture, config: Config, replicas: int, tokens: int) -> d
     passes = 3 + (1 if p.recompute_granularity else 0)  # student's two, teacher's one
     tensor = passes * 4 * arch.num_layers / pp * activation * (tp - 1) / tp
     pipeline = 3 * activation / tp if pp > 1 else 0.0
+    local = config.train.global_batch_size // replicas
+    pipeline += (pp - 1) * last_layer_bytes(Models(arch), config, local)
     experts = arch.num_expert_parameters()
     dense = (arch.num_parameters() - experts) / (tp * pp)
     share = dense + experts / (tp * pp * p.expert_model_parallel_size)

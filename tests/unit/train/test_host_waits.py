@@ -79,7 +79,7 @@ def test_output_loss(objective: str, top_k: int, fake: Callable[[Tensor], Tensor
 
 
 def test_finiteness(fake: Callable[[Tensor], Tensor]) -> None:
-    outputs = [OutputLoss(*(fake(torch.ones(5)) for _ in range(3)), torch.zeros(5))]
+    outputs = [OutputLoss(*(fake(torch.ones(5)) for _ in range(5)), torch.zeros(5))]
     values = {(0, layer): fake(torch.ones(3, 2)) for layer in range(9)}
     assert _all_finite(outputs, values).shape == ()
 
