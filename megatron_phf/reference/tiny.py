@@ -61,24 +61,28 @@ def make_replay(
     vocab_size: int = 250,
     seed: int = 3,
     masked: bool = False,
+    log_probs: bool = False,
 ) -> str:
     """Write random rollouts with prompts of uneven lengths; returns ``path``.
 
     ``masked``: two tokens of five are not the student's, and none of the first response is.
+    ``log_probs``: of what sampled them, some way from those of any model.
     """
-    generator, coin = random.Random(seed), random.Random(seed + 1)
+    generator, coin, dice = (random.Random(seed + i) for i in range(3))
 
     def ids(low: int, high: int) -> list[int]:
         return [generator.randrange(vocab_size) for _ in range(generator.randint(low, high))]
 
     with open(path, "w") as f:
         for i, n in enumerate(response_lengths):
-            sample = {
+            sample: dict[str, list] = {
                 "student_prompt_ids": ids(1, 9),
                 "teacher_prompt_ids": ids(4, 20),
                 "response_ids": ids(n, n),
             }
             if masked:
                 sample["response_mask"] = [int(i > 0 and coin.random() < 0.6) for _ in range(n)]
+            if log_probs:
+                sample["log_probs"] = [dice.uniform(-8.0, -4.0) for _ in range(n)]
             f.write(json.dumps(sample) + "\n")
     return path

@@ -137,6 +137,12 @@ def check_vllm(config: Config) -> None:
         return
     if config.model.hf_model is None:
         raise ValueError("--rollout-engine vllm needs --hf-model and --data")
+    if config.rollout.max_off_policy_steps and (vllm.vllm_colocated or not syncs_by_disk(config)):
+        flag = "--vllm-colocated" if vllm.vllm_colocated else "--vllm-weight-sync"
+        raise ValueError(
+            f"{flag}: --max-off-policy-steps samples beside training, by servers that stay awake "
+            "and get weights as files; leave one of the two out"
+        )
     if vllm.vllm_launch is None:
         server_urls(config)
     read_api_key(config)

@@ -95,7 +95,7 @@ def test_rows_and_flow_loss(packed: bool, fake: Callable[[Tensor], Tensor]) -> N
     terms, weights = terms_of(FlowSpec()), flow_weights(2)
     stages = [[1, 2]]
     targets = FlowTargets(make_flow_plan([1, 2], stages, stages, 0, False), 8)
-    tap = FlowTap(terms, weights, {"transitions": targets}, WHOLE, 2)
+    tap = FlowTap(terms, weights, {("mapped", "transitions"): targets}, WHOLE, 2)
     with torch.no_grad():
         tap.start_recording(flow_windows([placed]))
         for layer in (1, 2):
