@@ -84,11 +84,13 @@ class FakeVllm:
         die_at_messages: tuple[int, ...] = (),
         port: int = 0,
     ) -> None:
-        """``delay``: seconds of a completion, as its seed decides; ``slots``: so many at once.
+        """With servers' troubles.
 
-        ``transfer``: started with --weight-transfer-config, of this package's backend.
-
-        ``die_at_messages``: the numbers (from 0) of /update_weights at which it is restarted.
+        Args:
+            delay: seconds of a completion, as its seed decides.
+            slots: so many at once.
+            transfer: started with --weight-transfer-config, of this package's backend.
+            die_at_messages: the numbers (from 0) of /update_weights at which it is restarted.
         """
         self.directory, self.api_key = directory, api_key
         self.dev_mode, self.lora, self.max_model_len = dev_mode, lora, max_model_len
@@ -202,6 +204,12 @@ class FakeVllm:
             raise _Problem(404, "Not Found")
         return {"success": self._at_once == 0}
 
+    def wait(self, body: dict) -> None:
+        """For as long as the completion would take."""
+        if self._delay[1] > 0:
+            with self._slots:
+                time.sleep(random.Random(body["seed"]).uniform(*self._delay))
+
     def steer(self, path: str, body: dict) -> dict:
         """What a trainer tells it, in vLLM's order; anything else is vLLM's error 500."""
         route, _, query = path.partition("?")
@@ -275,12 +283,6 @@ class FakeVllm:
                 parameter.data.fill_(float("nan"))
         self.asleep = dict.fromkeys(self.asleep, True)
         return {"status": "sleeping", "level": int(fields["level"])}
-
-    def wait(self, body: dict) -> None:
-        """For as long as the completion would take."""
-        if self._delay[1] > 0:
-            with self._slots:
-                time.sleep(random.Random(body["seed"]).uniform(*self._delay))
 
     def complete(self, body: dict) -> dict:
         self.wait(body)

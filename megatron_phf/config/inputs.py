@@ -166,11 +166,6 @@ class RolloutConfig:
     rollout_batch_size: int = flag(
         64, "sequences generated at once on a data-parallel rank", at_least(1)
     )
-    decode_cuda_graphs: str = flag(
-        "auto",
-        "launch each token's step as a CUDA graph; auto: where it can be captured",
-        ("auto", "on", "off"),
-    )
     max_off_policy_steps: int = flag(
         0,
         "let a served engine sample the next so many steps' rollouts while a step trains, by "
@@ -184,6 +179,11 @@ class RolloutConfig:
         "all",
         "train on all rollouts, or on those alone whose answers --grader calls so",
         ("all", "correct", "incorrect"),
+    )
+    decode_cuda_graphs: str = flag(
+        "auto",
+        "launch each token's step as a CUDA graph; auto: where it can be captured",
+        ("auto", "on", "off"),
     )
 
 

@@ -72,10 +72,7 @@ class VllmRollouts:
         """
         self._step = step
         due = (step - 1) % self._config.vllm.vllm_sync_interval == 0
-        if self._sync.replaces and self._config.rollout.max_off_policy_steps > 1:
-            on_every_rank(self._gate.close, deadline(self._config))
         self._wake(bring=self._synced is None or due)
-        self._gate.open()
 
     def _wake(self, bring: bool) -> None:
         self._beds.wake_weights()
@@ -84,8 +81,11 @@ class VllmRollouts:
         self._beds.wake_cache()
 
     def _bring(self) -> None:
+        if self._sync.replaces and self._config.rollout.max_off_policy_steps > 1:
+            on_every_rank(self._gate.close, deadline(self._config))
         self._sync.push(self._step)
         self._synced = self._step
+        self._gate.open()
 
     def generate(
         self,
@@ -101,8 +101,9 @@ class VllmRollouts:
         """
         if self._beds.asleep:  # asked again in one step
             self._wake(bring=self._beds.forget)
+        ask = self.sampler(prompts, sampling, sample_ids, limits)
         for _ in range(1 + self._config.vllm.vllm_max_retries):
-            responses = asked_once(self.sampler(prompts, sampling, sample_ids, limits))
+            responses = asked_once(ask)
             if not self._sync.lost():
                 self._beds.sleep()
                 return responses

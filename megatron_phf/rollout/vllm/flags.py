@@ -137,12 +137,6 @@ def check_vllm(config: Config) -> None:
         return
     if config.model.hf_model is None:
         raise ValueError("--rollout-engine vllm needs --hf-model and --data")
-    if config.rollout.max_off_policy_steps and (vllm.vllm_colocated or not syncs_by_disk(config)):
-        flag = "--vllm-colocated" if vllm.vllm_colocated else "--vllm-weight-sync"
-        raise ValueError(
-            f"{flag}: --max-off-policy-steps samples beside training, by servers that stay awake "
-            "and get weights as files; leave one of the two out"
-        )
     if vllm.vllm_launch is None:
         server_urls(config)
     read_api_key(config)
@@ -155,4 +149,10 @@ def check_vllm(config: Config) -> None:
         raise ValueError(
             "--vllm-weight-sync adapter needs --lora-rank: without adapters the servers need whole "
             "checkpoints (--vllm-weight-sync checkpoint)"
+        )
+    if config.rollout.max_off_policy_steps and (vllm.vllm_colocated or not syncs_by_disk(config)):
+        raise ValueError(
+            "--max-off-policy-steps lets servers sample while the models train: leave out "
+            "--vllm-colocated, and bring weights as files (--vllm-weight-sync adapter or "
+            "checkpoint)"
         )

@@ -93,7 +93,12 @@ def _base_model(server: VllmServer, until: float) -> dict:
 
 
 class ServedModels:
-    """What each server calls the student."""
+    """What each server calls the student.
+
+    ``replaces``: new weights take the place of a server's old ones; else ``adapter`` is the newest.
+    """
+
+    replaces, adapter = True, ""
 
     def __init__(self, servers: list[VllmServer]) -> None:
         self._models: dict[str, str] = {}
@@ -105,16 +110,6 @@ class ServedModels:
             if server.url not in self._models:
                 self._models[server.url] = _base_model(server, until)["id"]
             return self._models[server.url]
-
-    @property
-    def replaces(self) -> bool:
-        """Whether new weights take the place of the servers' old ones."""
-        return True
-
-    @property
-    def adapter(self) -> str:
-        """What requests name in the model's place, if anything."""
-        return ""
 
     def restore(self, server: VllmServer, adapter: str, until: float) -> None:
         """What a request needs that a restarted server does not know."""
@@ -141,6 +136,7 @@ class WeightSync(ServedModels):
         super().__init__(servers)
         self._servers, self._student, self._arch, self._config = servers, student, arch, config
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
+        self.replaces = not self._adapters
         # The copy of --hf-model that servers started with is ours to replace.
         if not self._adapters:
             on_first_rank(self._adopt)
@@ -177,7 +173,7 @@ class WeightSync(ServedModels):
         for each in retired:
             del self._names[each]
         if self._adapters:
-            self._names[version] = name
+            self._names[version] = self.adapter = name
 
     def _retired(self, version: int) -> list[int]:
         """Adapters that nothing asks for any longer once that of ``version`` is there.
@@ -187,16 +183,6 @@ class WeightSync(ServedModels):
         begun = version + 1 - self._config.rollout.max_off_policy_steps
         oldest = max((v for v in (*self._names, version) if v <= begun), default=0)
         return [v for v in self._names if v < oldest]
-
-    @property
-    def replaces(self) -> bool:
-        """Whether new weights take the place of the servers' old ones."""
-        return not self._adapters
-
-    @property
-    def adapter(self) -> str:
-        """The newest adapter; empty where servers get whole checkpoints."""
-        return self._names[max(self._names)] if self._names else ""
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)

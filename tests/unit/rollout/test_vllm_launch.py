@@ -138,11 +138,6 @@ def test_flags_that_the_way_of_the_weights_needs() -> None:
         (["--vllm-launch=--port 1", *TRANSFER], "--host and --port are the run's to choose"),
         (["--vllm-launch='", *TRANSFER], "No closing quotation"),
         ([*TRANSFER, "--vllm-sync-dir", "x"], "writes no files"),
-        ([*TRANSFER, "--max-off-policy-steps", "1"], "--vllm-weight-sync: --max-off-policy-steps"),
-        (
-            ["--lora-rank", "4", "--vllm-colocated", "--max-off-policy-steps", "1"],
-            "--vllm-colocated: --max-off-policy-steps",
-        ),
     ],
 )
 def test_what_does_not_fit_a_launch_is_refused(flags: list[str], message: str) -> None:
