@@ -121,6 +121,7 @@ def read_job(flags: list[str], world: int, lengths: str | None, **options: Any) 
     own: dict[str, Any] = dict.fromkeys(
         ("load", "save", "lora_adapter", "replay_file", "eval_data")
     )
+    own["decode_cuda_graphs"] = "off"  # which cannot be simulated
     own |= {"save_interval": 0, "keep_last": 0, "async_save": False, "exact_checkpoint": False}
     names = ("max_prompt_length", "max_teacher_prompt_length", "max_new_tokens")
     own |= dict(zip(names, _lengths(lengths, config), strict=True))

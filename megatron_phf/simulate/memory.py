@@ -29,7 +29,7 @@ _RULES = (
     ("train/student_pass.py", "StudentPass._output_loss", "output loss"),
     ("hidden/", "", "flow"),
     ("train/teacher_pass.py", "", "flow"),
-    ("rollout/megatron/decode.py", "KVCache", "KV cache"),
+    ("rollout/megatron/cache.py", "", "KV cache"),
     ("teacher/", "", "teacher"),
     ("megatron/optimizer/", "", "optimizer"),
     ("megatron/distributed/param_and_grad_buffer.py", "", "gradients"),

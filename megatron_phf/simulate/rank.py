@@ -75,15 +75,21 @@ class _Timer(PhaseTimer):
             yield
 
 
-class _Counted:
-    """A function that knows how often it was called."""
+class _Forward:
+    """An engine's forward that knows how often it was called.
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function, self.calls = function, 0
+    Behind the prompts the cache is as long as it is for the last token of ``columns``.
+    """
 
-    def __call__(self, *args: Any) -> Any:
+    def __init__(self, function: Callable[..., Any], columns: int) -> None:
+        self._function, self._columns, self.calls = function, columns, 0
+
+    def __call__(self, tokens: Any, positions: Any, caches: Any) -> Any:
         self.calls += 1
-        return self._function(*args)
+        if self.calls == 2:
+            for cache in caches:
+                cache.reserve(self._columns)
+        return self._function(tokens, positions, caches)
 
 
 class _Rank:
@@ -155,12 +161,16 @@ class _Rank:
         )
         engine: Any = student_engine(config, self.job.models, student)
         engine.prepare(1)
-        engine.forward = forward = _Counted(engine.forward)
-        # Token 0 goes on; token 1 ends a response.
-        self.sim.made_up = lambda: int(forward.calls >= _DECODED)
+        columns = prompt + r.max_new_tokens
+        engine.forward = forward = _Forward(engine.forward, columns)
+        # What the host asks for is whether any row goes on.
+        self.sim.made_up = lambda: int(forward.calls < _DECODED)
         with self.phase("decode"):
             rows = min(count, r.rollout_batch_size)
-            engine.generate([(1,) * prompt] * rows, sampling, list(range(rows)))
+            # Each its own: equal prompts would be read once.
+            size = self.job.models.vocab_size
+            prompts = [(i % size, i // size % size, *(1,) * prompt)[:prompt] for i in range(rows)]
+            engine.generate(prompts, sampling, list(range(rows)))
         self.sim.made_up = lambda: 1
 
     def _follow_updates(self, teacher: Any) -> None:

@@ -39,10 +39,11 @@ MORE = {
     },
     # A batch is begun, and three tokens are decoded.
     "decode": {
-        ("rollout/megatron/engine.py", "to the host"): 3,
-        ("rollout/megatron/engine.py", "to the device"): 5,
-        ("rollout/megatron/decode.py", "item"): 1,
-        ("rollout/sampling.py", "to the device"): 3,
+        ("runtime/device.py", "wait for a stream or an event"): 3,
+        ("rollout/megatron/batch.py", "to the device"): 6,
+        ("rollout/megatron/batch.py", "tolist"): 2,
+        ("rollout/megatron/cache.py", "to the device"): 1,
+        ("rollout/megatron/cache.py", "item"): 1,
     },
 }
 MOST = 10  # waits in a step of dense layers, whatever the layers and microbatches
