@@ -56,7 +56,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         output = tmp_path_factory.mktemp("simulate") / f"{kind}.json"
         command = [sys.executable, "-m", "tests.simulate.driver", str(output), kind]
         done = subprocess.run(
-            command, cwd=REPO, capture_output=True, text=True, timeout=600, check=False
+            command, cwd=REPO, capture_output=True, text=True, timeout=1500, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
         found |= json.loads(output.read_text())
