@@ -18,7 +18,12 @@ def _problem(chunk: FlowGPTModel, arch: Architecture, config: Config) -> str | N
     """Of this chunk alone; no collective."""
     assert config.model.hf_model is not None
     base = [huggingface._AsMbridgeNames(chunk)]
-    return huggingface._difference(base, arch, stored_tensors(config.model.hf_model))
+    try:
+        huggingface._check_loaded(base, arch, stored_tensors(config.model.hf_model), "x")
+    except ValueError as error:
+        assert "x: after loading, " in str(error), error
+        return str(error)
+    return None
 
 
 def _turned(weight: torch.Tensor) -> torch.Tensor:
