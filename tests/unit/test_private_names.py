@@ -74,6 +74,8 @@ def foreign(tree: ast.Module, own: set[str]) -> Iterator[str]:
 
 def overridden(node: ast.ClassDef, imported: dict[str, str]) -> Iterator[str]:
     methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef) and private(n.name)]
+    if not methods:  # nor need its bases be there: a class of vLLM's own environment
+        return
     bases = [b.id for b in node.bases if isinstance(b, ast.Name) and not hasattr(builtins, b.id)]
     for base in (private_names.find(imported[b]) for b in bases if b in imported):
         yield from (f"{node.name}.{m} of {base}" for m in methods if hasattr(base, m))
