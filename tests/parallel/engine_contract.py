@@ -69,7 +69,7 @@ def contract(config: Config) -> dict:
     )
     assert content(some) == [content(first)[i] for i in order]
     assert engine.generate([], sampling, []) == []
-    if engine_row(config.rollout.rollout_engine).beside and parallel.decides_for_model():
+    if hasattr(engine._engine, "sampler") and parallel.decides_for_model():
         # The same in a thread, without the other ranks.
         sampler = engine._engine.sampler(prompts, sampling, SAMPLES, LIMITS)
         with ThreadPoolExecutor(1) as pool:
