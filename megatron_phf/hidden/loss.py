@@ -30,14 +30,17 @@ class Ends(Protocol):
 
 
 def layer_values(
-    terms: Sequence[HiddenTerm], layer: int, student: Ends, teacher: Ends, valid: Tensor
+    terms: Sequence[HiddenTerm],
+    layer: int,
+    student: Ends,
+    teacher: Ends,
+    counts: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Each term's values [b] at layer ``layer`` (1-based); pairs are those with the layer before.
 
-    On layer 1 no term over pairs has any.
+    On layer 1 no term over pairs has any.  ``counts``: rows of each kind of states, [b].
     """
     values = {}
-    counts = {kind: row_counts(kind, valid) for kind in {term.states for term in terms}}
     for term in terms:
         if term.over == "pair" and layer == 1:
             continue
@@ -101,14 +104,15 @@ def flow_loss(
     kinds = dict.fromkeys(term.states for term in terms)
     student = _ends([{k: make_states(k, h, valid) for k in kinds} for h in student_hidden])
     teacher = _ends([{k: make_states(k, h.detach(), valid) for k in kinds} for h in mapped])
+    counts = {kind: row_counts(kind, valid) for kind in kinds}
     found: dict[str, list[Tensor]] = {term.name: [] for term in terms}
     for layer, ends in enumerate(zip(student, teacher, strict=True), 1):
-        for name, value in layer_values(terms, layer, *ends, valid).items():
+        for name, value in layer_values(terms, layer, *ends, counts).items():
             found[name].append(value.mean())
     zero = torch.zeros((), device=valid.device)
     values = {name: torch.stack(x) if x else zero.new_zeros(0) for name, x in found.items()}
     loss = sum((v * v.new_tensor(weights[name])).sum() for name, v in values.items())
-    short = torch.stack([row_counts(kind, valid) == 0 for kind in kinds]).any(0)
+    short = torch.stack([count == 0 for count in counts.values()]).any(0)
     return FlowTerms(zero + loss, values, int(short.sum()))
 
 

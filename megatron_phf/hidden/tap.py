@@ -10,7 +10,7 @@ targets of a teacher with other layers may have to travel, before the student's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_phf.hidden.loss import layer_values
 from megatron_phf.hidden.plan import FlowPlan, make_flow_plan
-from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows
+from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows, with_rows
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
-from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows
+from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows, row_counts
 from megatron_phf.hidden.targets import FlowTargets
 from megatron_phf.hidden.term import HiddenTerm
 from megatron_phf.runtime import device, parallel
@@ -101,6 +101,7 @@ class FlowTap:
         self._layer_weights = device.from_host(torch.tensor(rows, dtype=torch.float32))
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
+        self._counts: list[Mapping[str, Tensor]] = []
         # A layer's output and its states: the next layer's input, most often.
         self._last: tuple[Tensor, Mapping[str, Tensor]] | None = None
         self.values: dict[tuple[int, int], Tensor] = {}
@@ -122,10 +123,11 @@ class FlowTap:
         """The student's pass over the same microbatches comes next."""
         self.values, self._recording = {}, False
         self._windows = dict(enumerate(windows))
+        self._counts = [{k: row_counts(k, w.valid) for k in self._targets} for w in windows]
 
     def stop(self) -> None:
         """Forget windows and targets; ``values`` stay until the next comparison."""
-        self._windows, self._last = {}, None
+        self._windows, self._last, self._counts = {}, None, []
         for targets in self._targets.values():
             targets.clear()
 
@@ -144,26 +146,21 @@ class FlowTap:
             return self._compare(layer, microbatch, window, inputs, outputs)
         return outputs
 
-    def _states(
-        self, hidden: Tensor, window: FlowWindow, kinds: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """[b, n, h] of each kind."""
-        rows = gather_rows(hidden, window.places, self._shards)
-        return {kind: make_states(kind, rows, window.valid) for kind in kinds}
-
     def _record(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> None:
         for number, hidden in ((layer - 1, inputs), (layer, outputs)):
             kinds = [k for k, t in self._targets.items() if t.wants(microbatch, number)]
             if kinds:
-                for kind, states in self._states(hidden, window, kinds).items():
+                rows = gather_rows(hidden, window.places, self._shards)
+                for kind, states in _states(rows, window, kinds).items():
                     self._targets[kind].record(microbatch, number, states)
 
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
-        own = self._states(outputs, window, list(self._targets))
+        outputs, rows = with_rows(outputs, window.places, self._shards)
+        own = _states(rows, window, self._targets)
         before = self._last
         kept: dict[str, Tensor] = {}
 
@@ -176,13 +173,17 @@ class FlowTap:
             if before is not None and before[0] is inputs:
                 return before[1][kind]
             if not kept:
-                kept.update(self._states(inputs, window, list(self._targets)))
+                rows = gather_rows(inputs, window.places, self._shards)
+                kept.update(_states(rows, window, self._targets))
             return kept[kind]
 
         ends = LayerEnds(own, states_before), _TeacherEnds(self._targets, microbatch, layer)
-        values = layer_values(self.terms, layer, *ends, window.valid)
-        absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
-        terms = torch.stack([values.get(term.name, absent) for term in self.terms])
+        values = layer_values(self.terms, layer, *ends, self._counts[microbatch])
+        missing = [term.name for term in self.terms if term.name not in values]
+        if missing:
+            absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
+            values |= dict.fromkeys(missing, absent)
+        terms = torch.stack([values[term.name] for term in self.terms])
         self.values[microbatch, layer] = terms.detach()
         weighted = terms.sum(1) * self._layer_weights[layer - 1]
         loss = weighted.sum() * window.gradient_scale
@@ -197,6 +198,11 @@ class FlowTap:
         if term.over == "layer":
             return weights[layer - 1]
         return weights[layer - 2] if layer > 1 else 0.0
+
+
+def _states(rows: Tensor, window: FlowWindow, kinds: Iterable[str]) -> dict[str, Tensor]:
+    """rows [b, m, h] of the window -> [b, n, h] of each kind."""
+    return {kind: make_states(kind, rows, window.valid) for kind in kinds}
 
 
 def make_flow_tap(
