@@ -37,10 +37,10 @@ def _model_split(config: Config) -> int:
 
 
 def _local_weights(arch: Architecture, config: Config) -> float:
-    """Weights of one rank: experts are split over EP as well."""
-    whole, experts = arch.num_parameters(), arch.num_expert_parameters()
-    experts_here = experts / config.parallel.expert_model_parallel_size
-    return (whole - experts + experts_here) / _model_split(config)
+    """Weights of one rank: experts are split over ETP and EP, all else over TP."""
+    whole, experts, p = arch.num_parameters(), arch.num_expert_parameters(), config.parallel
+    split = p.expert_tensor_size * p.expert_model_parallel_size * p.pipeline_model_parallel_size
+    return (whole - experts) / _model_split(config) + experts / split
 
 
 def _trained(arch: Architecture, config: Config, machine: Machine) -> tuple[float, float]:
