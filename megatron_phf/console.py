@@ -6,8 +6,14 @@ import functools
 import io
 import sys
 from collections.abc import Callable
+from typing import Protocol
 
-Main = Callable[[list[str] | None], int]
+
+class Program(Protocol):
+    """What a command's file and its console script call."""
+
+    def __call__(self, argv: list[str] | None = None) -> int:
+        """Run on ``argv`` (None: the process's own arguments); the exit status."""
 
 
 def print_anything() -> None:
@@ -20,7 +26,7 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def program(main: Main) -> Main:
+def program(main: Callable[[list[str] | None], int]) -> Program:
     """Make ``main`` a program's: whatever it prints succeeds, and a mistake is a line and status 2.
 
     A mistake is a ValueError, or a file that cannot be read or written.

@@ -120,7 +120,8 @@ def served_paths(config: Config) -> list[JobPath]:
 
 
 def _embedded_paths(config: Config) -> list[JobPath]:
-    files = [_in_output_dir(config, name, Role.FILE) for name in ("summary.json", "report.png")]
+    names = ("summary.json", "report.png", "train.jsonl", "heldout.jsonl")
+    files = [_in_output_dir(config, name, Role.FILE) for name in names]
     models = ("initial_model", "base_model")
     return [*files, *(_in_output_dir(config, name, Role.REPLACED) for name in models)]
 

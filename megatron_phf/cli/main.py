@@ -133,7 +133,7 @@ def _train(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
 
     locks = _locked(config)
     if config.is_embedded:
-        study.run(config, heartbeat)
+        study.run(config, signals, heartbeat)
     else:
         train(config, signals, heartbeat)
     for lock in locks:

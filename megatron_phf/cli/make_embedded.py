@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_phf.cli.job_paths import training_paths
 from megatron_phf.cli.main import run_rank
@@ -18,6 +19,10 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
 from megatron_phf.demo.task import ARITHMETIC_TEMPLATES
 from megatron_phf.files.replace import check_new_text
+from megatron_phf.runtime.signals import StopSignals
+
+if TYPE_CHECKING:
+    from megatron_phf.runtime.heartbeat import Heartbeat
 
 
 def _read() -> Config:
@@ -34,17 +39,18 @@ def _directory(config: Config) -> str:
     return os.path.join(config.output.output_dir, f"seed{config.train.seed}")
 
 
-def _make(config: Config) -> None:
-    from megatron_phf.demo.study import write_task
+def _make(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
+    from megatron_phf.demo.study import prepare
 
-    write_task(config, _directory(config), config.output.output_dir)
+    task = config.replaced(output_dir=_directory(config))
+    prepare(task, signals, heartbeat, templates=config.output.output_dir).warm_start()
 
 
 def main() -> None:
     """One rank of it."""
     run_rank(
         _read,
-        lambda config, *_: _make(config),
+        _make,
         lambda config: training_paths(config.replaced(output_dir=_directory(config))),
     )
 

@@ -2,257 +2,198 @@
 
 Nothing is downloaded.  A tiny Qwen3 model gets a short supervised warm start that knows the plain
 and the privileged prompt, and then trains on its own rollouts, with and without the flow loss,
-over the same seeds.  Held-out Average@k before and after goes to ``summary.json``.
+over the same seeds.  Each is a run of the training job on files in ``--output-dir``; what they left
+goes to ``summary.json``, and to a report with its picture.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import jsonl
-from megatron_phf.data.prompts import PromptPair, build_prompt_pairs
-from megatron_phf.data.rollouts import Rollout
+from megatron_phf.data.problems import Problem, jsonl
+from megatron_phf.data.prompts import build_prompt_pairs
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
-from megatron_phf.demo.picture import plot_demo
 from megatron_phf.demo.task import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
-from megatron_phf.demo.warm_start import warm_start
-from megatron_phf.evaluation.evaluate import (
-    Evaluation,
-    evaluate,
-    evaluation_sampling,
-    make_test_set,
-)
-from megatron_phf.evaluation.grading import Grader, make_grader
+from megatron_phf.demo.warm_start import LossReached, warm_start_config, warm_start_prompts
 from megatron_phf.files.directories import write_directory
-from megatron_phf.files.replace import write_json, write_new_text
-from megatron_phf.model.architecture import Architecture, check_split
-from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.files.replace import new_file, set_aside, write_json
+from megatron_phf.report.page import check_directory, write_report
+from megatron_phf.report.runs import Variant, read_variants
 from megatron_phf.rollout.context import Prompts
-from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
-from megatron_phf.rollout.sources import (
-    OnPolicySource,
-    ProblemOrder,
-    response_room,
-    sampling_params,
-)
-from megatron_phf.runtime import parallel
 from megatron_phf.runtime.heartbeat import Heartbeat
-from megatron_phf.teacher.architecture import read_models
-from megatron_phf.train.build import load_student, make_distiller
-from megatron_phf.train.evaluation import EvaluationLog
-from megatron_phf.train.logging import RunLogger, say
-from megatron_phf.train.loop import Steps, run_steps
-from megatron_phf.train.run_files import keep_earlier_files, write_run_file
-from megatron_phf.train.summary import run_summary
-from megatron_phf.weights.huggingface import save_hf
+from megatron_phf.runtime.signals import StopSignals
+from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.train.logging import say
+from megatron_phf.train.loop import train
+from megatron_phf.train.run_files import keep_earlier_files
 
 _TRAIN_PROBLEMS = 20_000
-_EVAL_BATCH = 512
-_SUMMARY, _PLOT = "summary.json", "report.png"
+_SUMMARY, _PLOT, _REPORT = "summary.json", "report.png", "report"
 
 
-class _Demo:
-    """What all runs of the demonstration share."""
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """The task as files, and what trains on them; ``job``: the flags of a run on the base model."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.directory = config.output.output_dir
-        initial = os.path.join(self.directory, "initial_model")
-        write_directory(
-            initial, "--output-dir", lambda d: make_hf_directory(d, seed=config.train.seed)
+    job: Config
+    initial: str
+    prompts: Prompts
+    signals: StopSignals
+    heartbeat: Heartbeat
+
+    def warm_start(self) -> int | None:
+        """Make the base model, which every other run starts from; steps, None if interrupted."""
+        job, base = self.job, self.job.model.hf_model
+        assert base is not None
+        config = warm_start_config(job, self.initial, base)
+        end, prompts = (
+            LossReached(config.embedded.warm_start_loss),
+            warm_start_prompts(self.prompts, config.train.seed),
         )
-        self.models = read_models(config.replaced(hf_model=initial))
-        self.arch = self.models.student
-        check_split(self.arch, config)
-        self.initial = initial
-        self.base = os.path.join(self.directory, "base_model")
-        self.tokenizer = load_tokenizer(config.replaced(hf_model=initial))
-        self.stop_ids = stop_token_ids(self.tokenizer, initial)
-        seed = config.train.seed
-        self.train = self._pairs(make_problems("train", _TRAIN_PROBLEMS, seed))
-        held_out = make_problems("heldout", config.embedded.eval_problems, seed)
-        limit, name = config.data.max_prompt_length, "held-out problems"
-        self.tests = make_test_set(
-            held_out, self.tokenizer, ARITHMETIC_TEMPLATES, False, limit, name
-        )
+        say("\nwarm start")
+        steps = len(train(config, self.signals, self.heartbeat, prompts, [end], brief=True))
+        return steps if end.reached or steps == config.train.train_iters else None
 
-    def _pairs(self, problems: Any) -> list[PromptPair]:
-        data = self.config.data
-        pairs, dropped = build_prompt_pairs(
-            self.tokenizer,
-            problems,
-            ARITHMETIC_TEMPLATES,
-            data.max_prompt_length,
-            data.max_teacher_prompt_length,
-        )
-        assert dropped == 0
-        return pairs
-
-    def warm_started(self) -> tuple[list[FlowGPTModel], int]:
-        """The base model, exported too (every run below starts from that), and its steps."""
-        student = load_student(self.arch, self.config, self.initial)
-        stop = self.tokenizer.eos_id
-        assert stop is not None
-        examples = [
-            Rollout(p.student_ids, p.teacher_ids, (*self._solution(p), stop)) for p in self.train
-        ]
-        losses = warm_start(student, self.arch, self.config, examples)
-        if losses:
-            say(f"warm start: {len(losses)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-        save_hf(student, self.arch, self.config, self.initial, self.base, flag="--output-dir")
-        return student, len(losses)
-
-    def _solution(self, pair: PromptPair) -> list[int]:
-        return self.tokenizer.encode(pair.problem.solution)
-
-    def evaluate(self, student: list[FlowGPTModel], config: Config, grader: Grader) -> Evaluation:
-        """Held-out Average@k of ``student``."""
-        room = self.arch.max_position_embeddings - self.tests.longest_prompt
-        sampling = evaluation_sampling(config, self.stop_ids, room)
-        engine = MegatronRollouts(student, self.arch.vocab_size, _EVAL_BATCH)
-        k = config.evaluation.eval_samples
-        return evaluate(engine, self.tokenizer, self.tests, sampling, k, grader)
-
-    def train_and_evaluate(
-        self,
-        config: Config,
-        base: Evaluation,
-        grader: Grader,
-        heartbeat: Heartbeat,
-        show_example: bool,
-    ) -> tuple[Evaluation, float, list[Any]]:
-        """One run from the base model: its evaluation, seconds of training, and its steps."""
-        student = load_student(self.arch, config, self.base)
-        train = config.train
-        source = OnPolicySource(
-            student_engine(config, self.models, student),
-            ProblemOrder(self.train, train.global_batch_size, train.seed),
-            sampling_params(config, self.stop_ids),
-            response_room(config, self.models),
-        )
-        distiller = make_distiller(self.models, config, student)
-        write_run_file(config, self.arch)
-        log = EvaluationLog(config.output.output_dir)
-        log.add(0, base)
-        prompts = Prompts(self.tokenizer, self.train, self.stop_ids)
-        steps = Steps(source, distiller, prompts, heartbeat, show_example)
-        start = time.perf_counter()
-        history = run_steps(steps, [RunLogger(config)], 0, train.train_iters)
-        seconds = time.perf_counter() - start
-        result = self.evaluate(student, config, grader)
-        log.add(train.train_iters, result)
-        return result, seconds, [m.as_json() for m in history]
+    def arm(self, config: Config, brief: bool) -> bool:
+        """Train from the base model; whether all steps were taken."""
+        steps = len(train(config, self.signals, self.heartbeat, self.prompts, brief=brief))
+        return steps == config.train.train_iters
 
 
-def write_task(config: Config, directory: str, templates: str) -> None:
-    """Base model and problems into ``directory``, the prompt templates into ``templates``."""
-    demo = _Demo(config.replaced(output_dir=directory))
-    demo.warm_started()
-    if not parallel.is_first_rank():
-        return
-    problems = {"train": [p.problem for p in demo.train], "heldout": demo.tests.problems}
-    for name, split in problems.items():
-        lines = [dataclasses.asdict(p) for p in split]
-        for line in lines:
-            del line["index"]
-        write_new_text(os.path.join(directory, f"{name}.jsonl"), jsonl(lines))
+def prepare(
+    config: Config, signals: StopSignals, heartbeat: Heartbeat, templates: str | None = None
+) -> Demo:
+    """Write the task into ``--output-dir``: models, problems, and the prompts' templates.
+
+    These may go to another directory ``templates``.
+    """
+    directory, seed = config.output.output_dir, config.train.seed
+    initial = os.path.join(directory, "initial_model")
+    write_directory(initial, "--output-dir", lambda path: make_hf_directory(path, seed=seed))
+    counts = {"train": _TRAIN_PROBLEMS, "heldout": config.embedded.eval_problems}
+    splits = {split: make_problems(split, count, seed) for split, count in counts.items()}
+    paths = {split: os.path.join(directory, f"{split}.jsonl") for split in splits}
+    texts = {paths[split]: _lines(problems) for split, problems in splits.items()}
     for side in ("student", "teacher"):
-        path = os.path.join(templates, f"{side}.txt")
-        write_new_text(path, getattr(ARITHMETIC_TEMPLATES, side))
+        paths[side] = os.path.join(templates or directory, f"{side}.txt")
+        texts[paths[side]] = getattr(ARITHMETIC_TEMPLATES, side)
+    on_first_rank(_write_files, texts)
+    job = config.replaced(
+        hf_model=os.path.join(directory, "base_model"),
+        data=paths["train"],
+        eval_data=paths["heldout"],
+        student_template=paths["student"],
+        teacher_template=paths["teacher"],
+        **dict.fromkeys(("metrics_file", "record_rollouts", "save_hf", "save_adapter")),
+    )
+    tokenizer, data = load_tokenizer(job.replaced(hf_model=initial)), config.data
+    limits = data.max_prompt_length, data.max_teacher_prompt_length
+    pairs, _ = build_prompt_pairs(tokenizer, splits["train"], ARITHMETIC_TEMPLATES, *limits)
+    prompts = Prompts(tokenizer, pairs, stop_token_ids(tokenizer, initial))
+    return Demo(job, initial, prompts, signals, heartbeat)
 
 
-def _record(evaluation: Evaluation, seconds: float) -> dict[str, Any]:
-    return {
-        "average_at_k": evaluation.average,
-        "interval_95": list(evaluation.interval),
-        "seconds": round(seconds, 2),
-    }
+def _lines(problems: list[Problem]) -> str:
+    """A problem a line; its number is that of the line."""
+    fields = ("problem", "solution", "answer")
+    return jsonl({name: getattr(problem, name) for name in fields} for problem in problems)
 
 
-def _mean(runs: list[dict[str, Any]]) -> float:
-    return sum(run["average_at_k"] for run in runs) / len(runs)
+def _write_files(texts: dict[str, str]) -> None:
+    """Those of the same content stay; others that are there are kept under another name."""
+    for path, text in texts.items():
+        if os.path.isfile(path) and Path(path).read_bytes() == text.encode():
+            continue
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        set_aside([path])
+        with new_file(path) as f:
+            f.write(text)
 
 
-def run(config: Config, heartbeat: Heartbeat) -> dict[str, Any]:
-    """Warm start, both methods over the seeds, evaluations; writes summary and plot."""
+def run(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
+    """Warm start, both methods over the seeds, evaluations; writes summary and report."""
     begin = time.perf_counter()
-    if parallel.is_first_rank():
-        own = config.replaced(metrics_file=None, record_rollouts=None)  # of no run here
-        keep_earlier_files(own, ("evaluations.jsonl", _SUMMARY, _PLOT))
-    demo = _Demo(config)
-    say(run_summary(demo.models, config))
-    student, warm_steps = demo.warm_started()
+    directory = config.output.output_dir
+    own = config.replaced(metrics_file=None, record_rollouts=None)  # of no run here
+    on_first_rank(keep_earlier_files, own, (_SUMMARY, _PLOT))
+    on_first_rank(check_directory, os.path.join(directory, _REPORT))
+    demo = prepare(config, signals, heartbeat)
+    warm_steps, settings = demo.warm_start(), config.train
     warm_seconds = time.perf_counter() - begin
-    with make_grader(config.evaluation.grader) as grader:
-        base = demo.evaluate(student, config, grader)
-        say(f"base model: {_describe(base)}")
-        del student
-        runs, curves = _run_arms(demo, config, base, grader, heartbeat)
-    seeds = [run["seed"] for run in runs["phf"]]
-    summary = _summary(config, demo.arch, base, runs, seeds)
-    summary["steps"]["warm_start"] = warm_steps
-    summary["seconds"] = {
-        "warm_start": round(warm_seconds, 1),
-        "total": round(time.perf_counter() - begin, 1),
+    if warm_steps is None or not _run_arms(demo):
+        return  # interrupted, and said so
+    seconds = {"warm_start": warm_seconds, "total": time.perf_counter() - begin}
+    steps = {"on_policy": settings.train_iters, "global_batch_size": settings.global_batch_size}
+    known = {
+        "steps": {**steps, "warm_start": warm_steps},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    if parallel.is_first_rank():
-        _write(config.output.output_dir, summary, curves)
-    say(_verdict(summary))
-    return summary
+    say(on_first_rank(_write_results, demo, known))
 
 
-def _run_arms(
-    demo: _Demo, config: Config, base: Evaluation, grader: Grader, heartbeat: Heartbeat
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[list[Any]]]]:
-    """Both methods over the seeds: what the summary says of each run, and its steps."""
-    arms = {"opsd": config.replaced(phf_alpha=0.0), "phf": config}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
-    curves: dict[str, list[list[Any]]] = {name: [] for name in arms}
-    for i in range(config.embedded.demo_seeds):
+def _arm_directory(config: Config, name: str) -> str:
+    return os.path.join(config.output.output_dir, name)
+
+
+def _run_arms(demo: Demo) -> bool:
+    """Both methods over the seeds; False where a signal has ended one."""
+    arms = {"opsd": demo.job.replaced(phf_alpha=0.0), "phf": demo.job}
+    for i in range(demo.job.embedded.demo_seeds):
         for name, arm in arms.items():
-            seed = config.train.seed + i
-            directory = os.path.join(demo.directory, name, f"seed{seed}")
-            arm = arm.replaced(seed=seed, output_dir=directory, run_name=name, metrics_file=None)
-            first = not runs["opsd"]
-            result, seconds, steps = demo.train_and_evaluate(arm, base, grader, heartbeat, first)
-            say(f"{name} seed {seed}: {_describe(result)} after {seconds:.0f} s")
-            runs[name].append({"seed": seed, **_record(result, seconds)})
-            curves[name].append(steps)
-    return runs, curves
+            seed = arm.train.seed + i
+            directory = os.path.join(_arm_directory(arm, name), f"seed{seed}")
+            arm = arm.replaced(seed=seed, output_dir=directory, run_name=name)
+            say(f"\n{name}, seed {seed}")
+            if not demo.arm(arm, brief=i > 0 or name != "opsd"):
+                return False
+    return True
 
 
-def _describe(result: Evaluation) -> str:
-    low, high = result.interval
-    return f"{100 * result.average:.1f} % (95 % interval {100 * low:.1f} - {100 * high:.1f})"
+def _write_results(demo: Demo, known: dict[str, Any]) -> str:
+    """Summary, page and picture of what the runs have left; the summary for people."""
+    directory = demo.job.output.output_dir
+    variants = read_variants([_arm_directory(demo.job, name) for name in ("opsd", "phf")])
+    summary = {**_summary(demo.job, variants), **known}
+    write_json(os.path.join(directory, _SUMMARY), summary)
+    page = write_report(variants, os.path.join(directory, _REPORT))
+    picture = f"final_average_{summary['eval_samples']}.png"
+    shutil.copyfile(os.path.join(os.path.dirname(page), picture), os.path.join(directory, _PLOT))
+    return f"{_verdict(summary)}\n{page}"
 
 
-def _summary(
-    config: Config,
-    arch: Architecture,
-    base: Evaluation,
-    runs: dict[str, list[dict[str, Any]]],
-    seeds: list[int],
-) -> dict[str, Any]:
+def _summary(config: Config, variants: list[Variant]) -> dict[str, Any]:
     k = config.evaluation.eval_samples
+    runs = {
+        variant.name: [
+            {
+                "seed": run.seed,
+                **{key: run.evaluations[-1][key] for key in ("average_at_k", "interval_95")},
+                "seconds": round(sum(sum(s["seconds"].values()) for s in run.steps), 2),
+            }
+            for run in variant.runs
+        ]
+        for variant in variants
+    }
+    first = variants[0].runs[0]
     return {
-        f"base_average_at_{k}": base.average,
-        f"opsd_average_at_{k}": _mean(runs["opsd"]),
-        f"phf_average_at_{k}": _mean(runs["phf"]),
-        "base_interval_95": list(base.interval),
-        "runs": runs,
-        "seeds": seeds,
-        "steps": {
-            "on_policy": config.train.train_iters,
-            "global_batch_size": config.train.global_batch_size,
+        f"base_average_at_{k}": first.evaluations[0]["average_at_k"],
+        **{
+            f"{name}_average_at_{k}": sum(r["average_at_k"] for r in found) / len(found)
+            for name, found in runs.items()
         },
+        "base_interval_95": first.evaluations[0]["interval_95"],
+        "runs": runs,
+        "seeds": variants[0].seeds,
         "phf_alpha": config.method.phf_alpha,
         "eval_problems": config.embedded.eval_problems,
         "eval_samples": k,
-        "parameters": arch.num_parameters(),
+        "parameters": first.info["model"]["parameters"],
     }
 
 
@@ -265,8 +206,3 @@ def _verdict(summary: dict[str, Any]) -> str:
         f"  (alpha {summary['phf_alpha']}, {phf - opsd:+.1f} points over OPSD)\n"
         f"{summary['seconds']['total']:.0f} s in all"
     )
-
-
-def _write(directory: str, summary: dict[str, Any], curves: dict[str, list[list[Any]]]) -> None:
-    write_json(os.path.join(directory, _SUMMARY), summary)
-    plot_demo(os.path.join(directory, _PLOT), summary, curves)

@@ -136,7 +136,7 @@ def parse_architecture(mapping: Mapping[str, Any], path: str) -> Architecture:
         rope=read_rope(content, family.rope_kinds),
         tie_word_embeddings=content.boolean("tie_word_embeddings", False),
         initializer_range=content.number("initializer_range", 0.02),
-        experts=family.experts and read_experts(content, family.experts),
+        experts=read_experts(content, family.experts) if family.experts else None,
     )
     _check_heads(path, arch)
     return arch

@@ -29,7 +29,7 @@ def _baseline(variants: Sequence[Variant], name: str | None) -> Variant:
     return found.get(name or "opsd", variants[0])
 
 
-def _check_directory(directory: str) -> None:
+def check_directory(directory: str) -> None:
     """Raise ValueError where pictures or a page of somebody else's could be written over."""
     there = os.listdir(directory) if os.path.isdir(directory) else []
     page = os.path.join(directory, PAGE)
@@ -58,7 +58,7 @@ def write_report(variants: Sequence[Variant], directory: str, baseline: str | No
     from jinja2 import Environment, StrictUndefined
 
     base = _baseline(variants, baseline)
-    _check_directory(directory)
+    check_directory(directory)
     os.makedirs(directory, exist_ok=True)
     variant_looks = looks([variant.name for variant in variants])
     report = Report(variants, base, Gallery(directory, variant_looks))

@@ -31,11 +31,18 @@ class RolloutSource(Protocol):
         ...
 
 
+def problem_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch (from 0) takes ``count`` problems."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, 2**32 + epoch]))
+    return generator.permutation(count)
+
+
 class ProblemOrder:
     """Which problems a step takes: seeded, each epoch another permutation."""
 
     def __init__(self, pairs: Sequence[PromptPair], global_batch_size: int, seed: int) -> None:
         self._pairs, self._batch, self._seed = pairs, global_batch_size, seed
+        self._known: dict[int, np.ndarray] = {}
 
     def share(self, iteration: int) -> tuple[list[int], list[PromptPair]]:
         """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
@@ -45,8 +52,9 @@ class ProblemOrder:
 
     def _problem_of(self, sample_id: int) -> int:
         epoch, position = divmod(sample_id, len(self._pairs))
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, 2**32 + epoch]))
-        return int(generator.permutation(len(self._pairs))[position])
+        if epoch not in self._known:  # of the last one alone: it is as long as the data
+            self._known = {epoch: problem_permutation(len(self._pairs), self._seed, epoch)}
+        return int(self._known[epoch][position])
 
 
 @dataclass(frozen=True)

@@ -41,17 +41,18 @@ def say(text: str) -> None:
 class RunLogger(RunHook):
     """Records the steps of one run on rank 0; does nothing elsewhere."""
 
-    def __init__(self, config: Config, done: int = 0) -> None:
+    def __init__(self, config: Config, done: int = 0, every: int = 1) -> None:
         """Every rank calls it.
 
         Args:
             done: steps of a run that is resumed; what was recorded after them goes.
+            every: how many steps have a line together, the last of them.
 
         Raises:
             ValueError: a package is missing; on every rank.
         """
         self._active = parallel.is_first_rank()
-        self._total = config.train.train_iters
+        self._total, self._every = config.train.train_iters, every
         self._metrics: Any = None
         self._board: Any = None
         self._wandb: Any = None
@@ -88,7 +89,8 @@ class RunLogger(RunHook):
         if not self._active:
             return
         values = {"step": iteration, **metrics.as_json()}
-        tqdm.write(_line(iteration, self._total, values))
+        if iteration % self._every == 0 or iteration == self._total:
+            tqdm.write(_line(iteration, self._total, values))
         self._metrics.write(json.dumps(_finite(values)) + "\n")
         self._metrics.flush()
         self._record(iteration, _scalars(values))

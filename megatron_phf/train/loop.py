@@ -32,6 +32,8 @@ from megatron_phf.train.session import Checkpoints, EndOfRun
 from megatron_phf.train.step import Distiller
 from megatron_phf.train.summary import aligned_example, run_summary
 
+_BRIEF_STEPS = 10
+
 
 class Steps:
     """Steps one by one: rollouts, training on them, and what is measured of both."""
@@ -110,7 +112,7 @@ def train(
     Args:
         prompts: those of ``--data``, where they have been read.
         more: hooks beside the job's own, before the export.
-        brief: without the start-up summary and the example.
+        brief: without the start-up summary and the example, and a line for every tenth step.
     """
     directory = config.model.hf_model
     assert directory is not None
@@ -124,15 +126,15 @@ def train(
     source = make_source(context)  # what can be refused without weights is
     student = context.student
     distiller = make_distiller(models, config, student)
-    checkpoints = Checkpoints(config, distiller, heartbeat)
+    checkpoints, end = Checkpoints(config, distiller, heartbeat), EndOfRun(config, signals)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
-    logger = RunLogger(config, done)
+    logger = RunLogger(config, done, every=_BRIEF_STEPS if brief else 1)
     hooks: list[RunHook] = [
         logger,
         checkpoints,
-        EndOfRun(config, signals),
+        end,
         *more,
         Export(config, models.student, student),
     ]

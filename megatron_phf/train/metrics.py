@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ class StepMetrics:
     not computed then); ``flow_terms``: ``flow_<term>`` of each of the run's terms and its list by
     layer or pair, None also where the teacher has another hidden size and the term needs the
     student's; ``clipped_fraction``: of the vocabulary entries (entry clip) or of the tokens (token
-    clip); ``teacher_entropy``: nats a token, at the loss's temperature.
+    clip); ``teacher_entropy``: nats a token, at the loss's temperature, None where the teacher
+    has read nothing.
     """
 
     loss: float
@@ -80,7 +82,7 @@ class StepMetrics:
     learning_rate: float
     clipped_fraction: float
     clip_mode: str
-    teacher_entropy: float
+    teacher_entropy: float | None
     rollout_tokens: int
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -172,7 +174,7 @@ def summarize(
         learning_rate=learning_rate,
         clipped_fraction=clipped / tokens,
         clip_mode=config.method.opsd_clip_mode,
-        teacher_entropy=entropy / tokens,
+        teacher_entropy=None if math.isnan(entropy) else entropy / tokens,
         rollout_tokens=round(tokens),
         **fields,
     )

@@ -45,7 +45,8 @@ class Distiller:
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
-        self.teacher_pass = TeacherPass(teacher, flow, self.shards)
+        scores = method.opsd_objective != "cross_entropy"
+        self.teacher_pass = TeacherPass(teacher, flow, self.shards, scores)
         self.student_pass = StudentPass(config, models, student, optimizer, flow, self.shards)
 
     def step(self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer) -> StepMetrics:

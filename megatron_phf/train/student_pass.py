@@ -97,8 +97,7 @@ class StudentPass:
         flow_scale: float,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            assert teacher.head is not None, "the last stage computes the loss"
-            target = teacher.rows.pop(index), teacher.head
+            target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
             return self._output_loss(batches[index], hidden, target, token_weight)
 
         self._optimizer.zero_grad()
@@ -126,13 +125,13 @@ class StudentPass:
         self,
         batch: PlacedBatch,
         hidden: Tensor,
-        teacher: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight.
+        weight; None where the loss does not look at it.
         """
         rows = part_rows(hidden, batch.own, self._shards)
         weight = self._student[-1].output_weight()
@@ -140,19 +139,27 @@ class StudentPass:
         if batch.log_probs is not None:
             mine = chunked_log_probs(rows, weight, batch.targets, **head)
             self._drift.add(mine, batch.log_probs)
+        if teacher is None:
+            read, other = rows, weight
+        else:
+            kept = batch.kept
+            read = teacher[0] if kept is None else teacher[0].index_select(0, kept)
+            other = teacher[1]
         result = chunked_divergence(
             rows,
-            teacher[0] if batch.kept is None else teacher[0].index_select(0, batch.kept),
+            read,
             weight,
-            teacher[1],
+            other,
             torch.full((rows.shape[0],), token_weight, device=rows.device),
             self._spec,
             target_ids=batch.targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
-        values = result.per_token, result.clipped, result.teacher_entropy
-        return result.loss, OutputLoss(*values, batch.sequence)
+        entropy = result.teacher_entropy
+        entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
+        report = OutputLoss(result.per_token, result.clipped, entropy, batch.sequence)
+        return result.loss, report
 
     def _head_split(self, weight: Tensor) -> dict[str, Any]:
         """Which rows of the output head this rank has, and how many tokens a chunk has."""

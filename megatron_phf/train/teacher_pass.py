@@ -28,11 +28,15 @@ class TeacherOutput:
 
 @dataclass(frozen=True)
 class TeacherPass:
-    """A forward-only pipeline over the microbatches; ``tap`` None: there is no flow loss."""
+    """A forward-only pipeline over the microbatches; ``tap`` None: there is no flow loss.
+
+    ``scores``: the output loss needs it too; where neither does, nothing is computed.
+    """
 
     teacher: Teacher
     tap: FlowTap | None
     shards: SequenceShards
+    scores: bool = True
 
     def __call__(self, batch: StepBatch) -> TeacherOutput:
         """Flow targets into the tap on every stage, and, on the last, final hidden states.
@@ -41,6 +45,8 @@ class TeacherPass:
         """
         batches = [m.teacher for m in batch.microbatches]
         rows: dict[int, Tensor] = {}
+        if self.tap is None and not self.scores:
+            return TeacherOutput(rows, None)
 
         def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
             # All of them on every context rank: the student's row may be elsewhere.

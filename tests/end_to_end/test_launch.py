@@ -39,12 +39,17 @@ def check_demo(directory: Path, output: str) -> None:
     assert summary["seeds"] == [1234]
     assert summary["steps"] == {"on_policy": 2, "global_batch_size": 4, "warm_start": 2}
     assert (directory / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (directory / "report" / "report.html").read_text()
+    assert "<h2>Result</h2>" in page and "warm_start" not in page
+    supervised = (directory / "warm_start" / "metrics.jsonl").read_text().splitlines()
+    assert len(supervised) == 2 and json.loads(supervised[0])["teacher_entropy"] is None
     phf = directory / "phf" / "seed1234"
     lines = (phf / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [step["step"] for step in steps] == [1, 2]
     evaluations = (phf / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in evaluations] == [0, 2]
+    assert summary["base_average_at_2"] == json.loads(evaluations[0])["average_at_k"]
     assert json.loads((phf / "run.json").read_text())["run_name"] == "phf"
     for step in steps:
         assert step.keys() == STEP_KEYS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ REPLAYS = {"uneven": [1, 2, 20, 7, 31, 3, 12, 9], "empty": [0, 0, 0, 0, 5, 1, 0,
 REPLAYS["masked"] = REPLAYS["uneven"]  # some tokens are not the student's
 BATCH = 8
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-2
-BF16 = "bf16_tp2_pp2_sp"
+BF16, ALONE = "bf16_tp2_pp2_sp", "supervised_alone"
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 SP = ["--sequence-parallel"]
 VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
@@ -90,6 +91,7 @@ CASES = {
         {"terms": "geometry,cka=0.3,pointwise=2,adjacent", "layers": (2, 3, 4)},
     ),
     "supervised": (2, "qwen3", [*TP2, *SP], {"objective": "cross_entropy", "temperature": 1.0}),
+    ALONE: (1, "qwen3", [], {"objective": "cross_entropy", "temperature": 1.0, "alpha": 0.0}),
     "empty_dp2": (2, "qwen3", [], {"replay": "empty"}),
     "empty_dp2_pp2": (4, "qwen3", PP2, {"replay": "empty"}),
     "empty_dp2_tp2_sp": (4, "qwen3", [*TP2, *SP, *MB2], {"replay": "empty"}),
@@ -203,10 +205,22 @@ def result(name: str, results: Path, expected: reference.Result, tolerance: floa
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if n != BF16])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in (BF16, ALONE)])
 def test_equals_reference(name: str, results: Path, references: dict) -> None:
     _, model, _, given = CASES[name]
     expected = references[key_of(model, given)]
+    found = result(name, results, expected, TOLERANCE)
+    compare_tensors(found, expected.gradients, 2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [ALONE])
+def test_supervised_training_without_a_flow_loss_needs_no_teacher(
+    name: str, results: Path, references: dict
+) -> None:
+    _, model, _, given = CASES[name]
+    expected = references[key_of(model, given)]
+    unread = {k: None for k in expected.metrics if k.startswith("flow") or k == "teacher_entropy"}
+    expected = dataclasses.replace(expected, metrics={**expected.metrics, **unread})
     found = result(name, results, expected, TOLERANCE)
     compare_tensors(found, expected.gradients, 2 * TOLERANCE)
 

@@ -79,7 +79,7 @@ def test_a_recipe_passes_all_checks(
     """But those of the weight files, which are not there."""
     monkeypatch.syspath_prepend(str(REPO / "tests" / "fake_te"))
     importlib.invalidate_caches()
-    monkeypatch.setattr(preflight, "_check_weights", lambda config: None)
+    monkeypatch.setattr(preflight, "_check_weights", lambda models, config: None)
     nodes = {"NODE_RANK": "1", "HEAD_NODE": "node0"} if name in WORLD else {}
     words = started(f"qwen3_{name}.sh", write_model(tmp_path, name), *(FP8 if fp8 else []), **nodes)
     config, world = configuration(words), WORLD.get(name, 8)

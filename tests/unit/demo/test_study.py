@@ -1,0 +1,45 @@
+"""The demonstration as runs of the training job: which, in which order, and after a signal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_phf.config.flags import parse_args
+from megatron_phf.demo import study
+
+
+@pytest.fixture
+def demo(monkeypatch) -> tuple[study.Demo, list[tuple], dict[str, Any]]:
+    """A demonstration whose runs are noted; ``short``: the number of the one that is cut."""
+    runs: list[tuple] = []
+    state: dict[str, Any] = {"short": None}
+
+    def train(config, signals, heartbeat, prompts, more=(), brief=False):
+        alpha, where = config.method.phf_alpha, config.output.output_dir
+        runs.append((config.output.run_name, config.train.seed, alpha, where, brief))
+        return [None] * (config.train.train_iters - (len(runs) == state["short"]))
+
+    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(study, "say", lambda text: None)
+    job = parse_args(["--output-dir", "d", "--demo-seeds", "2", "--seed", "7"])
+    return study.Demo(job, "d/initial_model", None, None, None), runs, state
+
+
+def test_both_methods_over_the_seeds(demo) -> None:
+    study_, runs, _ = demo
+    assert study._run_arms(study_)
+    assert runs == [
+        ("opsd", 7, 0.0, "d/opsd/seed7", False),  # the first one is shown whole
+        ("phf", 7, 0.5, "d/phf/seed7", True),
+        ("opsd", 8, 0.0, "d/opsd/seed8", True),
+        ("phf", 8, 0.5, "d/phf/seed8", True),
+    ]
+
+
+def test_a_run_that_a_signal_ends_is_the_last(demo) -> None:
+    study_, runs, state = demo
+    state["short"] = 2
+    assert not study._run_arms(study_)
+    assert [run[:2] for run in runs] == [("opsd", 7), ("phf", 7)]
