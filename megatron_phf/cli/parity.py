@@ -32,7 +32,13 @@ from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
 from megatron_phf.runtime.environment import for_children
 
 _OUTPUT = ("loss", "opsd")
-_OTHERS = ("clipped_fraction", "teacher_entropy", "rollout_tokens")
+_OTHERS = (
+    "clipped_fraction",
+    "teacher_entropy",
+    "student_entropy",
+    "teacher_agreement",
+    "rollout_tokens",
+)
 # A value that should be 0 (a clip that never clips) has no relative deviation.
 _SMALLEST = 1e-6
 
@@ -53,6 +59,11 @@ def _reference_options(config: Config) -> Any:
         window_size=m.phf_window_size,
         window_rule=m.phf_window_rule,
         objective=m.opsd_objective,
+        opsd_weight=m.opsd_weight,
+        token_weighting=m.token_weighting,
+        token_keep_fraction=m.token_keep_fraction,
+        token_entropy_threshold=m.token_entropy_threshold,
+        skip_first_tokens=m.skip_first_tokens,
         terms=m.phf_terms,
         layers=flow_spec(config).layers,
         layer_map=layers,

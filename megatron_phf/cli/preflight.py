@@ -17,7 +17,8 @@ from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.config.schedule import check_schedule
 from megatron_phf.config.settings import Config
 from megatron_phf.console import program
-from megatron_phf.data.problems import field_names, read_problems, read_test_problems
+from megatron_phf.data.privileged import check_privileged
+from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.evaluation.grader_process import check_grader
@@ -78,9 +79,14 @@ def _check_combinations(config: Config) -> None:
         raise ValueError("--replay-file and --rollout-engine replay belong together")
     if recorded and model is None:
         raise ValueError("--rollout-engine replay needs --hf-model, the model of the recording")
-    objective = config.method.opsd_objective
-    if objective != "jsd" and config.method.opsd_top_k:
-        raise ValueError(f"--opsd-top-k does not apply to --opsd-objective {objective}")
+
+
+def _check_method(config: Config) -> None:
+    method = config.method
+    if method.opsd_objective != "jsd" and method.opsd_top_k:
+        raise ValueError(f"--opsd-top-k does not apply to --opsd-objective {method.opsd_objective}")
+    if method.opsd_weight == 0 and method.phf_alpha == 0:
+        raise ValueError("--opsd-weight 0 needs --phf-alpha above 0: nothing else is trained on")
 
 
 def _check_evaluation(config: Config) -> None:
@@ -140,6 +146,7 @@ def _check_weights(models: Models, config: Config) -> None:
 def check(config: Config) -> None:
     """Raise ValueError for anything wrong that does not depend on the number of processes."""
     _check_combinations(config)
+    _check_method(config)
     check_fields(config)
     check_schedule(config)
     _check_batching(config)
@@ -158,8 +165,7 @@ def check(config: Config) -> None:
     _check_tokenizer(config)
     _check_evaluation(config)
     data = config.data
-    if data.data is not None and reads_data(config):
-        read_problems(data.data, field_names(config.data))
+    check_privileged(config, reads_data(config))
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):
         if path is not None and not os.path.isfile(path):
             raise ValueError(f"{path}: no such file")

@@ -139,6 +139,11 @@ class DataConfig:
     teacher_template: str | None = flag(
         None, "file with the teacher's prompt ({problem}, {solution})"
     )
+    privileged: str = flag(
+        "solution",
+        "what the teacher is shown: solution, answer, hint:FRACTION (hint:0.2-1 changes over the "
+        "run), none; controls: other_problem, wrong",
+    )
     student_thinking: bool = flag(False, "the student's chat template in thinking mode")
     teacher_thinking: bool = flag(True, "the teacher's chat template in thinking mode")
     max_prompt_length: int = flag(512, "student prompt, tokens", at_least(1))

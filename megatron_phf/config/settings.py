@@ -31,7 +31,7 @@ from megatron_phf.config.inputs import (
     TokenizerConfig,
     VllmConfig,
 )
-from megatron_phf.config.training import BatchingConfig, LoraConfig, TrainConfig
+from megatron_phf.config.training import BatchingConfig, CollapseConfig, LoraConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class MethodConfig:
     phf_terms: str = flag(
         "direction,geometry,adjacent",
         "terms of the hidden-state loss, comma separated: direction, geometry, adjacent (PHF), "
-        "pointwise, cka, or package.module:Class of your own; name=weight for another weight",
+        "pointwise, mse, nmse, cka, cka_adjacent, last_layer, or package.module:Class of your own; "
+        "name=weight for another weight",
     )
     phf_layers: str | None = flag(
         None, "layers of the flow loss from 1 on, as 2,4,6 (the paper: all)"
@@ -57,6 +58,9 @@ class MethodConfig:
         "supervised fine-tuning)",
         ("jsd", "policy_gradient", "cross_entropy"),
     )
+    opsd_weight: float = flag(
+        1.0, "weight of the output loss; 0 trains on hidden states alone (OPRD)", at_least(0)
+    )
     opsd_beta: float = flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD", FROM_0_TO_1)
     opsd_temperature: float = flag(1.1, "softmax temperature of both distributions", ABOVE_0)
     opsd_clip_mode: str = flag(
@@ -65,6 +69,26 @@ class MethodConfig:
     opsd_clip: float = flag(0.05, "the clamp's value", ABOVE_0)
     opsd_top_k: int = flag(
         0, "only the teacher's top-k entries; 0 is the full vocabulary", at_least(0)
+    )
+    token_weighting: str = flag(
+        "none",
+        "what each response token counts in both losses: twice where the teacher's entropy is high "
+        "(EOPD), the student's most uncertain ones alone (TIP), later ones more (PW-OPSD), those "
+        "of greatest divergence alone (TIP)",
+        ("none", "teacher_entropy", "student_entropy", "position", "divergence_top_p"),
+    )
+    token_keep_fraction: float = flag(
+        0.5,
+        "share of a response's tokens that student_entropy and divergence_top_p keep",
+        ABOVE_0_TO_1,
+    )
+    token_entropy_threshold: float = flag(
+        0.8, "nats above which a token counts twice with teacher_entropy", at_least(0)
+    )
+    skip_first_tokens: int = flag(
+        0,
+        "tokens at the start of each response that are in no loss (a fixed <think> line)",
+        at_least(0),
     )
     logits_chunk_tokens: int = flag(256, "tokens whose logits exist at the same time", at_least(1))
     teacher: str = flag("frozen", "the privileged teacher's weights", ("frozen", "ema", "live"))
@@ -196,6 +220,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    collapse: CollapseConfig = field(default_factory=CollapseConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     embedded: EmbeddedConfig = field(default_factory=EmbeddedConfig)

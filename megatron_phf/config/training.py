@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_phf.config.field import ABOVE_0, FROM_0_TO_BELOW_1, SEED, at_least, flag
+from megatron_phf.config.field import (
+    ABOVE_0,
+    FROM_0_TO_1,
+    FROM_0_TO_BELOW_1,
+    SEED,
+    at_least,
+    flag,
+)
 
 
 @dataclass(frozen=True)
@@ -81,4 +88,28 @@ class BatchingConfig:
         "with it: a microbatch's rollouts in one row (THD), without padding between them (with "
         "context parallelism, each padded to 2 x CP tokens)",
         needs="max_tokens_per_microbatch",
+    )
+
+
+@dataclass(frozen=True)
+class CollapseConfig:
+    """Thresholds of the signs of collapse (docs/operations.md); 0 switches one off."""
+
+    stop_on_collapse: bool = flag(
+        False, "end the run at a sign of collapse; the checkpoint before stays", needs="hf_model"
+    )
+    collapse_steps: int = flag(
+        10, "steps of the run's first level and of the level now", at_least(1)
+    )
+    collapse_length: float = flag(
+        0.5, "least response length, times the first; most is 1 / this", FROM_0_TO_BELOW_1
+    )
+    collapse_entropy: float = flag(
+        0.1, "least entropy of the student, times the first; most is 1 / this", FROM_0_TO_BELOW_1
+    )
+    collapse_copying: float = flag(
+        0.95, "most of the reference's words in the responses, share", FROM_0_TO_1
+    )
+    collapse_agreement: float = flag(
+        0.3, "least share of tokens where teacher and student agree", FROM_0_TO_1
     )

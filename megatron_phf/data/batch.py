@@ -48,6 +48,19 @@ class SequenceBatch:
         rows = self.tokens.expand(len(self.predicting), -1)
         return rows.gather(1, self.predicting + 1)[self.scored]
 
+    def window_tokens(self) -> Tensor:
+        """Which response token each of the window's is, int64 [b, m]; 0 where it is not valid.
+
+        A token is predicted one position before its own.
+        """
+        number = torch.arange(self.scored.shape[1])
+        # Where the first response token is predicted: any scored one tells.
+        first = (self.predicting - number).masked_fill(~self.scored, 0)
+        if first.shape[1] == 0:  # all responses are empty
+            return torch.zeros_like(self.window)
+        index = self.window - 1 - first.amax(1, keepdim=True)
+        return index.masked_fill(~self.window_valid, 0)
+
 
 @dataclass(frozen=True)
 class Microbatch:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from megatron_phf.config.settings import DataConfig
+from megatron_phf.data.privileged import (
+    CLOSING,
+    SOLUTION_TEMPLATE,
+    TeacherView,
+    parse_privileged,
+)
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.tokenizer import Tokenizer
 
-_CLOSING = "Please reason step by step, and put your final answer within \\boxed{}."
-STUDENT_TEMPLATE = "Problem: {problem}\n\n" + _CLOSING
-TEACHER_TEMPLATE = (
-    "{problem}\n\nHere is a reference solution to this problem:\n{solution}\n\n"
-    "Work through this solution until every step of it is clear to you. Then put it aside and "
-    "solve the problem yourself: reach the same answer by your own reasoning and in your own "
-    "words, without copying or rephrasing the text above.\n" + _CLOSING
-)
+STUDENT_TEMPLATE = "Problem: {problem}\n\n" + CLOSING
 _PLACEHOLDER = re.compile(r"\{(problem|solution)\}")
 
 
@@ -38,18 +37,22 @@ def _check(template: str, flag: str, needed: tuple[str, ...]) -> None:
 class PromptTemplates:
     """Texts with ``{problem}`` and, for the teacher, ``{solution}``; thinking mode of each side.
 
+    ``privileged`` False: the teacher is asked as the student is.
+
     Raises:
         ValueError: a placeholder is missing, or the student's template has the solution.
     """
 
     student: str = STUDENT_TEMPLATE
-    teacher: str = TEACHER_TEMPLATE
+    teacher: str = SOLUTION_TEMPLATE
     student_thinking: bool = False
     teacher_thinking: bool = True
+    privileged: bool = True
 
     def __post_init__(self) -> None:
         _check(self.student, "--student-template", ("problem",))
-        _check(self.teacher, "--teacher-template", ("problem", "solution"))
+        if self.privileged:
+            _check(self.teacher, "--teacher-template", ("problem", "solution"))
 
 
 def load_template(path: str, flag: str) -> str:
@@ -62,15 +65,23 @@ def load_template(path: str, flag: str) -> str:
 
 
 def prompt_templates(config: DataConfig) -> PromptTemplates:
-    """The user's prompt templates, or the defaults."""
+    """The user's prompt templates, or the defaults of what --privileged shows."""
+    kind = parse_privileged(config.privileged).kind
     given = {
         side: load_template(path, f"--{side}-template")
         for side in ("student", "teacher")
         if (path := getattr(config, f"{side}_template")) is not None
     }
-    return PromptTemplates(
-        **given, student_thinking=config.student_thinking, teacher_thinking=config.teacher_thinking
+    templates = PromptTemplates(
+        given.get("student", STUDENT_TEMPLATE),
+        given.get("teacher", kind.template),
+        student_thinking=config.student_thinking,
+        teacher_thinking=config.teacher_thinking,
     )
+    if kind.texts is not None:
+        return templates
+    student, thinking = templates.student, templates.student_thinking
+    return replace(templates, teacher=student, teacher_thinking=thinking, privileged=False)
 
 
 def fill(template: str, problem: Problem, protect: Callable[[str], str] = str) -> str:
@@ -98,11 +109,19 @@ def problem_prompt(
 
 @dataclass(frozen=True)
 class PromptPair:
-    """The same problem as both sides are asked it."""
+    """The same problem as both sides are asked it.
+
+    ``changed``: the teacher's prompt of a step, where it is not the same in all of them.
+    """
 
     problem: Problem
     student_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]
+    changed: Callable[[int], tuple[int, ...]] | None = field(default=None, compare=False)
+
+    def at(self, iteration: int) -> PromptPair:
+        """As both sides are asked it in step ``iteration``."""
+        return self if self.changed is None else replace(self, teacher_ids=self.changed(iteration))
 
 
 def build_prompt_pairs(
@@ -112,28 +131,33 @@ def build_prompt_pairs(
     max_student_tokens: int,
     max_teacher_tokens: int,
     too_long: str = "drop",
+    view: TeacherView | None = None,
 ) -> tuple[list[PromptPair], int]:
     """Prompts of all problems that fit, and how many did not.
+
+    ``view``: the problems as the teacher is shown them (default: as they are).
 
     Raises:
         ValueError: a prompt is too long and ``too_long`` is ``error``, or all are.
     """
     pairs, dropped = [], 0
+
+    def teacher_ids(shown: Problem) -> list[int]:
+        return problem_prompt(tokenizer, templates.teacher, shown, templates.teacher_thinking)
+
     for problem in problems:
-        student, teacher = (
-            problem_prompt(tokenizer, template, problem, thinking)
-            for template, thinking in (
-                (templates.student, templates.student_thinking),
-                (templates.teacher, templates.teacher_thinking),
-            )
-        )
+        student = problem_prompt(tokenizer, templates.student, problem, templates.student_thinking)
+        teacher = teacher_ids(problem if view is None else view.of(problem))
         sides = (
             (student, max_student_tokens, "student", "--max-prompt-length"),
             (teacher, max_teacher_tokens, "teacher", "--max-teacher-prompt-length"),
         )
         over = next((side for side in sides if len(side[0]) > side[1]), None)
         if over is None:
-            pairs.append(PromptPair(problem, tuple(student), tuple(teacher)))
+            changed = None
+            if view is not None and view.changes:
+                changed = lambda i, p=problem: tuple(teacher_ids(view.of(p, i)))  # noqa: E731
+            pairs.append(PromptPair(problem, tuple(student), tuple(teacher), changed))
             continue
         dropped += 1
         if too_long == "error" or dropped == len(problems):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -23,7 +24,8 @@ class Rollout:
     ``log_probs``: of the response's tokens, nats, where another program sampled it; not recorded.
     ``response_mask``: False for a token that the student did not write (a tool's output): it is
     read by both models and not scored; None: all are.  ``policy_version``: the step whose weights
-    sampled it, where known; not recorded.
+    sampled it, where known; not recorded.  ``reference``: the problem's solution, where known; not
+    recorded.
     """
 
     student_prompt_ids: tuple[int, ...]
@@ -32,6 +34,7 @@ class Rollout:
     log_probs: tuple[float, ...] | None = None
     response_mask: tuple[bool, ...] | None = None
     policy_version: int | None = None
+    reference: str | None = None
 
     @property
     def scored(self) -> tuple[bool, ...]:
@@ -39,6 +42,13 @@ class Rollout:
         if self.response_mask is None:
             return (True,) * len(self.response_ids)
         return self.response_mask
+
+    def skipping(self, count: int) -> Rollout:
+        """The same, the first ``count`` tokens of the response read and not scored."""
+        if count == 0:
+            return self
+        scored = tuple(s and i >= count for i, s in enumerate(self.scored))
+        return dataclasses.replace(self, response_mask=scored)
 
 
 def written_stop(ids: Sequence[int], mask: Sequence[bool] | None, stop_ids: Sequence[int]) -> bool:

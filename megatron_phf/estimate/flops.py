@@ -57,10 +57,14 @@ def student_flops(
     """The student's forward and backward passes, and the teacher's logits, which they meet there.
 
     Backward is twice the forward; with LoRA the frozen linears have no gradient of their weights,
-    while the adapters have.  The flow loss (a window of positions) is not counted.
+    while the adapters have.  The flow loss (a window of positions) is not counted; what a weighting
+    of tokens reads beforehand is: the teacher's logits, or the student once more.
     """
     forward = forward_flops(arch, lengths, scored)
     head = 2.0 * scored * teacher.hidden_size * teacher.vocab_size
+    before = {"teacher_entropy": head, "student_entropy": forward.total}
+    before["divergence_top_p"] = forward.total + head
+    head += before.get(config.method.token_weighting, 0.0)
     if not config.lora.lora_rank:
         return 3 * forward.total + head
     adapters = 0

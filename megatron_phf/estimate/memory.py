@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
+from megatron_phf.hidden.spec import flow_spec, terms_of
 from megatron_phf.lora.config import num_adapter_parameters
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.teacher.architecture import Models
@@ -77,7 +78,22 @@ def _target_bytes(models: Models, config: Config, machine: Machine) -> float:
     transitions = min(method.phf_window_size, new_tokens) - 1
     layers = arch.num_layers / config.parallel.pipeline_model_parallel_size + 1
     numbers = hidden if hidden == arch.hidden_size else min(hidden, 2 * transitions)
-    return rows + sequences * transitions * layers * numbers * 4
+    own = sequences * transitions * layers * numbers * 4
+    return rows + own + last_layer_bytes(models, config, sequences)
+
+
+def last_layer_bytes(models: Models, config: Config, sequences: float) -> float:
+    """The teacher's last layer at the window, where every layer is compared with it.
+
+    fp32, on each pipeline stage; the last one sends as much to each of the others once a step.
+    """
+    method, width = config.method, models.teacher.hidden_size
+    if method.phf_alpha == 0:
+        return 0.0
+    terms = terms_of(flow_spec(config), width == models.student.hidden_size)
+    kinds = {term.states for term in terms if term.against == "last"}
+    rows = min(method.phf_window_size, config.rollout.max_new_tokens)
+    return len(kinds) * sequences * rows * width * 4.0
 
 
 def memory_estimate(models: Models, config: Config, machine: Machine) -> dict[str, float]:

@@ -7,8 +7,10 @@ A (n - 1) / n to gather it, or to reduce and scatter it, and twice that to reduc
 from __future__ import annotations
 
 from megatron_phf.config.settings import Config
+from megatron_phf.estimate.memory import last_layer_bytes
 from megatron_phf.lora.config import num_adapter_parameters
 from megatron_phf.model.architecture import Architecture
+from megatron_phf.teacher.architecture import Models
 
 _WIDTH, _GRADIENT = 2, 4  # bytes: bf16, fp32
 
@@ -70,17 +72,20 @@ def data_bytes(arch: Architecture, config: Config, replicas: int) -> float:
 def traffic(arch: Architecture, config: Config, replicas: int, tokens: int) -> dict[str, float]:
     """Bytes that a rank sends in one step with ``tokens`` of each model on its replica.
 
-    PP: one activation over a boundary and its gradient, and the teacher's.
+    PP: one activation over a boundary and its gradient, and the teacher's (the last stage: also its
+    targets, where all layers are compared with the last).
     """
     p = config.parallel
     activation = tokens * arch.hidden_size * _WIDTH
     stages = p.pipeline_model_parallel_size
     shared = p.tensor_model_parallel_size if p.sequence_parallel else 1
     boundaries = 3 * p.num_virtual_stages_per_pipeline_rank if stages > 1 else 0
+    sequences = config.train.global_batch_size // replicas
+    targets = (stages - 1) * last_layer_bytes(Models(arch), config, sequences)
     routed, gathered = expert_bytes(arch, config, activation)
     return {
         "tensor": tensor_bytes(arch, config, activation),
-        "pipeline": boundaries * activation / shared,
+        "pipeline": boundaries * activation / shared + targets,
         "data": data_bytes(arch, config, replicas),
         "experts": routed,
         "expert tensor": gathered,

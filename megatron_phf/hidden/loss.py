@@ -17,6 +17,7 @@ from megatron_phf.hidden.layer_map import check_layer_map
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.hidden.states import LayerEnds, make_states, row_counts
 from megatron_phf.hidden.term import HiddenTerm
+from megatron_phf.hidden.weights import WeightedEnds, counted, row_map
 
 
 class Ends(Protocol):
@@ -33,17 +34,26 @@ def layer_values(
     terms: Sequence[HiddenTerm],
     layer: int,
     student: Ends,
-    teacher: Ends,
-    counts: Mapping[str, Tensor],
+    teachers: Mapping[str, Ends],
+    valid: Tensor,
+    weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Each term's values [b] at layer ``layer`` (1-based); pairs are those with the layer before.
 
-    On layer 1 no term over pairs has any.  ``counts``: rows of each kind of states, [b].
+    On layer 1 no term over pairs has any.  ``teachers``: by what terms are compared ``against``;
+    ``weights`` [b, m]: of the window's tokens (None: all the same).
     """
     values = {}
+    if weights is not None:
+        valid = counted(weights, valid)
+        maps = {kind: row_map(kind, weights, valid) for kind in {t.states for t in terms}}
+        student = WeightedEnds(student, maps)
+        teachers = {against: WeightedEnds(ends, maps) for against, ends in teachers.items()}
+    counts = {kind: row_counts(kind, valid) for kind in {term.states for term in terms}}
     for term in terms:
         if term.over == "pair" and layer == 1:
             continue
+        teacher = teachers[term.against]
         if term.compares == "states":
             both = student.states(term.states), teacher.states(term.states)
         else:
@@ -81,6 +91,7 @@ def flow_loss(
     valid: Tensor,
     layer_map: Sequence[int] | None = None,
     spec: FlowSpec | None = None,
+    token_weights: Tensor | None = None,
 ) -> FlowTerms:
     """Hidden states of all layers at the window, each [b, m, h]; valid bool [b, m] -> L_flow.
 
@@ -91,6 +102,7 @@ def flow_loss(
         layer_map: the teacher layer (1-based) of each student layer, not decreasing, for example
             ``relative_layer_map(len(student_hidden), len(teacher_hidden))``; None: layer by layer.
         spec: which terms; None: those of PHF.
+        token_weights: of the window's tokens [b, m]; None: all count the same.
 
     Raises:
         ValueError: no layers, a map or layers that do not fit, different numbers of layers without
@@ -104,15 +116,19 @@ def flow_loss(
     kinds = dict.fromkeys(term.states for term in terms)
     student = _ends([{k: make_states(k, h, valid) for k in kinds} for h in student_hidden])
     teacher = _ends([{k: make_states(k, h.detach(), valid) for k in kinds} for h in mapped])
-    counts = {kind: row_counts(kind, valid) for kind in kinds}
+    last = LayerEnds(
+        {t.states: make_states(t.states, teacher_hidden[-1].detach(), valid)
+         for t in terms if t.against == "last"}
+    )  # fmt: skip
     found: dict[str, list[Tensor]] = {term.name: [] for term in terms}
-    for layer, ends in enumerate(zip(student, teacher, strict=True), 1):
-        for name, value in layer_values(terms, layer, *ends, counts).items():
+    for layer, (own, ends) in enumerate(zip(student, teacher, strict=True), 1):
+        teachers = {"mapped": ends, "last": last}
+        for name, value in layer_values(terms, layer, own, teachers, valid, token_weights).items():
             found[name].append(value.mean())
     zero = torch.zeros((), device=valid.device)
     values = {name: torch.stack(x) if x else zero.new_zeros(0) for name, x in found.items()}
     loss = sum((v * v.new_tensor(weights[name])).sum() for name, v in values.items())
-    short = torch.stack([count == 0 for count in counts.values()]).any(0)
+    short = torch.stack([row_counts(kind, valid) == 0 for kind in kinds]).any(0)
     return FlowTerms(zero + loss, values, int(short.sum()))
 
 

@@ -22,10 +22,13 @@ from megatron_phf.hidden.loss import layer_values
 from megatron_phf.hidden.plan import FlowPlan, make_flow_plan
 from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows, with_rows
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
-from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows, row_counts
+from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows
 from megatron_phf.hidden.targets import FlowTargets
 from megatron_phf.hidden.term import HiddenTerm
 from megatron_phf.runtime import device, parallel
+
+# What is compared: a term's ``against`` and its kind of states.
+TargetKey = tuple[str, str]
 
 
 class _AttachLoss(torch.autograd.Function):
@@ -48,28 +51,31 @@ class FlowWindow:
 
     ``places`` [b, m]: of the window's tokens; ``valid`` bool [b, m]: False where a shorter window
     is padded; ``gradient_scale``: what one sequence's L_flow is multiplied with in the training
-    objective.
+    objective; ``weights`` [b, m]: of the tokens, None where all count the same.
     """
 
     places: RowPlaces
     valid: Tensor
     gradient_scale: float
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class _TeacherEnds:
-    """The targets at one student layer."""
+    """The targets at one student layer, of the terms compared ``against`` one teacher layer."""
 
-    targets: Mapping[str, FlowTargets]
+    targets: Mapping[TargetKey, FlowTargets]
+    against: str
     microbatch: int
     layer: int
 
     def states(self, kind: str) -> Tensor:
-        return self.targets[kind].states(self.microbatch, self.layer)
+        return self.targets[self.against, kind].states(self.microbatch, self.layer)
 
     def products(self, kind: str, over: str) -> Tensor:
         first = self.layer if over == "layer" else self.layer - 1
-        return self.targets[kind].products(self.microbatch, first, self.layer)
+        targets = self.targets[self.against, kind]
+        return targets.products(self.microbatch, first, self.layer)
 
 
 class FlowTap:
@@ -89,19 +95,22 @@ class FlowTap:
         self,
         terms: Sequence[HiddenTerm],
         weights: Mapping[str, Sequence[float]],
-        targets: Mapping[str, FlowTargets],
+        targets: Mapping[TargetKey, FlowTargets],
         shards: SequenceShards,
         layers: int,
     ) -> None:
-        """``targets``: for each kind of states that the terms compare; ``layers``: of the model."""
+        """``targets``: for each kind of states, and teacher layers, that the terms compare.
+
+        ``layers``: of the model.
+        """
         self.terms, self.weights = terms, weights
         self._targets, self._shards = targets, shards
+        self._kinds = list(dict.fromkeys(kind for _, kind in targets))
         rows = [[self._weight(term, layer) for term in terms] for layer in range(1, layers + 1)]
         # One copy to the device for all layers and steps: [L, T].
         self._layer_weights = device.from_host(torch.tensor(rows, dtype=torch.float32))
         self._recording = False
         self._windows: dict[int, FlowWindow] = {}
-        self._counts: list[Mapping[str, Tensor]] = []
         # A layer's output and its states: the next layer's input, most often.
         self._last: tuple[Tensor, Mapping[str, Tensor]] | None = None
         self.values: dict[tuple[int, int], Tensor] = {}
@@ -110,12 +119,13 @@ class FlowTap:
         """The teacher's pass over microbatches with ``windows`` comes next."""
         self._recording = True
         self._windows = dict(enumerate(windows))
-        for kind, targets in self._targets.items():
+        for (_, kind), targets in self._targets.items():
             sizes = [(len(w.valid), number_of_rows(kind, w.valid.shape[1])) for w in windows]
             targets.start(sizes)
 
     def finish_recording(self) -> None:
         """The teacher's pass is over; every rank of the pipeline calls it."""
+        self._windows = {}  # the student may be read before it is compared
         for targets in self._targets.values():
             targets.exchange()
 
@@ -123,11 +133,10 @@ class FlowTap:
         """The student's pass over the same microbatches comes next."""
         self.values, self._recording = {}, False
         self._windows = dict(enumerate(windows))
-        self._counts = [{k: row_counts(k, w.valid) for k in self._targets} for w in windows]
 
     def stop(self) -> None:
         """Forget windows and targets; ``values`` stay until the next comparison."""
-        self._windows, self._last, self._counts = {}, None, []
+        self._windows, self._last = {}, None
         for targets in self._targets.values():
             targets.clear()
 
@@ -150,17 +159,18 @@ class FlowTap:
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> None:
         for number, hidden in ((layer - 1, inputs), (layer, outputs)):
-            kinds = [k for k, t in self._targets.items() if t.wants(microbatch, number)]
-            if kinds:
+            wanted = [k for k, t in self._targets.items() if t.wants(microbatch, number)]
+            if wanted:
                 rows = gather_rows(hidden, window.places, self._shards)
-                for kind, states in _states(rows, window, kinds).items():
-                    self._targets[kind].record(microbatch, number, states)
+                states = _states(rows, window, dict.fromkeys(kind for _, kind in wanted))
+                for key in wanted:
+                    self._targets[key].record(microbatch, number, states[key[1]])
 
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
         outputs, rows = with_rows(outputs, window.places, self._shards)
-        own = _states(rows, window, self._targets)
+        own = _states(rows, window, self._kinds)
         before = self._last
         kept: dict[str, Tensor] = {}
 
@@ -174,11 +184,15 @@ class FlowTap:
                 return before[1][kind]
             if not kept:
                 rows = gather_rows(inputs, window.places, self._shards)
-                kept.update(_states(rows, window, self._targets))
+                kept.update(_states(rows, window, self._kinds))
             return kept[kind]
 
-        ends = LayerEnds(own, states_before), _TeacherEnds(self._targets, microbatch, layer)
-        values = layer_values(self.terms, layer, *ends, self._counts[microbatch])
+        student = LayerEnds(own, states_before)
+        teachers = {
+            against: _TeacherEnds(self._targets, against, microbatch, layer)
+            for against, _ in self._targets
+        }
+        values = layer_values(self.terms, layer, student, teachers, window.valid, window.weights)
         missing = [term.name for term in self.terms if term.name not in values]
         if missing:
             absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
@@ -222,15 +236,17 @@ def make_flow_tap(
         for chunks in (student, teacher)
     ]
     stages = parallel.gather_over_pipeline(numbers)
+    last = max(layer for _, teacher_layers in stages for layer in teacher_layers)
+    maps = {"mapped": layer_map, "last": [last] * len(layer_map)}
 
-    def plan(kind: str) -> FlowPlan:
-        here = [term for term in terms if term.states == kind]
+    def plan(against: str, kind: str) -> FlowPlan:
+        here = [term for term in terms if (term.against, term.states) == (against, kind)]
         pairs = any(term.over == "pair" for term in here)
         # A student layer needs its products (with itself and with the layer before), or about one
         # teacher layer's states.
         smaller = (1 + pairs) * number_of_rows(kind, window_size) < widths[1]
         return make_flow_plan(
-            layer_map,
+            maps[against],
             [student_layers for student_layers, _ in stages],
             [teacher_layers for _, teacher_layers in stages],
             parallel.pipeline_rank(),
@@ -238,8 +254,8 @@ def make_flow_tap(
             pairs=pairs,
         )
 
-    kinds = dict.fromkeys(term.states for term in terms)
-    targets = {kind: FlowTargets(plan(kind), widths[1]) for kind in kinds}
+    keys = dict.fromkeys((term.against, term.states) for term in terms)
+    targets = {key: FlowTargets(plan(*key), widths[1]) for key in keys}
     return FlowTap(terms, weights, targets, shards, len(layer_map))
 
 

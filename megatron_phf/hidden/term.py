@@ -21,6 +21,10 @@ TERMS = {
     "adjacent": "megatron_phf.hidden.terms.adjacent:Adjacent",
     "pointwise": "megatron_phf.hidden.terms.pointwise:Pointwise",
     "cka": "megatron_phf.hidden.terms.cka:LinearCKA",
+    "cka_adjacent": "megatron_phf.hidden.terms.cka_adjacent:AdjacentCKA",
+    "mse": "megatron_phf.hidden.terms.mse:MeanSquare",
+    "nmse": "megatron_phf.hidden.terms.nmse:NormalisedMSE",
+    "last_layer": "megatron_phf.hidden.terms.last_layer:LastLayer",
 }
 
 
@@ -36,6 +40,8 @@ class HiddenTerm:
             transitions, else m; 0 where the window is shorter.
         compares: ``states`` [b, n, h], which needs equal hidden sizes, or ``products``
             [b, n, n]: S S^T of a layer, S_l S_{l+1}^T of a pair.
+        against: which teacher layer a student layer meets: its own (``mapped``), or ``last``, the
+            teacher's last one, whichever the student's.
     """
 
     name = ""
@@ -44,6 +50,7 @@ class HiddenTerm:
     over = "layer"
     states = "transitions"
     compares = "products"
+    against = "mapped"
 
     @property
     def needs_equal_widths(self) -> bool:
@@ -90,6 +97,7 @@ def _check(term: HiddenTerm, name: str) -> None:
         ("over", ("layer", "pair")),
         ("states", STATES),
         ("compares", ("states", "products")),
+        ("against", ("mapped", "last")),
     ):
         if getattr(term, field) not in known:
             raise ValueError(
@@ -97,3 +105,5 @@ def _check(term: HiddenTerm, name: str) -> None:
             )
     if term.over == "pair" and term.compares == "states":
         raise ValueError(f"term {name!r}: a pair of layers has products to compare, no states")
+    if term.over == "pair" and term.against == "last":
+        raise ValueError(f"term {name!r}: one layer of the teacher is no pair to compare with")

@@ -11,6 +11,9 @@ each layer at the window::
 Other terms, as in the ablations: ``flow_loss(..., spec=FlowSpec(("geometry", "cka=0.3")))``, and
 ``flow.values["geometry"]`` by layer.
 
+Tokens that count more than others: ``token_weights("position", scored)`` [b, r], times
+``output.per_token``, and at the window as ``flow_loss(..., token_weights=...)``.
+
 A teacher of another hidden size or depth (same vocabulary)::
 
     layers = relative_layer_map(len(student_hidden), len(teacher_hidden))
@@ -30,11 +33,13 @@ from megatron_phf.losses.divergence import (
     generalized_jsd,
     policy_gradient_loss,
 )
-from megatron_phf.losses.log_probs import chunked_log_probs
+from megatron_phf.losses.log_probs import chunked_entropy, chunked_log_probs
+from megatron_phf.losses.token_weights import TOKEN_WEIGHTINGS, WeightingOptions, token_weights
 from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
 
 __all__ = [
     "CLIP_MODES",
+    "TOKEN_WEIGHTINGS",
     "WINDOW_RULES",
     "ChunkedDivergence",
     "DivergenceOutput",
@@ -42,7 +47,9 @@ __all__ = [
     "FlowSpec",
     "FlowTerms",
     "HiddenTerm",
+    "WeightingOptions",
     "chunked_divergence",
+    "chunked_entropy",
     "chunked_log_probs",
     "directions",
     "flow_loss",
@@ -52,6 +59,7 @@ __all__ = [
     "policy_gradient_loss",
     "relative_layer_map",
     "select_window",
+    "token_weights",
     "transition_counts",
     "unit_states",
     "window_batch",

@@ -36,13 +36,19 @@ class VocabShard:
 
     def log_softmax_(self, logits: Tensor) -> Tensor:
         """logits [c, v], overwritten -> log probabilities over all shards (-inf stays)."""
+        return self.log_softmax_and_top_(logits)[0]
+
+    def log_softmax_and_top_(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`log_softmax_`, and the largest of each token's over all shards [c, 1]."""
         if self.group is None:
-            return F.log_softmax(logits, dim=-1)
+            logs = F.log_softmax(logits, dim=-1)
+            return logs, logs.amax(-1, keepdim=True)
         floor = logits.new_full((logits.shape[0], 1), torch.finfo(logits.dtype).min)
         # A shard that is all padding has no entries, hence no maximum of its own.
         top = self.max(logits.amax(-1, keepdim=True) if self.size else floor)
         total = self.sum((logits.sub_(top)).exp().sum(-1, keepdim=True))
-        return logits.sub_(total.log_())
+        total.log_()
+        return logits.sub_(total), total.neg()  # the largest logit is 0 now
 
     def _column(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Global ids [c] -> any column of this shard [c, 1], False [c] where it is not the id's.
@@ -114,16 +120,18 @@ def _slope(log_s: Tensor, log_t: Tensor, beta: float, terms: Tensor) -> Tensor:
 def divergence_chunk(
     student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Tempered logits [c, v] (overwritten) -> values [3, c] and the divergence's gradient [c, v].
+    """Tempered logits [c, v] (overwritten) -> values [5, c] and the divergence's gradient [c, v].
 
-    Values: divergence, clipped, entropy; the gradient is that of each token's divergence in its
-    tempered student logits.
+    Values: divergence, clipped, entropy of the teacher, of the student, whether both have the same
+    most probable entry; the gradient is that of each token's divergence in its tempered student
+    logits.
     """
     absent = ~shard.top_k_mask(teacher, spec.top_k) if spec.top_k else None
     if absent is not None:
         student.masked_fill_(absent, -math.inf)
         teacher.masked_fill_(absent, -math.inf)
-    log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
+    (log_s, top_s), (log_t, top_t) = map(shard.log_softmax_and_top_, (student, teacher))
+    agree = _both_top(log_s == top_s, log_t == top_t)
     if absent is not None:  # any finite number will do: their terms are masked out below
         log_s.masked_fill_(absent, 0.0)
         log_t.masked_fill_(absent, 0.0)
@@ -133,36 +141,43 @@ def divergence_chunk(
     for x in (terms, entropy, slope):
         if x is not None and absent is not None:
             x.masked_fill_(absent, 0.0)
+    p_s = log_s.exp()
     above = terms > spec.clip if spec.clip_mode == "entry" else None
     if above is not None:
         terms.clamp_(max=spec.clip)
         if slope is not None:
             slope.masked_fill_(above, 0.0)
-    parts = [terms.sum(-1), entropy.sum(-1)]
+    student_entropy = log_s.mul_(p_s).sum(-1).neg_()  # an absent one's is 0
+    parts = [terms.sum(-1), entropy.sum(-1), student_entropy, agree.to(terms)]
     parts.append(parts[0].new_zeros(parts[0].shape) if above is None else above.sum(-1).to(terms))
     parts += [] if slope is None else [slope.sum(-1)]
     sums = shard.sum(torch.stack(parts))  # one message for all of them
     values, token_above = _values(sums, min(spec.top_k or shard.total, shard.total), spec)
     if slope is None:
         return values, None
-    p_s = log_s.exp_()
     if absent is not None:
         p_s.masked_fill_(absent, 0.0)
-    gradient = slope.sub_(p_s.mul_(sums[3][:, None]))
+    gradient = slope.sub_(p_s.mul_(sums[5][:, None]))
     if token_above is not None:
         gradient.masked_fill_(token_above[:, None], 0.0)
     return values, gradient
 
 
 def _values(sums: Tensor, entries: int, spec: DivergenceSpec) -> tuple[Tensor, Tensor | None]:
-    divergence, entropy, above = sums[0], sums[1], sums[2]
+    divergence, above = sums[0], sums[4]
+    seen = sums[1], sums[2], (sums[3] > 0).to(sums)
     if spec.clip_mode == "entry":
-        return torch.stack((divergence, above / entries, entropy)), None
+        return torch.stack((divergence, above / entries, *seen)), None
     if spec.clip_mode == "none":
-        return torch.stack((divergence, above, entropy)), None
+        return torch.stack((divergence, above, *seen)), None
     token_above = divergence > spec.clip
     clamped = divergence.clamp(max=spec.clip)
-    return torch.stack((clamped, token_above.to(clamped), entropy)), token_above
+    return torch.stack((clamped, token_above.to(clamped), *seen)), token_above
+
+
+def _both_top(student: Tensor, teacher: Tensor) -> Tensor:
+    """bool [c, v] of the most probable entries -> how many here are both's [c]; summed, if any."""
+    return student.logical_and_(teacher).sum(-1)
 
 
 def policy_chunk(
@@ -177,11 +192,15 @@ def policy_chunk(
 
     Or, ``supervised``, A = 1: cross-entropy.
     """
-    log_s, log_t = shard.log_softmax_(student), shard.log_softmax_(teacher)
-    entropy = -(log_t.exp() * log_t).sum(-1)
-    sums = shard.sum(torch.stack((*(shard.pick(x, targets) for x in (log_s, log_t)), entropy)))
+    (log_s, top_s), (log_t, top_t) = map(shard.log_softmax_and_top_, (student, teacher))
+    agree = _both_top(log_s == top_s, log_t == top_t).to(log_s)
+    entropies = [-(x.exp() * x).sum(-1) for x in (log_t, log_s)]
+    picked = [shard.pick(x, targets) for x in (log_s, log_t)]
+    sums = shard.sum(torch.stack((*picked, *entropies, agree)))
     advantage = torch.ones_like(sums[0]) if supervised else sums[1] - sums[0]
-    values = torch.stack((-advantage * sums[0], torch.zeros_like(advantage), sums[2]))
+    values = torch.stack(
+        (-advantage * sums[0], torch.zeros_like(advantage), *sums[2:4], (sums[4] > 0).to(sums))
+    )
     if not with_gradient:
         return values, None
     gradient = log_s.exp_().mul_(advantage[:, None])

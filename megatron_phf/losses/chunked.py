@@ -32,12 +32,18 @@ _BLOCK_BYTES = {"cuda": 2**27, "cpu": 2**22}
 
 
 class ChunkedDivergence(NamedTuple):
-    """``loss`` [] with gradient; the rest [n], detached, as in ``DivergenceOutput``."""
+    """``loss`` [] with gradient; the rest [n], detached, as in ``DivergenceOutput``.
+
+    ``student_entropy``: nats; ``agreement``: 1 where both models have the same most probable entry,
+    else 0.  With ``top_k``, all of it among the teacher's k.
+    """
 
     loss: Tensor
     per_token: Tensor
     clipped: Tensor
     teacher_entropy: Tensor
+    student_entropy: Tensor
+    agreement: Tensor
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ class _Chunked(torch.autograd.Function):
         if gradients.rows is not None and problem.shard.group is not None:
             # Each rank has the part that its vocabulary rows contribute.
             dist.all_reduce(gradients.rows, group=problem.shard.group)
-        empty = problem.token_weights.new_zeros(3, 0)
+        empty = problem.token_weights.new_zeros(5, 0)
         values = torch.cat([empty, *outputs], dim=1)
         ctx.save_for_backward(gradients.rows, gradients.weight)
         ctx.dtypes = (rows.dtype, weight.dtype)
@@ -138,7 +144,7 @@ def _block_rows(rows: int, entries: int, device: str) -> int:
 def _run_chunk(
     rows: Tensor, weight: Tensor, part: slice, problem: _Problem, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Values [3, c] and, if wanted, the weighted loss's gradient in the raw logits [c, real].
+    """Values [5, c] and, if wanted, the weighted loss's gradient in the raw logits [c, real].
 
     Matrix products take the whole chunk.  What is done entry by entry goes a block of rows at a
     time, whose temporaries are small; the gradient takes the place of the student's logits.
@@ -219,4 +225,4 @@ def chunked_divergence(
         objective,
     )
     loss, values = _Chunked.apply(student_rows, student_weight, problem)
-    return ChunkedDivergence(loss, values[0], values[1], values[2])
+    return ChunkedDivergence(loss, *values.unbind())

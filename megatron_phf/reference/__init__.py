@@ -11,6 +11,7 @@ from megatron_phf.reference.method import Result, compute, read_replay, train
 from megatron_phf.reference.model import load_model
 from megatron_phf.reference.options import Options
 from megatron_phf.reference.output_loss import divergence
+from megatron_phf.reference.weights import token_weights, weighted_terms
 
 __all__ = [
     "Options",
@@ -23,6 +24,8 @@ __all__ = [
     "load_model",
     "named_terms",
     "read_replay",
+    "token_weights",
     "train",
+    "weighted_terms",
     "window",
 ]

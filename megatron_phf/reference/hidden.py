@@ -78,6 +78,29 @@ def cka_terms(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
     return values
 
 
+def cka_pair_terms(student: list[Tensor], teacher: list[Tensor]) -> list[Tensor]:
+    """1 - the cosine of both models' products of neighbouring layers' centred states."""
+    values = []
+    for i in range(len(student) - 1):
+        products = []
+        for layers in (student, teacher):
+            x, y = (h.float() - h.float().sum(0) / max(len(h), 1) for h in layers[i : i + 2])
+            products.append((x @ y.T).flatten())
+        norm = products[0].norm() * products[1].norm()
+        values.append(1 - products[0] @ products[1] / norm if norm > 0 else torch.zeros(()))
+    return values
+
+
+def square_terms(student: list[Tensor], teacher: list[Tensor]) -> tuple[list, list]:
+    """Distance of the hidden states in each layer: mean square, and over the teacher's square."""
+    mean, relative = [], []
+    for s, t in zip(student, teacher, strict=True):
+        distance = torch.sum((s.float() - t.float()) ** 2)
+        mean.append(distance / max(s.numel(), 1))
+        relative.append(distance / torch.sum(t.float() ** 2) if len(s) else torch.zeros(()))
+    return mean, relative
+
+
 def named_terms(
     student: list[Tensor], teacher: list[Tensor], o: Options
 ) -> dict[str, list[Tensor] | None]:
@@ -85,17 +108,23 @@ def named_terms(
     mapped = [teacher[k - 1] for k in o.layer_map or relative_depth(len(student), len(teacher))]
     direction, geometry, adjacent = flow_terms(student, teacher, o.layer_map)
     same_width = student[0].shape[1] == teacher[0].shape[1]
+    mean, relative = square_terms(student, mapped) if same_width else (None, None)
+    last = [teacher[-1]] * len(student)
     known = {
         "direction": direction if same_width else None,
         "geometry": geometry,
         "adjacent": adjacent,
         "pointwise": pointwise_terms(student, mapped) if same_width else None,
         "cka": cka_terms(student, mapped),
+        "cka_adjacent": cka_pair_terms(student, mapped),
+        "mse": mean,
+        "nmse": relative,
+        "last_layer": pointwise_terms(student, last) if same_width else None,
     }
     return {name: known[name] for name in (t.split("=")[0] for t in o.terms.split(","))}
 
 
-PAIRS = ("adjacent",)
+PAIRS = ("adjacent", "cka_adjacent")
 
 
 def flow_objective(values: dict[str, list[Tensor] | None], o: Options) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, window
 from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
 from megatron_phf.reference.options import Options
-from megatron_phf.reference.output_loss import cross_entropy, divergence, sampled_token
+from megatron_phf.reference.output_loss import cross_entropy, divergence, observed, sampled_token
+from megatron_phf.reference.weights import token_weights, weighted_terms
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Result:
 def sequence_terms(
     student: Any, teacher: Any, sample: dict, o: Options
 ) -> tuple[list, dict[str, list[Tensor] | None], list[Tensor]]:
-    """(list of per-token (loss, clipped, entropy), flow terms, router logits) of a replay line."""
+    """(per-token (loss, clipped, entropies, agreement), flow terms, router logits) of a line."""
     response = sample["response_ids"]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
     logits, hidden, routers = run(student, prompt + response)
@@ -37,20 +38,29 @@ def sequence_terms(
     logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
     # Tokens that the student did not write are read, and that is all.
     written = [i for i, m in enumerate(sample.get("response_mask") or [1] * len(response)) if m]
+    written = [i for i in written if i >= o.skip_first_tokens]
+    pairs = [(logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i])
+             for i in written]  # fmt: skip
     tokens = []
-    for i in written:
+    for i, pair in zip(written, pairs, strict=True):
         token = response[i]
-        pair = logits[len(prompt) - 1 + i], teacher_logits[len(privileged) - 1 + i]
         if o.objective == "jsd":
-            tokens.append(divergence(*pair, o))
+            values = divergence(*pair, o)
         elif o.objective == "cross_entropy":
-            tokens.append(cross_entropy(*pair, token, o))
+            values = cross_entropy(*pair, token, o)
         else:
-            tokens.append(sampled_token(*pair, token, o))
-    w = [written[i] for i in window(len(written), o.window_size, o.window_rule)]
+            values = sampled_token(*pair, token, o)
+        tokens.append((*values, *observed(*pair, o)))
+    chosen = window(len(written), o.window_size, o.window_rule)
+    w = [written[i] for i in chosen]
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
     sides = [h[at] for h in hidden], [h[teacher_at] for h in teacher_hidden]
-    return tokens, named_terms(*sides, o), routers
+    if o.token_weighting == "none":
+        return tokens, named_terms(*sides, o), routers
+    weights = token_weights(pairs, o)
+    tokens = [(x * loss, *rest) for x, (loss, *rest) in zip(weights, tokens, strict=True)]
+    here = torch.tensor([weights[i] for i in chosen])
+    return tokens, weighted_terms(*sides, here, o), routers
 
 
 def _mean(lists: list[list[Tensor] | None]) -> list[Tensor] | None:
@@ -72,13 +82,15 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
     opsd = sum(t[0] for t in tokens) / len(tokens)
     means = {name: _mean([flow[name] for flow in flows]) for name in flows[0]}
     flow = flow_objective(means, o)
-    loss = opsd + o.alpha * flow
+    loss = o.opsd_weight * opsd + o.alpha * flow
     metrics = {
         "loss": loss.item(),
         "opsd": opsd.item(),
         "flow": flow.item(),
         "clipped_fraction": sum(t[1] for t in tokens) / len(tokens),
         "teacher_entropy": sum(t[2] for t in tokens) / len(tokens),
+        "student_entropy": sum(t[3] for t in tokens) / len(tokens),
+        "teacher_agreement": sum(t[4] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
     for name, values in means.items():

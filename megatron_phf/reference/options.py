@@ -18,8 +18,13 @@ class Options:
     window_size: int = 128
     window_rule: str = "even"
     objective: str = "jsd"
+    opsd_weight: float = 1.0  # of the output loss
     layer_map: tuple[int, ...] | None = None  # None: by relative depth
     terms: str = "direction,geometry,adjacent"  # of the flow loss; name or name=weight each
     layers: tuple[int, ...] | None = None  # in the flow loss; None: all
     aux_coeff: float = 0.0  # of the routers' load-balancing loss
+    token_weighting: str = "none"
+    token_keep_fraction: float = 0.5
+    token_entropy_threshold: float = 0.8
+    skip_first_tokens: int = 0
     micro_batch_size: int = 1  # over which it is computed

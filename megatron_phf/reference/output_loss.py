@@ -50,3 +50,12 @@ def cross_entropy(
     log_p = torch.log_softmax(teacher / o.temperature, 0)
     loss = -torch.log_softmax(student / o.temperature, 0)[token]
     return loss, 0.0, float(-(log_p.exp() * log_p).sum())
+
+
+def observed(student: Tensor, teacher: Tensor, o: Options) -> tuple[float, float]:
+    """Logits [v] of one token -> the student's entropy, and 1 where both choose alike, else 0."""
+    if o.top_k:
+        kept = torch.topk(teacher, o.top_k).indices
+        student, teacher = student[kept], teacher[kept]
+    p = torch.softmax(student.detach() / o.temperature, 0)
+    return float(-(p * p.log()).sum()), float(student.argmax() == teacher.argmax())

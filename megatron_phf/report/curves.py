@@ -39,6 +39,11 @@ def _terms(variants: Sequence[Variant]) -> dict[str, str]:
     }
 
 
+def _words(term: str) -> str:
+    """Of ``last_layer``: Last layer."""
+    return term.replace("_", " ").capitalize()
+
+
 def _label(term: str) -> str:
     """What its values are; a report runs no code of terms that are not ours."""
     return load_term(term).label if term in TERMS else ""
@@ -61,7 +66,7 @@ def losses(report: Report) -> Section:
         ("loss", "Loss", "loss"),
         ("opsd", "Output divergence", "nats a token"),
         ("flow", "Flow loss", "L_flow"),
-        *((f"flow_{t}", f"{t.capitalize()} term", _label(t)) for t in _terms(report.variants)),
+        *((f"flow_{t}", f"{_words(t)} term", _label(t)) for t in _terms(report.variants)),
         ("grad_norm", "Gradient norm", "before clipping"),
     ):
         _curves(report, section, title, label, key=key)
@@ -105,6 +110,20 @@ def rollouts(report: Report) -> Section:
     label = " or ".join(f"% of {of[mode]}" for mode in modes if mode in of) or "%"
     _curves(report, section, "Clipped by the loss", label, 100, key="clipped_fraction")
     _curves(report, section, "Entropy of the teacher", "nats a token", key="teacher_entropy")
+    return section
+
+
+def collapse(report: Report) -> Section:
+    """What warns of a student that collapses."""
+    text = "Each over the steps; the length as a part of that of the run's first steps."
+    section = Section("Signs of collapse", text, legend=report.names)
+    for key, part, title, label, factor in (
+        ("student_entropy", None, "Entropy of the student", "nats a token", 1.0),
+        ("collapse_signs", "length", "Length against the first steps", "times", 1.0),
+        ("copied_words", None, "Words of the reference in the responses", "%", 100.0),
+        ("teacher_agreement", None, "Agreement of student and teacher", "% of tokens", 100.0),
+    ):
+        _curves(report, section, title, label, factor, key=key, part=part)
     return section
 
 

@@ -18,7 +18,7 @@ PAGE = "report.html"
 _OURS = '<meta name="generator" content="megatron_phf">'
 _SECTIONS: tuple[Callable[[Report], Section], ...] = (
     tables.result, tables.trade_off, curves.accuracies, curves.losses, curves.flow_maps,
-    tables.shares, curves.rollouts, curves.phases, samples, tables.settings,
+    tables.shares, curves.rollouts, curves.collapse, curves.phases, samples, tables.settings,
 )  # fmt: skip
 
 

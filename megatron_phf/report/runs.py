@@ -74,11 +74,12 @@ _METRICS: dict[str, _Kind] = {
     **dict.fromkeys(
         (
             "loss", "opsd", "grad_norm", "learning_rate", "clipped_fraction", "teacher_entropy",
-            "rollout_tokens", "peak_memory_bytes", "nonfinite_steps",
+            "student_entropy", "teacher_agreement", "copied_words", "rollout_tokens",
+            "peak_memory_bytes", "nonfinite_steps",
         ),
         _NUMBER,
     ),
-    **dict.fromkeys(("seconds", "memory_bytes", "rollout_lengths"), _TABLE),
+    **dict.fromkeys(("seconds", "memory_bytes", "rollout_lengths", "collapse_signs"), _TABLE),
 }  # fmt: skip
 # How the metrics end that are lists of a hidden-state term's values.
 LISTS = ("_per_layer", "_per_pair")

@@ -48,7 +48,9 @@ class ProblemOrder:
         """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
         first = (iteration - 1) * self._batch
         sample_ids = parallel.local_share(range(first, first + self._batch))
-        return list(sample_ids), [self._pairs[self._problem_of(i)] for i in sample_ids]
+        return list(sample_ids), [
+            self._pairs[self._problem_of(i)].at(iteration) for i in sample_ids
+        ]
 
     def _problem_of(self, sample_id: int) -> int:
         epoch, position = divmod(sample_id, len(self._pairs))
@@ -102,6 +104,7 @@ def _rollout(pair: PromptPair, response: Response) -> Rollout:
         None if logs is None else tuple(logs),
         None if mask is None else tuple(mask),
         response.policy_version,
+        pair.problem.solution or None,
     )
 
 

@@ -38,7 +38,8 @@ class PlacedBatch:
     ``own`` [n]: those of this context rank, ``kept`` int64 [n]: which of the N they are, or None
     where all; ``targets`` int64 [n]: the tokens; ``sequence`` int64 [n], host: their rows;
     ``log_probs`` fp64 [n] or None; ``cu_seqlens`` int32, host, and ``max_seqlen``: see
-    :class:`SequenceBatch`.
+    :class:`SequenceBatch`; ``responses`` bool [b, r], host: which response tokens are scored;
+    ``window_tokens`` int64 [b, m], host: which of them the window's are.
     """
 
     tokens: Tensor
@@ -54,6 +55,8 @@ class PlacedBatch:
     log_probs: Tensor | None
     cu_seqlens: Tensor | None
     max_seqlen: int | None
+    responses: Tensor
+    window_tokens: Tensor
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def place(batch: SequenceBatch, shards: SequenceShards) -> PlacedBatch:
         log_probs=None if log_probs is None else move(log_probs.flatten()[response[kept]]),
         cu_seqlens=limits,
         max_seqlen=batch.max_seqlen,
+        responses=batch.scored,
+        window_tokens=batch.window_tokens(),
     )
 
 
@@ -111,7 +116,7 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
     """
     method = config.method
     batch = make_local_batch(
-        rollouts,
+        [r.skipping(method.skip_first_tokens) for r in rollouts],
         config.train.micro_batch_size,
         flow_window(method.phf_window_size, method.phf_window_rule),
         length_multiple=_row_multiple(config, shards),
@@ -132,9 +137,19 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
     )
 
 
-def flow_windows(batches: Sequence[PlacedBatch], scale: float = 0.0) -> list[FlowWindow]:
-    """The flow loss's window in each microbatch; ``scale``: see ``FlowWindow.gradient_scale``."""
-    return [FlowWindow(b.window, b.window_valid, scale) for b in batches]
+def flow_windows(
+    batches: Sequence[PlacedBatch],
+    scale: float = 0.0,
+    weights: Sequence[Tensor] | None = None,
+) -> list[FlowWindow]:
+    """The flow loss's window in each microbatch; ``scale``: see ``FlowWindow.gradient_scale``.
+
+    ``weights`` [b, m]: of each microbatch's window, None where all tokens count the same.
+    """
+    given: Sequence[Tensor | None] = [None] * len(batches) if weights is None else weights
+    return [
+        FlowWindow(b.window, b.window_valid, scale, w) for b, w in zip(batches, given, strict=True)
+    ]
 
 
 def _row_multiple(config: Config, shards: SequenceShards) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import field_names, read_problems
+from megatron_phf.data.privileged import TeacherView, parse_privileged, training_problems
 from megatron_phf.data.prompts import PromptPair, build_prompt_pairs, fill, prompt_templates
 from megatron_phf.data.tokenizer import (
     Tokenizer,
@@ -69,9 +69,8 @@ def make_prompts(config: Config, models: Models) -> Prompts:
 def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
     """The prompts of ``--data``; says how many were dropped for their length."""
     data = config.data
-    assert data.data is not None
-    fields = field_names(data)
-    problems, templates = read_problems(data.data, fields), prompt_templates(data)
+    problems, templates = training_problems(config), prompt_templates(data)
+    view = TeacherView(config, problems, tokenizer)
     pairs, dropped = build_prompt_pairs(
         tokenizer,
         problems,
@@ -79,11 +78,21 @@ def read_prompts(config: Config, tokenizer: Tokenizer) -> list[PromptPair]:
         data.max_prompt_length,
         data.max_teacher_prompt_length,
         data.overlong_prompts,
+        view,
     )
     say(f"data     {len(pairs)} problems from {data.data}, {dropped} dropped as too long")
     if not tokenizer.has_chat_template:
         say("prompts  the tokenizer has no chat template: plain text and a newline")
-    messages = (fill(t, p.problem) for p in pairs for t in (templates.student, templates.teacher))
+    if data.privileged != "solution":
+        say(f"teacher  is shown {parse_privileged(data.privileged).kind.says}: {data.privileged}")
+    messages = (
+        fill(template, shown)
+        for p in pairs
+        for template, shown in (
+            (templates.student, p.problem),
+            (templates.teacher, view.of(p.problem)),
+        )
+    )
     prompts = [ids for pair in pairs for ids in (pair.student_ids, pair.teacher_ids)]
     unknown = unknown_tokens(tokenizer, messages, prompts)
     if unknown is not None:

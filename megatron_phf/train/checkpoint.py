@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -34,6 +34,7 @@ class Progress:
     iteration: int = 0
     nonfinite_steps: int = 0  # skipped so far
     nonfinite_in_a_row: int = 0
+    collapse: dict[str, Any] = field(default_factory=dict)  # levels of its signs
 
 
 class Checkpointer:

@@ -16,6 +16,7 @@ from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.teacher.architecture import read_models
 from megatron_phf.train.build import load_student, make_distiller, make_prompts
+from megatron_phf.train.collapse import CollapseSigns, copied_words
 from megatron_phf.train.evaluation import Evaluations
 from megatron_phf.train.export import Export
 from megatron_phf.train.hooks import RunHook, Stop
@@ -45,9 +46,11 @@ class Steps:
         prompts: Prompts | None,
         heartbeat: Heartbeat,
         example: bool,
+        signs: CollapseSigns,
     ) -> None:
         """``prompts`` None: unknown; ``example``: show the first rollout as both models read it."""
         self._source, self._distiller, self._heartbeat = source, distiller, heartbeat
+        self._signs = signs
         self._tokenizer = None if prompts is None else prompts.tokenizer
         self._stop_ids = None if prompts is None else prompts.stop_ids
         self._utilisation = Utilisation(distiller.config, distiller.models)
@@ -68,9 +71,12 @@ class Steps:
             "mfu": self._utilisation.mfu(rollouts, timer.seconds["student"]),
             "rollout_lengths": response_lengths(rollouts, self._stop_ids),
             **policy_lag(iteration, rollouts),
+            "copied_words": copied_words(rollouts, self._tokenizer),
             "nonfinite_steps": self._distiller.nonfinite.total,
         }
-        return dataclasses.replace(metrics, extra=extra)
+        metrics = dataclasses.replace(metrics, extra=extra)
+        signs = self._signs.add(metrics)
+        return dataclasses.replace(metrics, extra={**extra, "collapse_signs": signs})
 
 
 def run_steps(steps: Steps, hooks: Sequence[RunHook], done: int, total: int) -> list[StepMetrics]:
@@ -126,13 +132,15 @@ def train(
     source = make_source(context)  # what can be refused without weights is
     student = context.student
     distiller = make_distiller(models, config, student)
-    checkpoints, end = Checkpoints(config, distiller, heartbeat), EndOfRun(config, signals)
+    signs, end = CollapseSigns(config), EndOfRun(config, signals)
+    checkpoints = Checkpoints(config, distiller, heartbeat, signs)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
     logger = RunLogger(config, done, every=_BRIEF_STEPS if brief else 1)
     hooks: list[RunHook] = [
         logger,
+        signs,  # before what it keeps from being written
         checkpoints,
         end,
         *more,
@@ -140,5 +148,5 @@ def train(
     ]
     if config.evaluation.eval_data is not None:  # of what is exported: behind it
         hooks.append(Evaluations(config, models, student, logger, heartbeat, done))
-    steps = Steps(recorded(source, config, done), distiller, prompts, heartbeat, not brief)
+    steps = Steps(recorded(source, config, done), distiller, prompts, heartbeat, not brief, signs)
     return run_steps(steps, hooks, done, config.train.train_iters)

@@ -29,6 +29,8 @@ class OutputLoss:
     per_token: Tensor
     clipped: Tensor
     teacher_entropy: Tensor
+    student_entropy: Tensor
+    agreement: Tensor
     sequence: Tensor  # row of each token in its microbatch, on the host
 
 
@@ -70,8 +72,9 @@ class StepMetrics:
     not computed then); ``flow_terms``: ``flow_<term>`` of each of the run's terms and its list by
     layer or pair, None also where the teacher has another hidden size and the term needs the
     student's; ``clipped_fraction``: of the vocabulary entries (entry clip) or of the tokens (token
-    clip); ``teacher_entropy``: nats a token, at the loss's temperature, None where the teacher
-    has read nothing.
+    clip); ``teacher_entropy``, ``student_entropy``: nats a token, at the loss's temperature;
+    ``teacher_agreement``: share of the tokens where both models have the same most probable one;
+    None of what is the teacher's where it has read nothing.
     """
 
     loss: float
@@ -83,6 +86,8 @@ class StepMetrics:
     clipped_fraction: float
     clip_mode: str
     teacher_entropy: float | None
+    student_entropy: float
+    teacher_agreement: float | None
     rollout_tokens: int
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -135,15 +140,16 @@ def _flow_sums(values: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
 def _local_sums(
     outputs: Sequence[OutputLoss], tap: FlowTap, num_layers: int
 ) -> tuple[Tensor, Tensor]:
-    """Float64 sums here: the tap's terms by layer [T, L]; opsd, clipped, entropy, tokens [4]."""
+    """Float64 sums here: the tap's terms by layer [T, L]; ``OutputLoss``'s and tokens [6]."""
     flow = torch.zeros(len(tap.terms), num_layers, dtype=torch.float64, device=device.device())
     # Context-parallel ranks have the same flow terms, and tokens of their own.
     if parallel.context_parallel_rank() == 0:
         for layer, sums in _flow_sums(tap.values).items():
             flow[:, layer - 1] = sums
-    output = torch.zeros(4, dtype=torch.float64, device=device.device())
+    output = torch.zeros(6, dtype=torch.float64, device=device.device())
     for o in outputs:
-        terms = torch.stack((o.per_token, o.clipped, o.teacher_entropy, torch.ones_like(o.clipped)))
+        seen = o.teacher_entropy, o.student_entropy, o.agreement
+        terms = torch.stack((o.per_token, o.clipped, *seen, torch.ones_like(o.clipped)))
         output += terms.double().sum(-1)
     return flow, output
 
@@ -163,18 +169,21 @@ def summarize(
         sums.zero_()
     dist.all_reduce(sums)
     sums = sums.cpu()
-    opsd, clipped, entropy, tokens = sums[-4:].tolist()
+    *means, tokens = sums[-6:].tolist()
+    opsd, clipped, teacher_entropy, student_entropy, agreement = (x / tokens for x in means)
     alpha = config.method.phf_alpha
-    per_layer = sums[:-4].view_as(flow) / config.train.global_batch_size
+    per_layer = sums[:-6].view_as(flow) / config.train.global_batch_size
     fields = _flow_metrics(per_layer if alpha > 0 else None, tap, config)
     return StepMetrics(
-        loss=opsd / tokens + alpha * (fields["flow"] or 0.0),
-        opsd=opsd / tokens,
+        loss=config.method.opsd_weight * opsd + alpha * (fields["flow"] or 0.0),
+        opsd=opsd,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        clipped_fraction=clipped / tokens,
+        clipped_fraction=clipped,
         clip_mode=config.method.opsd_clip_mode,
-        teacher_entropy=None if math.isnan(entropy) else entropy / tokens,
+        teacher_entropy=None if math.isnan(teacher_entropy) else teacher_entropy,
+        student_entropy=student_entropy,
+        teacher_agreement=None if math.isnan(agreement) else agreement,
         rollout_tokens=round(tokens),
         **fields,
     )

@@ -10,7 +10,9 @@ from megatron_phf.runtime import parallel
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.train.checkpoint import Checkpointer, Progress
+from megatron_phf.train.collapse import CollapseSigns
 from megatron_phf.train.hooks import RunHook, Stop
+from megatron_phf.train.logging import say
 from megatron_phf.train.metrics import StepMetrics
 from megatron_phf.train.step import Distiller
 
@@ -18,9 +20,12 @@ from megatron_phf.train.step import Distiller
 class Checkpoints(RunHook):
     """Those of one run: every ``--save-interval`` steps, and behind its last."""
 
-    def __init__(self, config: Config, distiller: Distiller, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self, config: Config, distiller: Distiller, heartbeat: Heartbeat, signs: CollapseSigns
+    ) -> None:
+        """``signs``: once one has fired, the checkpoint before is the last."""
         self._settings, self._distiller = config.checkpoint, distiller
-        self._heartbeat = heartbeat
+        self._heartbeat, self._signs = heartbeat, signs
         used = self._settings.save is not None or self._settings.load is not None
         self._checkpoints = Checkpointer(config, distiller) if used else None
         self._saved = 0
@@ -32,6 +37,7 @@ class Checkpoints(RunHook):
             progress = self._checkpoints.resume()
         self._distiller.nonfinite.total = progress.nonfinite_steps
         self._distiller.nonfinite.in_a_row = progress.nonfinite_in_a_row
+        self._signs.load_state(progress.collapse)
         self._saved = progress.iteration
         return progress.iteration
 
@@ -51,8 +57,14 @@ class Checkpoints(RunHook):
     def _save(self, iteration: int) -> None:
         if self._checkpoints is None or self._settings.save is None or iteration <= self._saved:
             return
+        if self._signs.fired is not None:
+            kept = f"that of step {self._saved} stays" if self._saved else "there was none before"
+            say(f"--save {self._settings.save}: no checkpoint of a collapsed student; {kept}")
+            self._saved = iteration  # said once
+            return
         nonfinite = self._distiller.nonfinite
-        self._checkpoints.save(Progress(iteration, nonfinite.total, nonfinite.in_a_row))
+        counts = nonfinite.total, nonfinite.in_a_row
+        self._checkpoints.save(Progress(iteration, *counts, self._signs.state()))
         self._saved = iteration
 
 

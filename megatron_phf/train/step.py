@@ -45,7 +45,8 @@ class Distiller:
         flow = self.tap if method.phf_alpha > 0 else None
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
-        scores = method.opsd_objective != "cross_entropy"
+        weighs = method.token_weighting in ("teacher_entropy", "divergence_top_p")
+        scores = method.opsd_objective != "cross_entropy" or weighs
         self.teacher_pass = TeacherPass(teacher, flow, self.shards, scores)
         self.student_pass = StudentPass(config, models, student, optimizer, flow, self.shards)
 

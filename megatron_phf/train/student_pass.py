@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
 from megatron_phf.train.teacher_pass import TeacherOutput
+from megatron_phf.train.token_weights import OutputHead, TokenWeigher, TokenWeights
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class StudentPass:
             top_k=method.opsd_top_k,
         )
         self._drift = DriftMeter(config)
-        self._vocab_size = models.vocab_size
+        self._head = OutputHead(models.vocab_size, method.logits_chunk_tokens)
+        self._weigh = TokenWeigher(config, student, self._spec, self._head, shards)
 
     def __call__(self, batch: StepBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
@@ -71,18 +73,19 @@ class StudentPass:
         num_tokens, num_sequences, useful, computed, measured = totals.tolist()
         if num_tokens == 0:
             raise ValueError(
-                "all responses of a global batch are empty, or nothing in them is the student's: "
-                "nothing to train on"
+                "all responses of a global batch are empty, or nothing in them is the student's "
+                "or behind --skip-first-tokens: nothing to train on"
             )
         batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
         # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
         # averaged over context-parallel ranks too, for which the schedule makes up alike.
         replicas = parallel.data_parallel_size()
-        token_weight = replicas * len(batches) / num_tokens
+        token_weight = self._config.method.opsd_weight * replicas * len(batches) / num_tokens
         averaged = replicas * parallel.context_parallel_size()
         flow_scale = self._config.method.phf_alpha * averaged / num_sequences
-        outputs = self._run(batches, teacher, token_weight, flow_scale)
+        weights = self._weigh(batches, teacher)
+        outputs = self._run(batches, teacher, token_weight, flow_scale, weights)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
         balance = mean_aux_loss(self._arch, self._config, len(batches))
         extra |= {} if balance is None else {"moe_aux_loss": balance}
@@ -95,14 +98,17 @@ class StudentPass:
         teacher: TeacherOutput,
         token_weight: float,
         flow_scale: float,
+        weights: list[TokenWeights] | None,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
             target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
-            return self._output_loss(batches[index], hidden, target, token_weight)
+            weight = None if weights is None else weights[index].own
+            return self._output_loss(batches[index], hidden, target, token_weight, weight)
 
         self._optimizer.zero_grad()
         if self._tap is not None:
-            self._tap.start_comparing(flow_windows(batches, flow_scale))
+            windows = None if weights is None else [w.window for w in weights]
+            self._tap.start_comparing(flow_windows(batches, flow_scale, windows))
         self._mask_padding(batches)
         outputs = run_pipeline(
             self._optimizer.wrapped, batches, loss, self._shards, forward_only=False
@@ -127,15 +133,18 @@ class StudentPass:
         hidden: Tensor,
         teacher: tuple[Tensor, Tensor] | None,
         token_weight: float,
+        weights: Tensor | None,
     ) -> tuple[Tensor, OutputLoss]:
         """Final hidden states [s_local, b, h] -> the loss of this context rank's tokens.
 
         Those that it predicts.  ``teacher``: its rows [n, h], of all n tokens, and its output
-        weight; None where the loss does not look at it.
+        weight, None where the loss does not look at it; ``weights`` [n]: what each token counts,
+        None where all the same.
         """
         rows = part_rows(hidden, batch.own, self._shards)
         weight = self._student[-1].output_weight()
-        head = self._head_split(weight)
+        head = self._head.split(weight)
+        counts = torch.full((rows.shape[0],), token_weight, device=rows.device)
         if batch.log_probs is not None:
             mine = chunked_log_probs(rows, weight, batch.targets, **head)
             self._drift.add(mine, batch.log_probs)
@@ -150,23 +159,16 @@ class StudentPass:
             read,
             weight,
             other,
-            torch.full((rows.shape[0],), token_weight, device=rows.device),
+            counts if weights is None else counts * weights,
             self._spec,
             target_ids=batch.targets,
             objective=self._config.method.opsd_objective,
             **head,
         )
-        entropy = result.teacher_entropy
-        entropy = torch.full_like(entropy, torch.nan) if teacher is None else entropy
-        report = OutputLoss(result.per_token, result.clipped, entropy, batch.sequence)
+        report = OutputLoss(*result[1:], batch.sequence)
+        if weights is not None:
+            report = replace(report, per_token=report.per_token * weights)
+        if teacher is None:  # what was compared with is the student itself
+            unknown = torch.full_like(report.agreement, torch.nan)
+            report = replace(report, teacher_entropy=unknown, agreement=unknown)
         return result.loss, report
-
-    def _head_split(self, weight: Tensor) -> dict[str, Any]:
-        """Which rows of the output head this rank has, and how many tokens a chunk has."""
-        group = parallel.tensor_parallel_group()
-        return {
-            "group": group if parallel.tensor_parallel_size() > 1 else None,
-            "vocab_start": parallel.tensor_parallel_rank() * weight.shape[0],
-            "vocab_size": self._vocab_size,
-            "chunk_tokens": self._config.method.logits_chunk_tokens,
-        }

@@ -1,4 +1,4 @@
-"""Of losses, windows and shares of a mean."""
+"""Of losses, windows and shares of a mean; what the teacher is shown; signs of collapse."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ LOSSES = (
         "else valid.sum(-1)",
         "else valid.sum(-1) - 1",
         (PARITY, "-k", "test_equals_reference and pointwise"),
+    ),
+    Breakage(
+        "the last layer's targets are those of each layer",
+        "megatron_phf/hidden/tap.py",
+        '"last": [last] * len(layer_map)',
+        '"last": layer_map',
+        (PARITY, "-k", "test_equals_reference and last_layer_pp4"),
     ),
     Breakage(
         "the supervised loss is weighted as the policy gradient",
@@ -46,9 +53,23 @@ LOSSES = (
     Breakage(
         "the output loss forgets the number of microbatches",
         "megatron_phf/train/student_pass.py",
-        "token_weight = replicas * len(batches) / num_tokens",
-        "token_weight = replicas / num_tokens",
+        "opsd_weight * replicas * len(batches) / num_tokens",
+        "opsd_weight * replicas / num_tokens",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
+    ),
+    Breakage(
+        "the hidden states' loss does not see the tokens' weights",
+        "megatron_phf/train/batch.py",
+        "FlowWindow(b.window, b.window_valid, scale, w)",
+        "FlowWindow(b.window, b.window_valid, scale, None)",
+        (PARITY, "-k", "test_equals_reference and position_pp2_vpp2"),
+    ),
+    Breakage(
+        "context ranks know the statistics of their own tokens alone",
+        "megatron_phf/train/token_weights.py",
+        "if found and self._shards.context is not None:",
+        "if False:",
+        (PARITY, "-k", "test_equals_reference and divergence_packed_cp2"),
     ),
     Breakage(
         "a tool's output is scored",
@@ -126,5 +147,26 @@ LOSSES = (
         "if before is not None and before[0] is inputs:",
         "if before is not None:",
         (PARITY, "-k", "test_equals_reference and full"),
+    ),
+    Breakage(
+        "some problems are their own other problem",
+        "megatron_phf/data/privileged.py",
+        "[*order[1:], *order[:1]]",
+        "order",
+        ("tests/unit/data/test_privileged.py", "-k", "never_ones_own"),
+    ),
+    Breakage(
+        "a resumed run forgets the level of its first steps",
+        "megatron_phf/train/collapse.py",
+        'state.get("first", {})',
+        "{}",
+        ("tests/unit/train/test_collapse.py", "-k", "resumed_run"),
+    ),
+    Breakage(
+        "a checkpoint of a collapsed student is written",
+        "megatron_phf/train/session.py",
+        "if self._signs.fired is not None",
+        "if False",
+        ("tests/unit/train/test_collapse.py", "-k", "no_checkpoint"),
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from tests.fake_vllm import FakeVllm
 from tests.launch import run, torchrun
@@ -103,6 +105,7 @@ def test_evaluation_in_training(files: list[str], tmp_path: Path) -> None:
     job += ["--train-iters", "2", "--lr", "0", "--global-batch-size", "2", "--max-new-tokens", "8"]
     job += ["--eval-interval", "1", "--no-tensorboard", "--output-dir", str(tmp_path)]
     job += ["--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved")]
+    job += ["--privileged", "hint:0.5-1", "--record-rollouts", str(tmp_path / "recorded.jsonl")]
     for more, steps in ((["--exit-interval", "1"], [0]), ([], [0, 1, 2])):
         done = torchrun(2, SCRIPT, *files, *job, *more, timeout=120)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -119,6 +122,12 @@ def test_evaluation_in_training(files: list[str], tmp_path: Path) -> None:
     assert (about["run_name"], about["seed"], about["world_size"]) == ("train", 1234, 2)
     assert about["config"]["evaluation"]["eval_samples"] == K
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    tokenizer = AutoTokenizer.from_pretrained(files[1])
+    lines = (tmp_path / "recorded.jsonl").read_text().splitlines()
+    prompts = [tokenizer.decode(json.loads(x)["teacher_prompt_ids"]) for x in lines]
+    # Two of a solution's three tokens in the first step, all of them after the resume.
+    hints = [re.fullmatch(r".*\|(\\boxed\{\d\}?)<\|assistant\|>", x)[1] for x in prompts]
+    assert [x.endswith("}") for x in hints] == [False, False, True, True]
     # The checkpoint's weights are what the tool evaluates, not those of --hf-model.
     broken = shutil.copytree(files[1], tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")

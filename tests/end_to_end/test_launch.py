@@ -26,6 +26,7 @@ STEP_KEYS = {
     "step", "loss", "opsd", "flow", "flow_direction", "flow_geometry", "flow_adjacent",
     "flow_direction_per_layer", "flow_geometry_per_layer", "flow_adjacent_per_pair", "grad_norm",
     "learning_rate", "clipped_fraction", "clip_mode", "teacher_entropy", "rollout_tokens",
+    "student_entropy", "teacher_agreement", "copied_words", "collapse_signs",
     "seconds", "tokens_per_second", "peak_memory_bytes", "nonfinite_steps",
     "memory_bytes", "rollout_lengths", "mfu", "useful_tokens_fraction", "policy_lag",
 }  # fmt: skip

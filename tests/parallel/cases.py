@@ -10,7 +10,9 @@ import pytest
 from megatron_phf.reference import flags as flags
 from tests.launch import torchrun
 
-METRICS = ("loss", "opsd", "clipped_fraction", "teacher_entropy", "rollout_tokens")
+METRICS = (
+    "loss", "opsd", "clipped_fraction", "teacher_entropy", "student_entropy", "rollout_tokens",
+)  # fmt: skip
 
 
 def keys(metrics: dict) -> list[str]:

@@ -22,7 +22,7 @@ DISTRIBUTED = ["--use-distributed-optimizer"]
 GATHER = ["--overlap-grad-reduce", "--overlap-param-gather"]
 # name -> flags; rollouts are sampled by the student in each
 EXACT = {
-    "frozen_tp2": [*TP2, "--teacher", "frozen"],
+    "frozen_tp2": [*TP2, "--teacher", "frozen", "--privileged", "hint:0.3-1"],
     "ema_dp2_gather": [*DISTRIBUTED, *GATHER, "--teacher", "ema", "--dtype", "bf16"],
     "live_pp2": [*PP2, *UNEVEN, "--teacher", "live", "--phf-alpha", "0"],
     "lora_frozen_tp2": [*TP2, "--lora-rank", "4", "--lora-dropout", "0.1"],
@@ -61,6 +61,20 @@ def _schedule_cases(d: Path, sampled: list[str]) -> list[dict]:
     return cases
 
 
+def _collapse_cases(d: Path) -> list[dict]:
+    """Responses of 8 tokens, from step 4 on of 2; the second run starts at the checkpoint of 3."""
+    make_replay(str(d / "short.jsonl"), [8] * BATCH * 3 + [2] * BATCH * 3)
+    argv = ["--hf-model", str(d / "model"), "--rollout-engine", "replay", "--dtype", "fp32"]
+    argv += ["--replay-file", str(d / "short.jsonl"), "--save-interval", "1", "--keep-last", "1"]
+    argv += ["--stop-on-collapse", "--collapse-steps", "2", "--collapse-length", "0.7"]
+    argv += ["--collapse-entropy", "0", "--collapse-agreement", "0"]
+    save, more = str(d / "collapse.ckpt"), {"save-hf": str(d / "collapsed")}
+    return [
+        job("collapse", d, argv, save=save, **more),
+        job("collapse-again", d, argv, save=save, load=save, **more),
+    ]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     d = tmp_path_factory.mktemp("resume")
@@ -87,7 +101,7 @@ def files(tmp_path_factory) -> Path:
         first = job(name, d, [*argv, *half], save=save, **record)
         second = job(name, d, plain, load=save, **record, **{"save-hf": str(d / f"{name}-resumed")})
         cases += [straight, first, second]
-    cases += _schedule_cases(d, sampled)
+    cases += [*_schedule_cases(d, sampled), *_collapse_cases(d)]
     replayed = ["--hf-model", str(d / "model"), "--rollout-engine", "replay", "--teacher", "ema"]
     replayed += ["--replay-file", str(d / "replay.jsonl"), "--dtype", "fp32", "--adam-eps", "1e-4"]
     save = str(d / "reshard.ckpt")
@@ -144,6 +158,16 @@ def test_another_number_of_steps_makes_the_rate_no_jump(files: Path) -> None:
     assert rates("again") == pytest.approx({5: 1e-5})
     # Rates that are asked for are taken: the peak, at the end of the warm-up.
     assert rates("other") == pytest.approx({3: 2e-3})
+
+
+def test_a_collapse_ends_the_run_and_leaves_the_checkpoint_before(files: Path) -> None:
+    """The first steps' level is in the checkpoint: a resumed run ends at the same step."""
+    first, again = lines(files / "collapse.jsonl"), lines(files / "collapse-again.jsonl")
+    lengths = [line["collapse_signs"]["length"] for line in first]
+    assert lengths == [1, 1, 1, pytest.approx(5 / 8)]
+    assert unmeasured(again[0]) == unmeasured(first[3]) and len(again) == 1
+    assert [p.name for p in (files / "collapse.ckpt").glob("iter_*")] == ["iter_0000003"]
+    assert not (files / "collapsed").exists()
 
 
 def test_what_is_on_the_disk(files: Path) -> None:

@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from megatron_phf import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import FULL, MB2, PP2, REPLAYS, SP, TP2, VPP2
+from tests.parallel.test_parity import FULL, MB2, PP2, PP4, REPLAYS, SP, TP2, VPP2
 
 BATCH, TOLERANCE = 8, 1e-5
 RANK, ALPHA = 4, 6
 FIRST3 = ["--num-layers-in-first-pipeline-stage", "3"]
-PP4 = ["--pipeline-model-parallel-size", "4"]
 STUDENTS = {
     "small": {"architecture": "qwen3"},
     "six": {"architecture": "qwen3", "num_hidden_layers": 6, "tie_word_embeddings": False},
@@ -73,6 +72,7 @@ CASES = {
     "deep_pp2_vpp2": (2, "small", "deep", PP2 + VPP2, {"layer_map": (1, 4, 6, 7)}),
     "deep_pp2_uneven": (2, "small", "deep", [*PP2, *FIRST3, *FULL, "1"], {}),
     "shallow_pp2": (2, "six", "shallow", [*PP2, *MB2], {"layer_map": (2,) * 6}),
+    "tall_pp2_last": (2, "small", "tall", PP2, {"terms": "direction=0,last_layer,nmse,adjacent"}),
     "tall_pp2_uneven": (2, "small", "tall", PP2 + FIRST3, {}),
     "tall_pp2_split": (
         2,

@@ -18,13 +18,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("grid")
     model = make_model(str(directory / "hf"))
     data = directory / "problems.jsonl"
-    data.write_text('{"problem": "1+1", "solution": "1+1=2"}\n')
+    lines = [f'{{"problem": "1+{i}", "solution": "2", "answer": 2}}\n' for i in (1, 2)]
+    data.write_text("".join(lines))
     limits = ["--max-prompt-length", "64", "--max-teacher-prompt-length", "64"]
     return ["--hf-model", model, "--data", str(data), *limits]
 
 
 def test_every_preset_is_a_command_line_that_passes_the_checks(base: list[str]) -> None:
-    assert len(PRESETS) >= 18
+    assert len(PRESETS) >= 22
     embedded = [*base, "--phf-alpha", "0.5", "--opsd-beta", "0.5", "--opsd-clip-mode", "none"]
     runs = grid.make_runs(PRESETS, [3], Path("runs/x"), embedded, ["--lr", "0.5"])
     configs = {run.variant: parse_args(list(run.flags)) for run in runs}
@@ -33,7 +34,7 @@ def test_every_preset_is_a_command_line_that_passes_the_checks(base: list[str]) 
     assert configs["opsd"].method.phf_alpha == 0
     assert configs["pointwise"].method.phf_terms == "pointwise"
     assert configs["sft"].rollout.rollout_engine == "reference"
-    settings = {repr((c.method, c.rollout)) for c in configs.values()}
+    settings = {repr((c.method, c.rollout, c.data)) for c in configs.values()}
     assert len(settings) == len(PRESETS), "two presets are the same"
     assert all(c.train.seed == 3 and c.train.lr == 0.5 for c in configs.values())
     assert all(c.output.run_name == name for name, c in configs.items())

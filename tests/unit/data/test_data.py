@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.problems import (
     FieldNames,
     Problem,
+    read_jsonl,
     read_problems,
     read_test_problems,
     write_jsonl,
@@ -173,6 +175,25 @@ def test_replay_round_trip(tmp_path: Path) -> None:
     lines = [{**rollout_to_json(rollout), "note": "ignored"}, rollout_to_json(tool)]
     lines.append({**rollout_to_json(tool), "response_mask": [True, False, True]})
     assert read_rollouts(write(tmp_path / "r.jsonl", *lines), 7) == [rollout, tool, tool]
+
+
+def test_a_replay_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch) -> None:
+    """The check before launch and the run read the same; each has a list of its own."""
+    line, parsed = rollout_to_json(Rollout((1, 2), (3,), (4,))), []
+
+    def lines(path: str, flag: str) -> Iterator[tuple[int, dict]]:
+        parsed.append(path)
+        return read_jsonl(path, flag)
+
+    monkeypatch.setattr("megatron_phf.data.rollouts.read_jsonl", lines)
+    path = write(tmp_path / "r.jsonl", line)
+    first = read_rollouts(path, 7)
+    first.clear()
+    assert len(read_rollouts(path, 7)) == 1 and len(parsed) == 1
+    assert len(read_rollouts(write(tmp_path / "r.jsonl", line, line), 7)) == 2
+    with pytest.raises(ValueError, match=r"r.jsonl:1: .*4"):
+        read_rollouts(path, 4)
+    assert len(parsed) == 3
 
 
 @pytest.mark.parametrize(

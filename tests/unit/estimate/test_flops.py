@@ -8,9 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_phf.config.settings import Config
 from megatron_phf.estimate.flops import forward_flops, student_flops
+from megatron_phf.estimate.memory import Machine, last_layer_bytes, memory_estimate
 from megatron_phf.estimate.utilisation import gpu_peak, measured_peak
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.reference import load_model
+from megatron_phf.teacher.architecture import Models
 from tests.models import make_model
 
 
@@ -40,6 +42,35 @@ def test_lora_and_peaks(tmp_path) -> None:
     full = student_flops(arch, arch, Config(), [40, 9], 30)
     lora = student_flops(arch, arch, Config().replaced(lora_rank=4), [40, 9], 30)
     assert 0.6 * full < lora < full
+    forward = forward_flops(arch, [40, 9], 30)
+    for name, more in (
+        ("position", 0.0),
+        ("teacher_entropy", forward.head),
+        ("student_entropy", forward.total),
+        ("divergence_top_p", forward.total + forward.head),
+    ):
+        weighted = student_flops(arch, arch, Config().replaced(token_weighting=name), [40, 9], 30)
+        assert weighted == pytest.approx(full + more)
     assert gpu_peak("NVIDIA H100 80GB HBM3, 79 GiB, NCCL") == 989e12
     assert gpu_peak("NVIDIA GeForce") is None
     assert 1e8 < measured_peak(torch.float32) < 1e14
+
+
+def test_the_last_layers_targets(tmp_path) -> None:
+    """fp32 rows of the window, once for each kind of states that meets the teacher's last layer."""
+    arch = read_architecture(make_model(str(tmp_path / "model")))
+    models = Models(arch)
+    base = Config().replaced(phf_window_size=8, phf_terms="last_layer,direction")
+    assert last_layer_bytes(models, base, 4) == 4 * 8 * arch.hidden_size * 4
+    assert (
+        last_layer_bytes(models, base.replaced(max_new_tokens=5), 4) == 4 * 5 * arch.hidden_size * 4
+    )
+    assert last_layer_bytes(models, base.replaced(phf_terms="pointwise"), 4) == 0
+    assert last_layer_bytes(models, base.replaced(phf_alpha=0.0), 4) == 0
+    machine = Machine(2, 1)
+    with_it, without = (
+        memory_estimate(models, base.replaced(phf_terms=terms, phf_window_size=128), machine)
+        for terms in ("last_layer", "pointwise")
+    )
+    more = (with_it["targets"] - without["targets"]) * 2**30
+    assert more == pytest.approx(32 * 128 * arch.hidden_size * 4)

@@ -22,6 +22,7 @@ from megatron_phf.losses import (
 )
 from megatron_phf.losses import chunked as chunked_module
 from megatron_phf.losses.chunked import _BLOCK_BYTES, _Gradients
+from megatron_phf.reference.output_loss import observed
 
 seeds = st.integers(0, 2**31 - 1)
 specs = st.builds(
@@ -163,6 +164,13 @@ def test_chunked_equals_whole(seed: int, spec: DivergenceSpec, chunk: int, paddi
     assert torch.allclose(found.per_token, whole.per_token, atol=1e-9)
     assert torch.allclose(found.clipped, whole.clipped.double())
     assert torch.allclose(found.teacher_entropy, whole.teacher_entropy, atol=1e-9)
+    options = reference.Options(
+        beta=spec.beta, temperature=spec.temperature, top_k=min(spec.top_k, real)
+    )
+    both = rows.detach() @ weight[:real].detach().T, teacher_rows @ teacher_weight[:real].T
+    seen = [observed(s, t, options) for s, t in zip(*both, strict=True)]
+    assert found.student_entropy.tolist() == pytest.approx([e for e, _ in seen], abs=1e-9)
+    assert found.agreement.tolist() == [same for _, same in seen]
     for ours, wanted in zip(torch.autograd.grad(found.loss, (rows, weight)), expected, strict=True):
         assert torch.allclose(ours, wanted, atol=1e-9)
 

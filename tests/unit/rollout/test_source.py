@@ -43,6 +43,12 @@ def test_every_problem_once_an_epoch_in_another_order() -> None:
     assert [p.problem.index for p in again.share(3)[1]] == taken[2]
 
 
+def test_a_step_asks_the_teacher_as_that_step_does() -> None:
+    changing = PromptPair(Problem("", "", None, 0), (1,), (9, 9), lambda step: (step,))
+    order = ProblemOrder([changing], global_batch_size=1, seed=4)
+    assert [order.share(step)[1][0].teacher_ids for step in (3, 1)] == [(3,), (1,)]
+
+
 def test_reference_solutions_end_with_a_stop_token_where_there_is_room() -> None:
     order = ProblemOrder(pairs(4), global_batch_size=4, seed=1)
     source = ReferenceSource(

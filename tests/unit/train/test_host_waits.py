@@ -79,7 +79,7 @@ def test_output_loss(objective: str, top_k: int, fake: Callable[[Tensor], Tensor
 
 
 def test_finiteness(fake: Callable[[Tensor], Tensor]) -> None:
-    outputs = [OutputLoss(*(fake(torch.ones(5)) for _ in range(3)), torch.zeros(5))]
+    outputs = [OutputLoss(*(fake(torch.ones(5)) for _ in range(5)), torch.zeros(5))]
     values = {(0, layer): fake(torch.ones(3, 2)) for layer in range(9)}
     assert _all_finite(outputs, values).shape == ()
 
@@ -95,7 +95,7 @@ def test_rows_and_flow_loss(packed: bool, fake: Callable[[Tensor], Tensor]) -> N
     terms, weights = terms_of(FlowSpec()), flow_weights(2)
     stages = [[1, 2]]
     targets = FlowTargets(make_flow_plan([1, 2], stages, stages, 0, False), 8)
-    tap = FlowTap(terms, weights, {"transitions": targets}, WHOLE, 2)
+    tap = FlowTap(terms, weights, {("mapped", "transitions"): targets}, WHOLE, 2)
     with torch.no_grad():
         tap.start_recording(flow_windows([placed]))
         for layer in (1, 2):
