@@ -51,9 +51,10 @@ parity: $(READY)
 	$(BIN)/python tools/parity.py --make-tiny-model --tensor-model-parallel-size 2 \
 		--pipeline-model-parallel-size 2
 
-# 110 kills at random times: about 10 minutes on 2 CPU cores.
+# 110 kills at random times, and 40 with rollouts under way: about 15 minutes on 2 CPU cores.
 soak: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --served --kills 40 --steps 100
 
 # One figure of each kind of docs/performance.md on this machine: about 10 minutes on 2 CPU cores.
 bench: $(READY)

@@ -16,8 +16,8 @@ DATA = [
 ]
 
 COMMANDS = (
-    *("acceptance", "check_export", "convert_checkpoint", "evaluate", "gguf_to_hf", "grid"),
-    *("make_embedded", "parity", "plan", "prepare_data", "report"),
+    *("acceptance", "check_export", "convert_checkpoint", "dry_run", "evaluate", "gguf_to_hf"),
+    *("grid", "make_embedded", "parity", "plan", "prepare_data", "report"),
 )
 
 TRL = "trl>=1.16,<2"  # examples/integrations/trl_trainer.py

@@ -150,6 +150,9 @@ ALL: Suite = {
     },
     "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=25),
     "packing": lambda: child("benchmarks.packing", rounds=7),
+    "overlap": lambda: {
+        f"rollouts_{n}x": child("benchmarks.overlap", ratio=n, steps=30) for n in (3, 1)
+    },
     "memory": _memory,
     "rollouts": lambda: _rollouts(1, 8, 32),
     "divergence": _divergence,
@@ -168,6 +171,7 @@ QUICK: Suite = {
     "startup": lambda: child("benchmarks.startup", what="answer", rounds=5),
     "phf_price": lambda: child("benchmarks.step", what="phf_price", rounds=3),
     "packing": lambda: child("benchmarks.packing", rounds=3),
+    "overlap": lambda: {"rollouts_3x": child("benchmarks.overlap", ratio=3, steps=6)},
     "memory": lambda: _memory("deep", "tensor_parallel_2"),
     "rollouts": lambda: _rollouts(8),
     "divergence": lambda: {

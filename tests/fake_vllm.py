@@ -2,12 +2,20 @@
 
 It knows exactly the endpoints and fields that vLLM 0.32 has of those the product uses, and refuses
 others.  Faults are taken from a list, one a completion: see ``FAULTS``.
+
+    python -m tests.fake_vllm DIRECTORY [--delay LOW HIGH] [--slots N]
+
+serves in a process of its own, says where, and ends with its standard input; without DIRECTORY its
+answers are scripted.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import random
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -54,10 +62,14 @@ class FakeVllm:
         lora: bool = True,
         max_model_len: int = 256,
         down_seconds: float = 0.3,
+        delay: tuple[float, float] = (0.0, 0.0),
+        slots: int = 64,
     ) -> None:
+        """``delay``: seconds of a completion, as its seed decides; ``slots``: so many at once."""
         self.directory, self.api_key = directory, api_key
         self.dev_mode, self.lora, self.max_model_len = dev_mode, lora, max_model_len
-        self.down_seconds = down_seconds
+        self.down_seconds, self._delay = down_seconds, delay
+        self._slots = threading.Semaphore(slots)
         self.faults = list(faults or [])
         assert set(self.faults) <= set(FAULTS)
         self.log: list[tuple[str, dict]] = []
@@ -160,7 +172,14 @@ class FakeVllm:
             raise _Problem(404, "Not Found")
         return {"success": self._at_once == 0}
 
+    def wait(self, body: dict) -> None:
+        """For as long as the completion would take."""
+        if self._delay[1] > 0:
+            with self._slots:
+                time.sleep(random.Random(body["seed"]).uniform(*self._delay))
+
     def complete(self, body: dict) -> dict:
+        self.wait(body)
         name = body["model"]
         if name not in self.adapters and name != self.models()["data"][0]["id"]:
             raise _Problem(404, f"The model `{name}` does not exist.")
@@ -332,3 +351,22 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(0.05 if part == "drip" else 0)
         except OSError:  # nobody listens any longer
             self.close_connection = True
+
+
+def main() -> None:
+    """A server of its own."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", nargs="?")
+    parser.add_argument("--delay", type=float, nargs=2, default=(0.0, 0.0))
+    parser.add_argument("--slots", type=int, default=64)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with FakeVllm(
+        arguments.directory, delay=tuple(arguments.delay), slots=arguments.slots
+    ) as server:
+        print(server.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

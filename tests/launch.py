@@ -12,6 +12,7 @@ from megatron_phf.runtime.environment import set_cuda_defaults
 
 REPO = Path(__file__).parent.parent
 _MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_bytes")
+_MEASURED += ("rollout_overlap",)
 
 
 def environment() -> dict[str, str]:

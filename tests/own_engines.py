@@ -32,3 +32,7 @@ def no_engine(context) -> str:
 
 def without_context() -> Scripted:
     return Scripted(lambda count: [])
+
+
+def in_process(context) -> Scripted:
+    return Scripted(lambda count: [Response([4])] * count)

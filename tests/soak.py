@@ -1,6 +1,6 @@
 """Kill a run at random times again and again; nothing may be lost, and the result is the same.
 
-    python -m tests.soak [--kills 110] [--seed 1] [--directory DIR]        (make soak)
+    python -m tests.soak [--kills 110] [--seed 1] [--directory DIR] [--served]     (make soak)
 
 Two ranks train a tiny model on their own rollouts and save after every step, asynchronously in
 every other attempt.  Each attempt: one random rank gets SIGKILL at a random time, one in five while
@@ -8,7 +8,8 @@ the ranks start or resume, the others in the steps after that; the other rank ge
 torchrun would send, and must end; the newest checkpoint must be whole; the next attempt resumes.
 At the end metrics and weights must be bit-equal to those of a run that nobody disturbed.  The ranks
 are forked from this process, which has imported everything once; ``tests/faults`` does the same
-with torchrun and fewer kills.
+with torchrun and fewer kills.  ``--served``: a server with vLLM's endpoints samples the next two
+steps' rollouts while a step trains, so that every kill meets some of them under way.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import mmap
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -143,9 +147,22 @@ def _whole(checkpoints: Path) -> str | None:
     return None
 
 
-def _undisturbed(directory: Path, steps: int) -> float:
+@contextmanager
+def _server(directory: Path) -> Iterator[list[str]]:
+    """Flags of rollouts from a server, in a process of its own."""
+    command = [sys.executable, "-m", "tests.fake_vllm", str(directory / "hf")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        engine = ["--rollout-engine", "vllm", "--vllm-url", url, "--max-off-policy-steps", "2"]
+        yield [*engine, "--lora-rank", "4", "--vllm-backoff-seconds", "0.1"]
+
+
+def _undisturbed(directory: Path, base: list[str], steps: int) -> float:
     begin = time.monotonic()
-    arguments = [*flags(directory, steps), *outputs(directory, "straight")]
+    arguments = [*base, *outputs(directory, "straight")]
     attempt = Attempt(arguments, directory / "straight.log")
     attempt.wait(patience=3600.0)
     assert latest(directory / "straight") == steps, (directory / "straight.log").read_text()[-3000:]
@@ -163,14 +180,13 @@ def _differences(directory: Path, log: Path) -> list[str]:
     return found
 
 
-def soak(directory: Path, kills: int, steps: int, seed: int) -> dict:
-    """Run it; the report."""
-    make_files(directory)
+def soak(directory: Path, kills: int, steps: int, seed: int, more: list[str]) -> dict:
+    """Run it, with ``more`` flags; the report."""
     generator = random.Random(seed)
-    seconds = _undisturbed(directory, steps)
+    base = [*flags(directory, steps), *more]
+    seconds = _undisturbed(directory, base, steps)
     print(f"undisturbed: {steps} steps in {seconds:.0f} s", flush=True)
-    base = [*flags(directory, steps), *outputs(directory, "killed"), "--save-interval", "1"]
-    base += ["--keep-last", "2"]
+    base += [*outputs(directory, "killed"), "--save-interval", "1", "--keep-last", "2"]
     by_phase: Counter[str] = Counter()
     failures: list[str] = []
     window, attempts, begin = 2.0, 0, time.monotonic()
@@ -217,6 +233,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=260)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path)
+    parser.add_argument("--served", action="store_true")
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -225,7 +242,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
-        report = soak(directory, arguments.kills, arguments.steps, arguments.seed)
+        make_files(directory)
+        with _server(directory) if arguments.served else nullcontext([]) as more:
+            report = soak(directory, arguments.kills, arguments.steps, arguments.seed, more)
     print(f"{'killed in':<12}times")
     for phase, count in report["by_phase"].items():
         print(f"{phase:<12}{count:>5}")

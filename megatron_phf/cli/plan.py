@@ -10,6 +10,7 @@ promise.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,13 +57,17 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout: GiB of each part on the fullest rank; bytes a rank sends and seconds of a step."""
+    """A layout: GiB of each part on the fullest rank; bytes a rank sends and seconds of a step.
+
+    ``source`` of the memory: formula or simulation.
+    """
 
     config: Config
     replicas: int
     memory: dict[str, float]
     traffic: dict[str, float]
     times: dict[str, float]
+    source: str = "formula"
 
     @property
     def seconds(self) -> float:
@@ -176,6 +181,19 @@ def plans(
     return fit, sorted((p for p in found if p.total > gib), key=lambda p: p.total)
 
 
+def _simulated(arch: Architecture, found: list[Plan], given: argparse.Namespace) -> list[Plan]:
+    """The best layouts with the memory that a dry run finds; those that do not fit then go."""
+    from megatron_phf.simulate.peaks import simulated_peaks  # the one thing here that needs torch
+
+    best, limit = found[: given.simulate], given.gpu_memory * 1e9 / 2**30
+    peaks = simulated_peaks(Models(arch), [plan.config for plan in best], given.gpus)
+    known = [
+        dataclasses.replace(plan, memory=parts, source="simulation")
+        for plan, parts in zip(best, peaks, strict=True)
+    ]
+    return [p for p in known if p.total <= limit] + found[given.simulate :]
+
+
 def table(found: list[Plan]) -> str:
     """Three lines a layout: seconds, GiB and GB sent, each by part."""
     lines = []
@@ -184,7 +202,7 @@ def table(found: list[Plan]) -> str:
         sent = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in plan.traffic.items() if v >= 5e7)
         times = ", ".join(f"{k} {v:.1f}" for k, v in plan.times.items())
         lines.append(f"{plan.describe()}: {plan.seconds:.1f} s a step ({times})")
-        lines.append(f"    {plan.total:.1f} GiB ({parts})")
+        lines.append(f"    {plan.total:.1f} GiB by {plan.source} ({parts})")
         lines.append(f"    GB sent a rank: {sent or 'nothing'}")
     return "\n".join(lines)
 
@@ -206,6 +224,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, text in _JOB.items():
         parser.add_argument(flag_of(name), help=f"{text} (the training job's flag and default)")
     parser.add_argument("--best", type=int, default=5, help="layouts to show")
+    parser.add_argument(
+        "--simulate", type=int, default=0, metavar="N",
+        help="take the memory of the best N layouts from a dry run of each (minutes; needs torch)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -230,6 +252,8 @@ def main(argv: list[str] | None = None) -> int:
     slow = given.memory_gbytes * 1e9, given.layer_microseconds * 1e-6
     hardware = Hardware(*speeds, given.gpus_per_node, *slow)
     fit, rest = plans(arch, base, given.gpus, given.gpu_memory * 1e9 / 2**30, hardware)
+    if given.simulate > 0:
+        fit = _simulated(arch, fit, given)
     print(f"{arch.model_type}, {arch.num_parameters() / 1e9:.1f} B parameters, {given.gpus} GPUs")
     print(table(fit[: given.best]) if fit else f"nothing fits in {given.gpu_memory:g} GB; nearest:")
     if not fit:

@@ -27,6 +27,7 @@ from megatron_phf.model.architecture import (
     parse_architecture,
 )
 from megatron_phf.rollout.engines import check_engine, reads_data
+from megatron_phf.rollout.flags import check_rollouts
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
@@ -111,7 +112,8 @@ def _check_tokenizer(config: Config) -> None:
         raise ValueError(f"--tokenizer-model {path}: no such file")
 
 
-def _check_expert_flags(models: Models, config: Config) -> None:
+def check_expert_flags(models: Models, config: Config) -> None:
+    """Raise ValueError where a flag is about experts that the models have not, or have."""
     arch, coefficient = models.student, config.model.moe_aux_loss_coeff
     if coefficient is not None and arch.experts is None:
         raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
@@ -143,8 +145,8 @@ def _check_weights(models: Models, config: Config) -> None:
                 raise ValueError(f"{flag}: {error}") from error
 
 
-def check(config: Config) -> None:
-    """Raise ValueError for anything wrong that does not depend on the number of processes."""
+def check_settings(config: Config) -> None:
+    """Raise ValueError for flags that are wrong whatever the models and the files."""
     _check_combinations(config)
     _check_method(config)
     check_fields(config)
@@ -153,12 +155,18 @@ def check(config: Config) -> None:
     check_teacher_flags(config)
     check_lora(config)
     check_engine(config)
+    check_rollouts(config)
     check_vllm(config)
     check_gpu(config)
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for anything wrong that does not depend on the number of processes."""
+    check_settings(config)
     embedded = config.model.hf_model is None
     student = parse_architecture(MODEL_CONFIG, "the embedded model") if embedded else None
     models = read_models(config, student)
-    _check_expert_flags(models, config)
+    check_expert_flags(models, config)
     check_fp8_model(config, models.student)
     check_models(models, config, tokenizers=reads_data(config))
     _check_weights(models, config)

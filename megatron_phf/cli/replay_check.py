@@ -27,6 +27,11 @@ def check_replay(models: Models, config: Config) -> None:
         name = f"--replay-file {path}: rollout {number}"
         _check_positions(rollout, models.student, models.teacher, name)
         _check_row(rollout, config, name)
+        if config.method.importance_ratio_cap is not None and rollout.log_probs is None:
+            raise ValueError(
+                f"{name} has no log_probs of what sampled it, which --importance-ratio-cap needs; "
+                "leave that out"
+            )
 
 
 def _check_positions(

@@ -176,6 +176,20 @@ class RolloutConfig:
     rollout_batch_size: int = flag(
         64, "sequences generated at once on a data-parallel rank", at_least(1)
     )
+    max_off_policy_steps: int = flag(
+        0,
+        "let a served engine sample the next so many steps' rollouts while a step trains, by "
+        "weights of at most so many steps before; 0: none (docs/engines.md)",
+        at_least(0),
+    )
+    rollouts_per_problem: int = flag(
+        1, "rollouts of each problem, of --global-batch-size in all", at_least(1)
+    )
+    keep_rollouts: str = flag(
+        "all",
+        "train on all rollouts, or on those alone whose answers --grader calls so",
+        ("all", "correct", "incorrect"),
+    )
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,12 @@ class MethodConfig:
     opsd_top_k: int = flag(
         0, "only the teacher's top-k entries; 0 is the full vocabulary", at_least(0)
     )
+    importance_ratio_cap: float | None = flag(
+        None,
+        "weigh each token's output loss by how much more probable the student makes it than what "
+        "sampled it did, at most this (None: all alike)",
+        ABOVE_0,
+    )
     token_weighting: str = flag(
         "none",
         "what each response token counts in both losses: twice where the teacher's entropy is high "

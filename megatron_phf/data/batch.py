@@ -74,8 +74,8 @@ class Microbatch:
 class LocalBatch:
     """This data-parallel rank's microbatches of one step.
 
-    ``num_tokens``: those that are scored; ``order``: the number of the rollout in each row of each
-    microbatch.
+    ``num_tokens``: those that are scored; ``num_sequences``: rollouts that are kept; ``order``: the
+    number of the rollout in each row of each microbatch.
     """
 
     microbatches: list[Microbatch]
@@ -211,7 +211,7 @@ def make_local_batch(
         )
         microbatches.append(Microbatch(student, teacher))
     tokens = sum(sum(r.scored) for r in rollouts)
-    return LocalBatch(microbatches, tokens, len(rollouts), order)
+    return LocalBatch(microbatches, tokens, sum(r.kept for r in rollouts), order)
 
 
 def flow_window(size: int, rule: str) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:

@@ -231,7 +231,7 @@ def training_problems(config: Config) -> list[Problem]:
         config.data.data,
         field_names(config.data),
         needs_solution="solution" in fields or config.rollout.rollout_engine == "reference",
-        needs_answer="answer" in fields,
+        needs_answer="answer" in fields or config.rollout.keep_rollouts != "all",
     )
 
 

@@ -6,26 +6,29 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_phf.data.problems import read_jsonl
 
 _FIELDS = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
-_MASK = "response_mask"
+_MASK, _LOGS, _KEPT = "response_mask", "log_probs", "kept"
+_UNRECORDED = ("policy_version", "policy_version_end", "reference")
 
 
 @dataclass(frozen=True)
 class Rollout:
     """Token ids: two prompts for the same problem, and the student's response to the first.
 
-    ``log_probs``: of the response's tokens, nats, where another program sampled it; not recorded.
+    ``log_probs``: of the response's tokens, nats, where another program sampled it.
     ``response_mask``: False for a token that the student did not write (a tool's output): it is
     read by both models and not scored; None: all are.  ``policy_version``: the step whose weights
-    sampled it, where known; not recorded.  ``reference``: the problem's solution, where known; not
-    recorded.
+    sampled it, where known, and ``policy_version_end`` that of its last token, where newer weights
+    came amid it.  ``kept`` False: sampled, and not trained on (``--keep-rollouts``).
+    ``reference``: the problem's solution, where known; not recorded.
     """
 
     student_prompt_ids: tuple[int, ...]
@@ -34,7 +37,16 @@ class Rollout:
     log_probs: tuple[float, ...] | None = None
     response_mask: tuple[bool, ...] | None = None
     policy_version: int | None = None
+    policy_version_end: int | None = None
+    kept: bool = True
     reference: str | None = None
+
+    def trained(self) -> Rollout:
+        """What a step reads of it: of one that is not kept, the prompts alone."""
+        if self.kept:
+            return self
+        logs = None if self.log_probs is None else ()
+        return dataclasses.replace(self, response_ids=(), log_probs=logs, response_mask=None)
 
     @property
     def scored(self) -> tuple[bool, ...]:
@@ -86,16 +98,33 @@ def _mask(content: dict[str, Any], count: int, where: str) -> tuple[bool, ...] |
     return tuple(map(bool, mask))
 
 
+def _log_probs(content: dict[str, Any], count: int, where: str) -> tuple[float, ...] | None:
+    logs = content.get(_LOGS)
+    if logs is None:
+        return None
+    good = isinstance(logs, list) and len(logs) == count
+    if not good or not all(isinstance(x, int | float) and math.isfinite(x) for x in logs):
+        raise ValueError(
+            f"{where}: {_LOGS!r} is not a list of {count} finite numbers, one for each of "
+            "'response_ids'"
+        )
+    return tuple(map(float, logs))
+
+
 def _rollout(content: dict[str, Any], vocab_size: int | None, where: str) -> Rollout:
     student, teacher, response = (_ids(content, name, vocab_size, where) for name in _FIELDS)
-    mask = _mask(content, len(response), where)
-    return Rollout(student, teacher, response, response_mask=mask)
+    mask, logs = (read(content, len(response), where) for read in (_mask, _log_probs))
+    kept = content.get(_KEPT, True)
+    if not isinstance(kept, bool):
+        raise ValueError(f"{where}: {_KEPT!r} is neither true nor false")
+    return Rollout(student, teacher, response, logs, mask, kept=kept)
 
 
 def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
     """All rollouts of a replay file, in file order.
 
-    The three lists of ids, and ``response_mask`` where there is one; other fields are ignored.
+    The three lists of ids, and ``response_mask``, ``log_probs`` and ``kept`` where there are such;
+    other fields are ignored.
 
     Raises:
         ValueError: names the file and line of the first mistake.
@@ -119,12 +148,36 @@ def _parsed(path: str, vocab_size: int | None, stamp: object) -> tuple[Rollout, 
     return rollouts
 
 
-def rollout_to_json(rollout: Rollout) -> dict[str, list[int]]:
-    """The line of a replay file."""
-    line = {name: list(getattr(rollout, name)) for name in _FIELDS}
+def rollout_to_json(rollout: Rollout, log_probs: bool = False) -> dict[str, Any]:
+    """The line of a replay file; ``log_probs``: with those, where they are known."""
+    line: dict[str, Any] = {name: list(getattr(rollout, name)) for name in _FIELDS}
     if rollout.response_mask is not None:
         line[_MASK] = [int(scored) for scored in rollout.response_mask]
+    if not rollout.kept:
+        line[_KEPT] = False
+    if log_probs and rollout.log_probs is not None:
+        line[_LOGS] = list(rollout.log_probs)
     return line
+
+
+def write_sampled(path: str, steps: Mapping[int, Sequence[Rollout]]) -> None:
+    """Write rollouts that wait for their steps, with all that is known of them."""
+    with open(path, "w", encoding="utf-8") as f:
+        for step, rollouts in steps.items():
+            for rollout in rollouts:
+                more = {name: getattr(rollout, name) for name in _UNRECORDED}
+                line = {"step": step, **rollout_to_json(rollout, log_probs=True), **more}
+                f.write(json.dumps(line) + "\n")
+
+
+def read_sampled(path: str) -> dict[int, list[Rollout]]:
+    """What :func:`write_sampled` wrote."""
+    steps: dict[int, list[Rollout]] = {}
+    for number, content in read_jsonl(path, "--load"):
+        more = {name: content.get(name) for name in _UNRECORDED}
+        rollout = _rollout(content, None, f"{path}:{number}")
+        steps.setdefault(content["step"], []).append(dataclasses.replace(rollout, **more))
+    return steps
 
 
 def is_rollout(line: str) -> bool:

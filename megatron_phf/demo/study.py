@@ -12,6 +12,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class Demo:
 
     def arm(self, config: Config, brief: bool) -> bool:
         """Train from the base model; whether all steps were taken."""
+        say(f"\n{config.output.run_name}, seed {config.train.seed}")
         steps = len(train(config, self.signals, self.heartbeat, self.prompts, brief=brief))
         return steps == config.train.train_iters
 
@@ -137,28 +139,24 @@ def run(config: Config, signals: StopSignals, heartbeat: Heartbeat) -> None:
     say(on_first_rank(_write_results, demo, known))
 
 
-def _arm_directory(config: Config, name: str) -> str:
-    return os.path.join(config.output.output_dir, name)
+def _arms(job: Config) -> Iterator[Config]:
+    """Both methods over the seeds."""
+    for i in range(job.embedded.demo_seeds):
+        for name, alpha in (("opsd", 0.0), ("phf", job.method.phf_alpha)):
+            seed = job.train.seed + i
+            where = os.path.join(job.output.output_dir, name, f"seed{seed}")
+            yield job.replaced(phf_alpha=alpha, seed=seed, output_dir=where, run_name=name)
 
 
 def _run_arms(demo: Demo) -> bool:
-    """Both methods over the seeds; False where a signal has ended one."""
-    arms = {"opsd": demo.job.replaced(phf_alpha=0.0), "phf": demo.job}
-    for i in range(demo.job.embedded.demo_seeds):
-        for name, arm in arms.items():
-            seed = arm.train.seed + i
-            directory = os.path.join(_arm_directory(arm, name), f"seed{seed}")
-            arm = arm.replaced(seed=seed, output_dir=directory, run_name=name)
-            say(f"\n{name}, seed {seed}")
-            if not demo.arm(arm, brief=i > 0 or name != "opsd"):
-                return False
-    return True
+    """The first is shown whole, the others in brief; False where a signal has ended one."""
+    return all(demo.arm(arm, brief=i > 0) for i, arm in enumerate(_arms(demo.job)))
 
 
 def _write_results(demo: Demo, known: dict[str, Any]) -> str:
     """Summary, page and picture of what the runs have left; the summary for people."""
     directory = demo.job.output.output_dir
-    variants = read_variants([_arm_directory(demo.job, name) for name in ("opsd", "phf")])
+    variants = read_variants([arm.output.output_dir for arm in _arms(demo.job)])
     summary = {**_summary(demo.job, variants), **known}
     write_json(os.path.join(directory, _SUMMARY), summary)
     page = write_report(variants, os.path.join(directory, _REPORT))

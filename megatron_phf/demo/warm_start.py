@@ -8,7 +8,7 @@ from collections import deque
 from megatron_phf.config.settings import Config
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.rollout.context import Prompts
-from megatron_phf.rollout.sources import problem_permutation
+from megatron_phf.rollout.order import problem_permutation
 from megatron_phf.train.hooks import RunHook, Stop
 from megatron_phf.train.metrics import StepMetrics
 

@@ -1,6 +1,7 @@
-"""What training keeps on a rank, by formula: the start-up summary's lines and the planner's.
+"""A rank's memory by formula, phase by phase: the start-up summary's lines and the planner's.
 
-No import of torch: ``tools/plan.py`` asks without one.
+No import of torch: ``tools/plan.py`` asks without one.  tests/simulate holds it against the
+simulation of every layout there.
 """
 
 from __future__ import annotations
@@ -8,209 +9,234 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
-from megatron_phf.hidden.spec import flow_spec, terms_of
-from megatron_phf.lora.config import num_adapter_parameters
-from megatron_phf.model.architecture import Architecture
-from megatron_phf.teacher.architecture import Models
+from megatron_phf.estimate.activations import (
+    Machine,
+    activation_bytes,
+    kv_cache_bytes,
+    microbatch,
+    output_loss_bytes,
+    prefill_bytes,
+    target_bytes,
+    teacher_pass_bytes,
+)
+from megatron_phf.estimate.stage import (
+    StageParameters,
+    adapter_parameters,
+    stage_parameters,
+)
+from megatron_phf.teacher.architecture import Models, teacher_config
+
+__all__ = ["Machine", "kv_cache_bytes", "memory_estimate", "peak_estimate", "phase_estimates"]
 
 _GIB = 2**30
-# What the output loss works on at a time beside a chunk's logits, fp32: see losses/chunked.py.
-_BLOCK_ENTRIES = {True: 11 * 2**22, False: 11 * 2**20}
-# Tensors of [transitions, hidden] in fp32 that the flow loss keeps of a layer for its backward.
-_FLOW_TENSORS = 4
+Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """``width``: bytes of a weight; ``replicas``: data-parallel ranks.
+class _Held:
+    """Bytes of one rank from step to step.
 
-    Without ``cuda`` norms and SwiGLU are not fused and keep more.
+    ``weights``, ``gradients`` and ``optimizer`` of the student; the teacher's ``copy`` and fp32
+    ``average``; ``masters``: the part of the optimizer that its start makes; ``roots``:
+    parameters whose optimizer state is here, of one optimizer (experts have their own);
+    ``trained``: all that are;
+    ``head``: bytes of the head, or of the embedding where the stage has no other.
     """
 
-    width: int
-    replicas: int
-    cuda: bool = True
+    weights: float
+    gradients: float
+    optimizer: float
+    copy: float
+    average: float
+    masters: float
+    roots: float
+    trained: float
+    head: float
 
 
-def _model_split(config: Config) -> int:
-    p = config.parallel
-    return p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+def _optimized(found: StageParameters, config: Config, machine: Machine) -> tuple[float, float]:
+    """Parameters whose optimizer state a rank keeps: (all, those of experts).
 
-
-def _local_weights(arch: Architecture, config: Config) -> float:
-    """Weights of one rank: experts are split over ETP and EP, all else over TP."""
-    whole, experts, p = arch.num_parameters(), arch.num_expert_parameters(), config.parallel
-    split = p.expert_tensor_size * p.expert_model_parallel_size * p.pipeline_model_parallel_size
-    return (whole - experts) / _model_split(config) + experts / split
-
-
-def _trained(arch: Architecture, config: Config, machine: Machine) -> tuple[float, float]:
-    """(trained parameters of one rank, those whose optimizer state it keeps)."""
-    split, lora = _model_split(config), config.lora
-    whole = num_adapter_parameters(arch, lora) if lora.lora_rank else arch.num_parameters()
-    local = whole / split if lora.lora_rank else _local_weights(arch, config)
+    Split over DP x CP; those of experts over what EP and ETP leave of all ranks of a stage.
+    """
     if not config.parallel.use_distributed_optimizer:
-        return local, local
-    # Experts are split over what EP leaves of the replicas: in sum each is kept once.
-    replicas = machine.replicas * config.parallel.context_parallel_size
-    return local, whole / split / replicas
+        return found.total, found.experts
+    p = config.parallel
+    replicas = machine.replicas * p.context_parallel_size
+    cut = p.expert_model_parallel_size * p.expert_tensor_size
+    experts = found.experts / max(1.0, replicas * p.tensor_model_parallel_size / cut)
+    return (found.total - found.experts) / replicas + experts, experts
 
 
-def _teacher_bytes(models: Models, config: Config, machine: Machine) -> float:
-    width, kind, arch = machine.width, config.method.teacher, models.student
+def _teacher_sizes(
+    models: Models, config: Config, machine: Machine, stage: int, adapters: float
+) -> tuple[float, float]:
+    """Bytes of the teacher's (own weights, fp32 average)."""
+    width, ema = machine.width, config.method.teacher == "ema"
     if models.other is not None:
-        return _local_weights(models.other, config) * width
-    if kind == "live":
-        return 0
+        return stage_parameters(models.other, teacher_config(config), stage).total * width, 0.0
+    if config.method.teacher == "live":
+        return 0.0, 0.0
     if config.lora.lora_rank:
-        return _trained(arch, config, machine)[0] * 4 if kind == "ema" else 0
-    average = 4 if kind == "ema" and width != 4 else 0  # an fp32 copy is its own average
-    return _local_weights(arch, config) * (width + average)
+        return 0.0, adapters * 4 if ema else 0.0
+    whole = stage_parameters(models.student, config, stage).total
+    return whole * width, whole * 4 if ema and width != 4 else 0.0  # fp32 is its own average
 
 
-def _target_bytes(models: Models, config: Config, machine: Machine) -> float:
-    method, new_tokens, arch = config.method, config.rollout.max_new_tokens, models.student
-    hidden = models.teacher.hidden_size
-    sequences = config.train.global_batch_size / machine.replicas
-    rows = sequences * new_tokens * hidden * machine.width
-    if method.phf_alpha == 0:
-        return rows
-    transitions = min(method.phf_window_size, new_tokens) - 1
-    layers = arch.num_layers / config.parallel.pipeline_model_parallel_size + 1
-    numbers = hidden if hidden == arch.hidden_size else min(hidden, 2 * transitions)
-    own = sequences * transitions * layers * numbers * 4
-    return rows + own + last_layer_bytes(models, config, sequences)
+def _held(models: Models, config: Config, machine: Machine, stage: int) -> _Held:
+    arch = models.student
+    width, found = machine.width, stage_parameters(arch, config, stage)
+    adapters = adapter_parameters(arch, config, stage) if config.lora.lora_rank else 0.0
+    optimized, of_experts = _optimized(found, config, machine)
+    if adapters:
+        optimized, of_experts = _optimized(StageParameters(adapters, 0, 0, 0), config, machine)
+    trained = adapters or found.total
+    masters = 0 if width == 4 else 4
+    copy, average = _teacher_sizes(models, config, machine, stage, adapters)
+    return _Held(
+        weights=(found.total + adapters) * width,
+        gradients=trained * 4,
+        optimizer=optimized * (8 + masters),
+        copy=copy,
+        average=average,
+        masters=optimized * masters,
+        roots=max(optimized - of_experts, of_experts),
+        trained=trained,
+        head=(found.head or found.embedding) * width,
+    )
 
 
-def last_layer_bytes(models: Models, config: Config, sequences: float) -> float:
-    """The teacher's last layer at the window, where every layer is compared with it.
+def _build(held: _Held, config: Config, machine: Machine) -> Parts:
+    """The model twice, where DDP takes it into its buffers; or with the optimizer's weights."""
+    away = config.teacher.teacher_offload
+    teacher = 0.0 if away else held.copy + held.average
+    buffer = held.trained * machine.width if config.parallel.use_distributed_optimizer else 0.0
+    moments = [
+        {"weights": held.weights, "teacher": held.copy + (0.0 if away else held.average)},
+        {"weights": held.weights + buffer, "teacher": teacher, "gradients": held.gradients},
+        {
+            "weights": held.weights,
+            "teacher": teacher,
+            "gradients": held.gradients,
+            "optimizer": held.masters,
+        },
+    ]
+    return max(moments, key=lambda parts: sum(parts.values()))
 
-    fp32, on each pipeline stage; the last one sends as much to each of the others once a step.
+
+def _steady(held: _Held, config: Config) -> Parts:
+    """What is there all the time; an offloaded teacher and its average are on the host."""
+    away = config.teacher.teacher_offload
+    return {
+        "weights": held.weights,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
+        "teacher": 0.0 if away else held.copy + held.average,
+    }
+
+
+def _student(
+    steady: Parts, held: _Held, models: Models, config: Config, machine: Machine, tokens: int,
+    stage: int,
+) -> Parts:  # fmt: skip
+    """Activations, and either the output loss or what a layer's backward needs."""
+    batch = microbatch(config, tokens)
+    kept, momentary = activation_bytes(models.student, config, machine, batch, stage)
+    loss = 0.0
+    if stage == config.parallel.pipeline_model_parallel_size - 1:
+        loss = output_loss_bytes(models.student, config, machine, batch)
+    teacher = steady["teacher"]
+    if config.teacher.teacher_offload and loss:
+        teacher += held.head  # stays until the pass is over
+    return {
+        **steady,
+        "teacher": teacher,
+        "targets": target_bytes(models, config, machine, batch, stage),
+        "activations": kept + (momentary if momentary > loss else 0.0),
+        "output loss": loss if loss >= momentary else 0.0,
+    }
+
+
+def phase_estimates(
+    models: Models, config: Config, machine: Machine, tokens: int, stage: int
+) -> dict[str, Parts]:
+    """GiB of a rank of pipeline stage ``stage`` at the peak of each phase, by holder.
+
+    Args:
+        tokens: padded ones of a microbatch of the student.
     """
-    method, width = config.method, models.teacher.hidden_size
-    if method.phf_alpha == 0:
-        return 0.0
-    terms = terms_of(flow_spec(config), width == models.student.hidden_size)
-    kinds = {term.states for term in terms if term.against == "last"}
-    rows = min(method.phf_window_size, config.rollout.max_new_tokens)
-    return len(kinds) * sequences * rows * width * 4.0
+    held = _held(models, config, machine, stage)
+    batch, steady = microbatch(config, tokens), _steady(held, config)
+    away = config.teacher.teacher_offload
+    targets = target_bytes(models, config, machine, batch, stage)
+    # torch's Adam on lists makes a root of every second moment; on a CPU of one at a time.
+    roots = held.roots * 4 if machine.cuda else 0.0
+    phases = {
+        "build": _build(held, config, machine),
+        "teacher": {
+            **steady,
+            "teacher": steady["teacher"] + (held.copy if away else 0.0),
+            "targets": targets,
+            "activations": teacher_pass_bytes(models, config, machine, batch),
+        },
+        "student": _student(steady, held, models, config, machine, tokens, stage),
+        "optimizer": {**steady, "optimizer": steady["optimizer"] + roots},
+        "decode": {
+            **steady,
+            "KV cache": kv_cache_bytes(models.student, config, machine, stage),
+            "activations": prefill_bytes(models.student, config, machine),
+        },
+    }
+    if held.average and not away:  # weight by weight: an fp32 copy of the largest
+        copy = held.head * 4 / machine.width
+        phases["teacher update"] = {**steady, "teacher": steady["teacher"] + copy}
+    return {
+        phase: {name: size / _GIB for name, size in parts.items()}
+        for phase, parts in phases.items()
+    }
 
 
-def memory_estimate(models: Models, config: Config, machine: Machine) -> dict[str, float]:
+def memory_estimate(models: Models, config: Config, machine: Machine) -> Parts:
     """GiB a rank, by formula: what training keeps, without activations and temporary buffers.
 
-    Weights are split over TP x PP, those of experts over EP too.  Gradients are fp32; Adam keeps
-    two fp32 moments and, for bf16 weights, an fp32 copy, all three split over DP x CP (those of
-    experts over what EP leaves of it) with the distributed optimizer.  With LoRA only the adapters
-    have gradients and optimizer state, and an EMA teacher is one more set of them.  ``targets``:
-    fp32 teacher directions of a full window, for each sequence of the local batch and each local
-    layer (products of the window's length where they are smaller and enough), and the teacher's
-    final hidden states of as many new tokens as allowed.
+    Of the fullest pipeline stage.  Weights are split over TP, layers over the stages, experts over
+    EP too.  Gradients are fp32; Adam keeps two fp32 moments and, for bf16 weights, an fp32 copy,
+    all three split over DP x CP (those of experts over what EP leaves of it) with the distributed
+    optimizer.  With LoRA only the adapters have gradients and optimizer state, and an EMA teacher
+    is one more set of them.  ``targets``: see ``activations.target_bytes``.
     """
-    width, arch = machine.width, models.student
-    trained, optimized = _trained(arch, config, machine)
-    adapters = trained if config.lora.lora_rank else 0
-    moments = 8 if width == 4 else 12
-    teacher_key = "teacher in its pass" if config.teacher.teacher_offload else "teacher"
-    sizes = {
-        "weights": (_local_weights(arch, config) + adapters) * width,
-        "gradients": trained * 4,
-        "optimizer": optimized * moments,
-        teacher_key: _teacher_bytes(models, config, machine),
-        "targets": _target_bytes(models, config, machine),
-    }
-    return {name: size / _GIB for name, size in sizes.items()}
-
-
-def _layer_numbers(arch: Architecture, config: Config, cuda: bool) -> tuple[float, float]:
-    """Numbers a token that one layer keeps for backward: (all, its input alone)."""
-    p = config.parallel
-    tp = p.tensor_model_parallel_size
-    stream = arch.hidden_size / (tp if p.sequence_parallel else 1)
-    groups = arch.padded_groups(tp)
-    queries = groups * (arch.num_attention_heads // arch.num_query_groups) * arch.kv_channels / tp
-    keys = groups * arch.kv_channels / tp
-    # A norm's input and output; where it is not one kernel, the scaled input in between too.
-    norm = 2 * stream if cuda else 3 * stream
-    # q, k, v as one tensor; rotated q and k; the attention's output.
-    attention = (queries + 2 * keys) + (queries + keys) + queries
-    if arch.qk_layernorm:  # reads q from a tensor of its own
-        attention += queries if cuda else 2 * queries + keys
-    # gate and up as one tensor, their product; without a fused kernel silu(gate) and a copy of up.
-    ffn = 3 if cuda else 5
-    if arch.experts is None:
-        mlp = ffn * arch.ffn_hidden_size / tp
-    else:
-        expert = (ffn + 1) * arch.experts.ffn_hidden_size / tp + 2 * arch.hidden_size / tp
-        mlp = arch.experts.per_token * expert
-    return 2 * norm + attention + mlp, stream
-
-
-def _flow_bytes(arch: Architecture, config: Config) -> float:
-    """What the flow loss of one microbatch keeps of the local layers."""
-    method = config.method
-    if method.phf_alpha == 0:
-        return 0.0
-    transitions = min(method.phf_window_size, config.rollout.max_new_tokens) - 1
-    layers = arch.num_layers / config.parallel.pipeline_model_parallel_size + 1
-    rows = config.train.micro_batch_size * transitions
-    return _FLOW_TENSORS * layers * rows * arch.hidden_size * 4
-
-
-def activation_bytes(arch: Architecture, config: Config, machine: Machine, tokens: int) -> float:
-    """What the first pipeline stage keeps of its microbatches of ``tokens`` padded tokens each.
-
-    1F1B: as many microbatches are under way there as there are stages.  With full recompute a layer
-    keeps its input, and one layer is computed again at a time; attention keeps no scores (fused).
-    """
-    p = config.parallel
-    everything, kept = _layer_numbers(arch, config, machine.cuda)
-    layers = arch.num_layers / p.pipeline_model_parallel_size
-    local = config.train.global_batch_size / machine.replicas / config.train.micro_batch_size
-    under_way = min(p.pipeline_model_parallel_size, max(1, local))
-    part = tokens / p.context_parallel_size * machine.width
-    flow = under_way * _flow_bytes(arch, config)
-    if p.recompute_granularity == "full":
-        return (under_way * layers * kept + everything) * part + flow
-    return under_way * layers * everything * part + flow
-
-
-def output_loss_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
-    """Temporaries of the output loss on the last stage.
-
-    A chunk's logits of both models, blocks, the head's fp32 gradient before it joins the others.
-    """
-    tp = config.parallel.tensor_model_parallel_size
-    entries = arch.padded_vocab_size(config.model.make_vocab_size_divisible_by, tp) / tp
-    chunk = config.method.logits_chunk_tokens
-    logits = 2 * chunk * entries * machine.width
-    blocks = min(_BLOCK_ENTRIES[machine.cuda], 11 * chunk * entries) * 4
-    head = 0.0 if config.lora.lora_rank else entries * arch.hidden_size * 4
-    return logits + blocks + head
-
-
-def kv_cache_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
-    """Keys and values of one batch of rollouts on a rank."""
-    p, r = config.parallel, config.rollout
-    groups = arch.padded_groups(p.tensor_model_parallel_size) / p.tensor_model_parallel_size
-    length = config.data.max_prompt_length + r.max_new_tokens
-    layers = arch.num_layers / p.pipeline_model_parallel_size
-    rows = min(r.rollout_batch_size, config.train.global_batch_size / machine.replicas)
-    return rows * length * layers * 2 * groups * arch.kv_channels * machine.width
+    data = config.data
+    batch = microbatch(config, data.max_prompt_length + config.rollout.max_new_tokens)
+    stages = []
+    for stage in range(config.parallel.pipeline_model_parallel_size):
+        held = _held(models, config, machine, stage)
+        targets = target_bytes(models, config, machine, batch, stage)
+        parts = {**_steady(held, config), "targets": targets}
+        if config.teacher.teacher_offload:
+            parts["teacher in its pass"] = parts.pop("teacher") + held.copy
+        stages.append(parts)
+    fullest = max(stages, key=lambda parts: sum(parts.values()))
+    return {name: size / _GIB for name, size in fullest.items()}
 
 
 def peak_estimate(
-    models: Models, config: Config, machine: Machine, tokens: int
-) -> dict[str, float]:
-    """GiB a rank at the peak of a step with microbatches of ``tokens`` padded tokens.
+    models: Models, config: Config, machine: Machine, tokens: int, decode: bool = True
+) -> Parts:
+    """GiB a rank at the peak of a run with microbatches of ``tokens`` padded tokens, by holder.
 
-    The parts of :func:`memory_estimate`, and the larger of the rollouts' cache and of what the
-    student's pass needs (activations, output loss): they are never there together.
+    Of the fullest pipeline stage in its highest phase: build, teacher, student and optimizer are
+    never there together.
+
+    Args:
+        decode: whether rollouts are decoded in process.
     """
-    parts, arch = memory_estimate(models, config, machine), models.student
-    activations = activation_bytes(arch, config, machine, tokens) / _GIB
-    loss = output_loss_bytes(arch, config, machine) / _GIB
-    cache = kv_cache_bytes(arch, config, machine) / _GIB
-    if cache > activations + loss:
-        return {**parts, "kv cache": cache}
-    return {**parts, "activations": activations, "output loss": loss}
+    size = config.parallel.pipeline_model_parallel_size
+    # Inner stages are alike, but for how many microbatches are under way: the first has most.
+    stages = {0, 1, size - 1} & set(range(size))
+    found = [
+        parts
+        for stage in sorted(stages)
+        for phase, parts in phase_estimates(models, config, machine, tokens, stage).items()
+        if decode or phase != "decode"
+    ]
+    return max(found, key=lambda parts: sum(parts.values()))

@@ -7,7 +7,7 @@ A (n - 1) / n to gather it, or to reduce and scatter it, and twice that to reduc
 from __future__ import annotations
 
 from megatron_phf.config.settings import Config
-from megatron_phf.estimate.memory import last_layer_bytes
+from megatron_phf.estimate.activations import last_layer_bytes
 from megatron_phf.lora.config import num_adapter_parameters
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.teacher.architecture import Models

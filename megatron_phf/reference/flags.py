@@ -35,6 +35,8 @@ def flags(o: Options, model: str, replay: str, batch: int, **more: object) -> li
         "max-new-tokens": 64,
         **more,
     }
+    if o.ratio_cap is not None:
+        values["importance-ratio-cap"] = o.ratio_cap
     if o.layers is not None:
         values["phf-layers"] = ",".join(map(str, o.layers))
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]

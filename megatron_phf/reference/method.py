@@ -12,7 +12,13 @@ from torch import Tensor
 from megatron_phf.reference.hidden import PAIRS, flow_objective, named_terms, window
 from megatron_phf.reference.model import aux_loss, by_file_name, load_model, run, trainable
 from megatron_phf.reference.options import Options
-from megatron_phf.reference.output_loss import cross_entropy, divergence, observed, sampled_token
+from megatron_phf.reference.output_loss import (
+    cross_entropy,
+    divergence,
+    importance,
+    observed,
+    sampled_token,
+)
 from megatron_phf.reference.weights import token_weights, weighted_terms
 
 
@@ -27,7 +33,7 @@ class Result:
 def sequence_terms(
     student: Any, teacher: Any, sample: dict, o: Options
 ) -> tuple[list, dict[str, list[Tensor] | None], list[Tensor]]:
-    """(per-token (loss, clipped, entropies, agreement), flow terms, router logits) of a line."""
+    """(list of (loss, clipped, entropies, agreement, ratio, its clip), flow, routers) of a line."""
     response = sample["response_ids"]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
     logits, hidden, routers = run(student, prompt + response)
@@ -50,7 +56,10 @@ def sequence_terms(
             values = cross_entropy(*pair, token, o)
         else:
             values = sampled_token(*pair, token, o)
-        tokens.append((*values, *observed(*pair, o)))
+        ratio = (1.0, 0.0)
+        if o.ratio_cap is not None:
+            ratio = importance(pair[0], token, sample["log_probs"][i], o)
+        tokens.append((values[0] * ratio[0], *values[1:], *observed(*pair, o), *ratio))
     chosen = window(len(written), o.window_size, o.window_rule)
     w = [written[i] for i in chosen]
     at, teacher_at = [len(prompt) + i for i in w], [len(privileged) + i for i in w]
@@ -93,6 +102,9 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
         "teacher_agreement": sum(t[4] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
+    if o.ratio_cap is not None:
+        metrics["importance_weight"] = sum(t[5] for t in tokens) / len(tokens)
+        metrics["importance_clipped_fraction"] = sum(t[6] for t in tokens) / len(tokens)
     for name, values in means.items():
         by = "pair" if name in PAIRS else "layer"
         metrics[f"flow_{name}"] = torch.stack(values).mean().item() if values else None
@@ -105,9 +117,10 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
 
 
 def read_replay(path: str) -> list[dict]:
-    """The lines of a replay file."""
+    """The lines of a replay file that are trained on."""
     with open(path) as f:
-        return [json.loads(line) for line in f if line.strip()]
+        lines = [json.loads(line) for line in f if line.strip()]
+    return [line for line in lines if line.get("kept", True)]
 
 
 def compute(

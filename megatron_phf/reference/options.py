@@ -28,3 +28,4 @@ class Options:
     token_entropy_threshold: float = 0.8
     skip_first_tokens: int = 0
     micro_batch_size: int = 1  # over which it is computed
+    ratio_cap: float | None = None  # of the importance weights; None: all tokens count alike

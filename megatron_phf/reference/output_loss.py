@@ -33,6 +33,13 @@ def divergence(student: Tensor, teacher: Tensor, o: Options) -> tuple[Tensor, fl
     return total, 0.0, entropy
 
 
+def importance(student: Tensor, token: int, sampler: float, o: Options) -> tuple[float, float]:
+    """Logits [v], the token that was sampled and its log-probability then -> (weight, clipped)."""
+    assert o.ratio_cap is not None
+    ratio = float((torch.log_softmax(student, 0)[token].detach() - sampler).exp())
+    return min(ratio, o.ratio_cap), float(ratio > o.ratio_cap)
+
+
 def sampled_token(
     student: Tensor, teacher: Tensor, token: int, o: Options
 ) -> tuple[Tensor, float, float]:

@@ -61,12 +61,14 @@ def make_replay(
     vocab_size: int = 250,
     seed: int = 3,
     masked: bool = False,
+    log_probs: bool = False,
 ) -> str:
     """Write random rollouts with prompts of uneven lengths; returns ``path``.
 
     ``masked``: two tokens of five are not the student's, and none of the first response is.
+    ``log_probs``: of what sampled them, some way from those of any model.
     """
-    generator, coin = random.Random(seed), random.Random(seed + 1)
+    generator, coin, dice = (random.Random(seed + i) for i in range(3))
 
     def ids(low: int, high: int) -> list[int]:
         return [generator.randrange(vocab_size) for _ in range(generator.randint(low, high))]
@@ -80,5 +82,7 @@ def make_replay(
             }
             if masked:
                 sample["response_mask"] = [int(i > 0 and coin.random() < 0.6) for _ in range(n)]
+            if log_probs:
+                sample["log_probs"] = [dice.uniform(-8.0, -4.0) for _ in range(n)]
             f.write(json.dumps(sample) + "\n")
     return path

@@ -11,7 +11,7 @@ from megatron_phf.report.runs import LISTS, Variant
 from megatron_phf.report.section import Report, Section
 from megatron_phf.report.statistics import estimates_by_step, layer_rows, values_by_step
 
-_PHASES = ("rollout", "teacher", "student", "optimizer")
+_PHASES = ("rollout_wait", "rollout", "teacher", "student", "optimizer")
 _BANDS = (
     "Means over seeds, from three on with 95 % intervals; Average@k of a single one with that "
     f"over problems. Of more than {MANY} variants only the best known ones have theirs drawn."

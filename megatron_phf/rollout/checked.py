@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from megatron_phf.rollout.engines import FLAG
-from megatron_phf.rollout.protocol import Response, RolloutEngine
+from megatron_phf.rollout.protocol import EngineBeside, Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
 
@@ -36,8 +36,7 @@ class CheckedEngine:
         Raises:
             ValueError: an answer is none; on every rank of the world.
         """
-        most = sampling.max_new_tokens
-        room = [most] * len(prompts) if limits is None else [min(n, most) for n in limits]
+        room = _room(sampling, len(prompts), limits)
         responses = self._engine.generate(prompts, sampling, sample_ids, limits)
         problem = _problem(responses, room, self._vocab_size)
         digest = None if problem else _digest(responses)
@@ -53,6 +52,38 @@ class CheckedEngine:
         if problem is not None:
             raise ValueError(f"{FLAG} {self._spec}: {problem}")
         return responses
+
+
+class CheckedEngineBeside(CheckedEngine):
+    """The same of an engine that samples while the student trains."""
+
+    _engine: EngineBeside
+
+    def sampler(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        sample_ids: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> Callable[[], list[Response]]:
+        """See ``EngineBeside.sampler``; a wrong answer is its ValueError."""
+        sample = self._engine.sampler(prompts, sampling, sample_ids, limits)
+        room = _room(sampling, len(prompts), limits)
+
+        def checked() -> list[Response]:
+            responses = sample()
+            problem = _problem(responses, room, self._vocab_size)
+            if problem is not None:
+                raise ValueError(f"{FLAG} {self._spec}: {problem}")
+            return responses
+
+        return checked
+
+
+def _room(sampling: SamplingParams, count: int, limits: Sequence[int] | None) -> list[int]:
+    """Tokens that each response can have."""
+    most = sampling.max_new_tokens
+    return [most] * count if limits is None else [min(n, most) for n in limits]
 
 
 def _problem(responses: Any, room: Sequence[int], vocab_size: int) -> str | None:
@@ -90,9 +121,10 @@ def _wrong_rest(response: Response) -> str | None:
         return f"mask is not {count} booleans, one a token, but {_shown(mask)}"
     if logs is not None and not _all(logs, _is_finite, count):
         return f"log_probs are not {count} finite numbers, one a token, but {_shown(logs)}"
-    version = response.policy_version
-    if version is not None and not isinstance(version, int):
-        return f"policy_version is {_shown(version)}, need the number of a step or None"
+    for name in ("policy_version", "policy_version_end"):
+        version = getattr(response, name)
+        if version is not None and not isinstance(version, int):
+            return f"{name} is {_shown(version)}, need the number of a step or None"
     return None
 
 

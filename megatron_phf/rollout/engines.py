@@ -25,21 +25,23 @@ FLAG = "--rollout-engine"
 class EngineRow:
     """``factory``: where it is made; ``samples``: it answers prompts (is a ``RolloutEngine``).
 
-    ``reads_data``: it needs the problems of --data; else its prompts are its own.
+    ``reads_data``: it needs the problems of --data; else its prompts are its own.  ``beside``: it
+    can sample while the student trains (is an ``EngineBeside``); one's own has ``sampler`` then.
     """
 
     factory: str
     samples: bool = True
     reads_data: bool = True
+    beside: bool = True
 
 
 ENGINES = {
-    "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine"),
+    "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine", beside=False),
     "vllm": EngineRow("megatron_phf.rollout.vllm.engine:make_engine"),
-    "reference": EngineRow("megatron_phf.rollout.sources:reference_source", samples=False),
-    "replay": EngineRow(
-        "megatron_phf.rollout.sources:replay_source", samples=False, reads_data=False
+    "reference": EngineRow(
+        "megatron_phf.rollout.sources:reference_source", samples=False, beside=False
     ),
+    "replay": EngineRow("megatron_phf.rollout.sources:replay_source", False, False, False),
 }
 
 
@@ -128,8 +130,10 @@ def load_factory(spec: str) -> Callable[..., Any]:
     return function
 
 
-def make_by_factory(spec: str, context: Any) -> Any:
+def make_by_factory(spec: str, context: Any, beside: bool = False) -> Any:
     """What the engine's factory gives for this run; every rank calls it.
+
+    ``beside``: it must be able to sample while the student trains.
 
     Raises:
         ValueError: a user's factory gave something that is no engine.
@@ -142,5 +146,11 @@ def make_by_factory(spec: str, context: Any) -> Any:
             f"{FLAG} {spec}: gave a {type(made).__name__} without {' and '.join(missing)}; an "
             "engine has prepare(step) and generate(prompts, sampling, sample_ids, limits) "
             "(docs/engines.md)"
+        )
+    if beside and not callable(getattr(made, "sampler", None)):
+        raise ValueError(
+            f"--max-off-policy-steps: {FLAG} {spec} gave a {type(made).__name__} without sampler, "
+            "which would let it sample while the student trains (docs/engines.md); leave the flag "
+            "out"
         )
     return made

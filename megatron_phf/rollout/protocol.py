@@ -6,7 +6,7 @@ each to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,13 +23,15 @@ class Response:
     ``mask``: False where the student did not write the token, a tool's output for instance: both
     models read it, and it is in no loss (any number does for its log-probability).  None: it wrote
     all of them.  ``policy_version``: the step before which the weights were taken that sampled it,
-    or None where that is not known (``policy_lag``).
+    or None where that is not known (``policy_lag``); ``policy_version_end``: the last one, where
+    newer weights came amid the response.
     """
 
     token_ids: Sequence[int]
     log_probs: Sequence[float] | None = None
     mask: Sequence[bool] | None = None
     policy_version: int | None = None
+    policy_version_end: int | None = None
 
 
 class RolloutEngine(Protocol):
@@ -60,5 +62,25 @@ class RolloutEngine(Protocol):
         Raises:
             ValueError: what the user can remedy; on every rank of the world, or on one that may
                 leave the others waiting (the launcher ends them).
+        """
+        ...
+
+
+class EngineBeside(RolloutEngine, Protocol):
+    """An engine that can sample while the student trains (``--max-off-policy-steps``)."""
+
+    def sampler(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        sample_ids: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> Callable[[], list[Response]]:
+        """What gives the responses of ``generate`` when it is called, in a thread.
+
+        On one process of each copy of the model: no collectives, and nothing of the student, which
+        trains meanwhile.  The weights are those of the last ``prepare`` before; should a later one
+        replace them amid a response, that says so (``policy_version_end``).  Several may run at
+        once, those of earlier steps first.
         """
         ...

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Protocol
-
-import numpy as np
 
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import append_jsonl, keep_lines
-from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
-from megatron_phf.rollout.checked import CheckedEngine
+from megatron_phf.rollout.ahead import AheadSource
+from megatron_phf.rollout.checked import CheckedEngine, CheckedEngineBeside
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.engines import engine_row, make_by_factory
+from megatron_phf.rollout.order import (
+    ProblemOrder,
+    ResponseRoom,
+    as_rollout,
+    problem_order,
+    response_room,
+)
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.together import on_first_rank
-from megatron_phf.teacher.architecture import Models
 
 
 class RolloutSource(Protocol):
@@ -29,57 +32,6 @@ class RolloutSource(Protocol):
     def rollouts(self, iteration: int) -> list[Rollout]:
         """The share of step ``iteration`` (1-based), the same whatever came before."""
         ...
-
-
-def problem_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which an epoch (from 0) takes ``count`` problems."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, 2**32 + epoch]))
-    return generator.permutation(count)
-
-
-class ProblemOrder:
-    """Which problems a step takes: seeded, each epoch another permutation."""
-
-    def __init__(self, pairs: Sequence[PromptPair], global_batch_size: int, seed: int) -> None:
-        self._pairs, self._batch, self._seed = pairs, global_batch_size, seed
-        self._known: dict[int, np.ndarray] = {}
-
-    def share(self, iteration: int) -> tuple[list[int], list[PromptPair]]:
-        """Sample ids (over the whole run) and prompts of this data-parallel rank's share."""
-        first = (iteration - 1) * self._batch
-        sample_ids = parallel.local_share(range(first, first + self._batch))
-        return list(sample_ids), [
-            self._pairs[self._problem_of(i)].at(iteration) for i in sample_ids
-        ]
-
-    def _problem_of(self, sample_id: int) -> int:
-        epoch, position = divmod(sample_id, len(self._pairs))
-        if epoch not in self._known:  # of the last one alone: it is as long as the data
-            self._known = {epoch: problem_permutation(len(self._pairs), self._seed, epoch)}
-        return int(self._known[epoch][position])
-
-
-@dataclass(frozen=True)
-class ResponseRoom:
-    """Both models must be able to read a whole response behind their prompts.
-
-    ``student``, ``teacher``: where their positions end; ``max_new_tokens``: of any response.
-    """
-
-    student: int
-    teacher: int
-    max_new_tokens: int
-
-    def of(self, pair: PromptPair) -> int:
-        """Tokens that a response to these prompts can have."""
-        behind = (self.student - len(pair.student_ids), self.teacher - len(pair.teacher_ids))
-        return min(*behind, self.max_new_tokens)
-
-
-def response_room(config: Config, models: Models) -> ResponseRoom:
-    """Where student and teacher, which may be another model, end a response."""
-    student, teacher = (m.max_position_embeddings for m in (models.student, models.teacher))
-    return ResponseRoom(student, teacher, config.rollout.max_new_tokens)
 
 
 def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams:
@@ -92,19 +44,6 @@ def sampling_params(config: Config, stop_ids: tuple[int, ...]) -> SamplingParams
         max_new_tokens=rollout.max_new_tokens,
         stop_ids=stop_ids,
         seed=config.train.seed,
-    )
-
-
-def _rollout(pair: PromptPair, response: Response) -> Rollout:
-    logs, mask = response.log_probs, response.mask
-    return Rollout(
-        pair.student_ids,
-        pair.teacher_ids,
-        tuple(response.token_ids),
-        None if logs is None else tuple(logs),
-        None if mask is None else tuple(mask),
-        response.policy_version,
-        pair.problem.solution or None,
     )
 
 
@@ -127,7 +66,7 @@ class OnPolicySource:
         room = [self._room.of(pair) for pair in pairs]
         self._engine.prepare(iteration)
         responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
-        return [_rollout(*each) for each in zip(pairs, responses, strict=True)]
+        return [as_rollout(*each) for each in zip(pairs, responses, strict=True)]
 
 
 class ReferenceSource:
@@ -148,7 +87,7 @@ class ReferenceSource:
         _, pairs = self._order.share(iteration)
         solutions = [[*self._encode(p.problem.solution), self._stop_id] for p in pairs]
         return [
-            _rollout(pair, Response(solution[: self._room.of(pair)]))
+            as_rollout(pair, Response(solution[: self._room.of(pair)]))
             for pair, solution in zip(pairs, solutions, strict=True)
         ]
 
@@ -174,8 +113,7 @@ class ReplaySource:
 
 
 def _order(context: RolloutContext) -> ProblemOrder:
-    train = context.config.train
-    return ProblemOrder(context.prompts.pairs, train.global_batch_size, train.seed)
+    return problem_order(context.config, context.prompts.pairs)
 
 
 def reference_source(context: RolloutContext) -> ReferenceSource:
@@ -199,8 +137,11 @@ def make_engine(context: RolloutContext) -> RolloutEngine:
     Raises:
         ValueError: it cannot be made; says why.
     """
-    spec = context.config.rollout.rollout_engine
-    return CheckedEngine(make_by_factory(spec, context), spec, context.vocab_size)
+    rollout = context.config.rollout
+    spec, beside = rollout.rollout_engine, rollout.max_off_policy_steps > 0
+    engine = make_by_factory(spec, context, beside)
+    checked = CheckedEngineBeside if beside else CheckedEngine
+    return checked(engine, spec, context.vocab_size)
 
 
 def make_source(context: RolloutContext) -> RolloutSource:
@@ -214,8 +155,10 @@ def make_source(context: RolloutContext) -> RolloutSource:
         source: RolloutSource = make_by_factory(spec, context)
         return source
     sampling = sampling_params(config, context.prompts.stop_ids)
-    room = response_room(config, context.models)
-    return OnPolicySource(make_engine(context), _order(context), sampling, room)
+    engine, room = make_engine(context), response_room(config, context.models)
+    if isinstance(engine, CheckedEngineBeside):
+        return AheadSource(engine, _order(context), sampling, room, config)
+    return OnPolicySource(engine, _order(context), sampling, room)
 
 
 def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
@@ -223,17 +166,21 @@ def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
     path = config.rollout.record_rollouts
     if path is None:
         return source
-    return RecordingSource(source, path, done * config.train.global_batch_size)
+    weighted = config.method.importance_ratio_cap is not None
+    return RecordingSource(source, path, done * config.train.global_batch_size, weighted)
 
 
 class RecordingSource:
     """Another source, every rollout of which is also appended to a replay file.
 
-    A resumed run keeps the first ``kept`` lines that the file has.
+    A resumed run keeps the first ``kept`` lines that the file has.  ``log_probs``: with those, for
+    a replay that weighs tokens by them.
     """
 
-    def __init__(self, source: RolloutSource, path: str, kept: int = 0) -> None:
-        self._source, self._path = source, path
+    def __init__(
+        self, source: RolloutSource, path: str, kept: int = 0, log_probs: bool = False
+    ) -> None:
+        self._source, self._path, self._log_probs = source, path, log_probs
         on_first_rank(self._begin, kept)
 
     def _begin(self, kept: int) -> None:
@@ -243,6 +190,7 @@ class RecordingSource:
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
         local = self._source.rollouts(iteration)
-        shares = parallel.gather_over_data_parallel([rollout_to_json(r) for r in local])
+        lines = [rollout_to_json(rollout, self._log_probs) for rollout in local]
+        shares = parallel.gather_over_data_parallel(lines)
         on_first_rank(append_jsonl, self._path, [r for share in shares for r in share])
         return local

@@ -26,7 +26,7 @@ _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "ones"),
     *("ones_like", "rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
 )
-_CUDA_TENSOR_TYPES = {
+CUDA_TENSOR_TYPES = {
     "FloatTensor": torch.float32,
     "HalfTensor": torch.float16,
     "BFloat16Tensor": torch.bfloat16,
@@ -69,7 +69,7 @@ def cuda_type_names() -> Iterator[None]:
         torch.Tensor.type = original
 
 
-class _Stream:
+class Stream:
     """A stream or event of a device that runs everything in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,10 +78,10 @@ class _Stream:
     def record(self, *args: Any) -> None:
         self.seconds = time.perf_counter()
 
-    def record_event(self, event: _Stream | None = None) -> _Stream:
-        return event or _Stream()
+    def record_event(self, event: Stream | None = None) -> Stream:
+        return event or Stream()
 
-    def elapsed_time(self, other: _Stream) -> float:
+    def elapsed_time(self, other: Stream) -> float:
         return (other.seconds - self.seconds) * 1e3
 
     def query(self) -> bool:
@@ -158,7 +158,7 @@ def _cpu_view() -> _View:
         {
             **nothing,
             **zero,
-            **{name: _tensor_type(dtype) for name, dtype in _CUDA_TENSOR_TYPES.items()},
+            **{name: _tensor_type(dtype) for name, dtype in CUDA_TENSOR_TYPES.items()},
             "current_device": lambda: _CPU,
             "device_count": lambda: 0,
             "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -166,11 +166,11 @@ def _cpu_view() -> _View:
             "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
             "is_initialized": lambda: False,
             "is_current_stream_capturing": lambda: False,
-            "Stream": _Stream,
-            "Event": _Stream,
+            "Stream": Stream,
+            "Event": Stream,
             "stream": lambda stream: contextlib.nullcontext(),
-            "current_stream": lambda *args: _Stream(),
-            "default_stream": lambda *args: _Stream(),
+            "current_stream": lambda *args: Stream(),
+            "default_stream": lambda *args: Stream(),
         },
     )
     factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}

@@ -114,7 +114,7 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
 
     ``shards``: how this process's layers see a sequence.
     """
-    method = config.method
+    method, rollouts = config.method, [rollout.trained() for rollout in rollouts]
     batch = make_local_batch(
         [r.skipping(method.skip_first_tokens) for r in rollouts],
         config.train.micro_batch_size,

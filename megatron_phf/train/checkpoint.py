@@ -8,13 +8,16 @@ but fingerprinted, and compared when it resumes.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout, read_sampled, write_sampled
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.runtime import device, parallel
 from megatron_phf.runtime.together import on_every_rank, on_first_rank
@@ -25,6 +28,9 @@ from megatron_phf.train.run_files import versions
 from megatron_phf.train.step import Distiller
 from megatron_phf.weights import torch_dist
 from megatron_phf.weights.sharded import load_weights_state, weights_sharded_state_dict
+
+_SAMPLED = "rollouts.jsonl"
+Sampled = Mapping[int, Sequence[Rollout]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Progress:
 
 
 class Checkpointer:
-    """The checkpoints of one run; every method is collective."""
+    """The checkpoints of one run; every method is collective.
+
+    ``sampled``: rollouts of steps to come, of the checkpoint that was taken up.
+    """
 
     def __init__(self, config: Config, distiller: Distiller) -> None:
         self._config, self._distiller = config, distiller
@@ -52,9 +61,12 @@ class Checkpointer:
         self._buffers = torch_dist.HostBuffers() if config.checkpoint.async_save else None
         self._thread: threading.Thread | None = None
         self._problem: Exception | None = None
+        self.sampled: Sampled = {}
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, sampled: Sampled) -> None:
         """Write a checkpoint, or start to (--async-save).
+
+        ``sampled``: the global batches of steps to come that need not be sampled again.
 
         Raises:
             ValueError: this one or the one before cannot be written; older ones stay.
@@ -63,7 +75,7 @@ class Checkpointer:
         self.finish()
         snapshot = torch_dist.Snapshot(self._state(loading=False), self._buffers)
         manifest = self._manifest(progress)
-        arguments = (snapshot, progress.iteration, manifest)
+        arguments = (snapshot, progress.iteration, manifest, sampled)
         if self._buffers is None:
             self._write(*arguments)
             self.finish()
@@ -86,7 +98,9 @@ class Checkpointer:
         if problem is not None:
             raise problem
 
-    def _write(self, snapshot: torch_dist.Snapshot, iteration: int, manifest: dict) -> None:
+    def _write(
+        self, snapshot: torch_dist.Snapshot, iteration: int, manifest: dict, sampled: Sampled
+    ) -> None:
         """All ranks write beside the final place; rank 0 publishes.  Leaves an error behind."""
         assert self._directory is not None
         where = (self._directory, iteration)
@@ -95,6 +109,9 @@ class Checkpointer:
             on_first_rank(files.start, *where, group=group)
             snapshot.write(partial, group)
             on_first_rank(copy_model_files, self._config, partial, group=group)
+            if sampled:
+                path = os.path.join(partial, _SAMPLED)
+                on_first_rank(write_sampled, path, sampled, group=group)
             mine = [n for n in files.files_below(partial) if _writer(n) == rank]
             settled = on_every_rank(files.settle, partial, mine, group=group)
             for part in parallel.gather_objects(settled, group):
@@ -182,6 +199,8 @@ class Checkpointer:
         self._distiller.teacher.load_state_dict(state.get("teacher", {}))
         fields = {f.name for f in dataclasses.fields(Progress)}
         progress = Progress(**{k: v for k, v in manifest["progress"].items() if k in fields})
+        rollouts = os.path.join(path, _SAMPLED)
+        self.sampled = read_sampled(rollouts) if _SAMPLED in manifest["files"] else {}
         say(f"resumed from {path} after step {progress.iteration}")
         return progress
 

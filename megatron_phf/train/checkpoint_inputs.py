@@ -18,7 +18,7 @@ from megatron_phf.weights.model_files import TEMPLATES
 _FIXED = (
     *("teacher", "use_distributed_optimizer", "global_batch_size", "seed", "rollout_engine"),
     *("lora_rank", "lora_alpha", "lora_target_modules", "teacher_layer_map"),
-    *("privileged", "collapse_steps"),
+    *("privileged", "collapse_steps", "rollouts_per_problem"),
 )
 # Where and how a run computes and writes is free to change.
 _FREE = ("parallel", "checkpoint", "output", "embedded", "evaluation")

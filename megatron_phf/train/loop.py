@@ -6,9 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.utilisation import Utilisation
+from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import reads_data
 from megatron_phf.rollout.sources import RolloutSource, make_source, recorded
@@ -20,12 +23,15 @@ from megatron_phf.train.collapse import CollapseSigns, copied_words
 from megatron_phf.train.evaluation import Evaluations
 from megatron_phf.train.export import Export
 from megatron_phf.train.hooks import RunHook, Stop
+from megatron_phf.train.keep import GradedSource
 from megatron_phf.train.logging import RunLogger, say
 from megatron_phf.train.metrics import (
     PhaseTimer,
     StepMetrics,
+    kept_rollouts,
     policy_lag,
     response_lengths,
+    rollout_staleness,
     timing,
 )
 from megatron_phf.train.run_files import write_run_file
@@ -47,20 +53,28 @@ class Steps:
         heartbeat: Heartbeat,
         example: bool,
         signs: CollapseSigns,
+        ahead: AheadSource | None = None,
     ) -> None:
-        """``prompts`` None: unknown; ``example``: show the first rollout as both models read it."""
+        """Of rollouts from ``source``.
+
+        Args:
+            prompts: None: unknown.
+            example: show the first rollout as both models read it.
+            ahead: what samples for steps to come, where something does.
+        """
         self._source, self._distiller, self._heartbeat = source, distiller, heartbeat
         self._signs = signs
         self._tokenizer = None if prompts is None else prompts.tokenizer
         self._stop_ids = None if prompts is None else prompts.stop_ids
         self._utilisation = Utilisation(distiller.config, distiller.models)
-        self._example = example
+        self._example, self._ahead = example, ahead
 
     def take(self, iteration: int) -> StepMetrics:
         """Step ``iteration`` (see ``Distiller.step``)."""
         timer = PhaseTimer(self._heartbeat.at, f"step {iteration}, ")
         with timer.phase("rollout"):
             rollouts = self._source.rollouts(iteration)
+        beside = self._beside(iteration, rollouts, timer)
         if self._example:
             self._example = False
             say(aligned_example(rollouts[0], self._tokenizer))
@@ -68,15 +82,29 @@ class Steps:
         extra = {
             **metrics.extra,
             **timing(timer, metrics.rollout_tokens),
-            "mfu": self._utilisation.mfu(rollouts, timer.seconds["student"]),
+            "mfu": self._utilisation.mfu(
+                [rollout.trained() for rollout in rollouts], timer.seconds["student"]
+            ),
             "rollout_lengths": response_lengths(rollouts, self._stop_ids),
             **policy_lag(iteration, rollouts),
             "copied_words": copied_words(rollouts, self._tokenizer),
+            **beside,
+            **kept_rollouts(rollouts, self._distiller.config),
             "nonfinite_steps": self._distiller.nonfinite.total,
         }
         metrics = dataclasses.replace(metrics, extra=extra)
         signs = self._signs.add(metrics)
         return dataclasses.replace(metrics, extra={**extra, "collapse_signs": signs})
+
+    def _beside(
+        self, iteration: int, rollouts: Sequence[Rollout], timer: PhaseTimer
+    ) -> dict[str, Any]:
+        """What sampling beside training has come to."""
+        if self._ahead is None:
+            return {}
+        beside = self._ahead.beside()
+        timer.split("rollout", "rollout_wait", beside.waited)
+        return {"rollout_overlap": beside.overlap, **rollout_staleness(iteration, rollouts)}
 
 
 def run_steps(steps: Steps, hooks: Sequence[RunHook], done: int, total: int) -> list[StepMetrics]:
@@ -130,10 +158,11 @@ def train(
     load = partial(load_student, models.student, config, directory)
     context = RolloutContext(config, models, prompts, load)
     source = make_source(context)  # what can be refused without weights is
+    ahead = source if isinstance(source, AheadSource) else None
     student = context.student
     distiller = make_distiller(models, config, student)
     signs, end = CollapseSigns(config), EndOfRun(config, signals)
-    checkpoints = Checkpoints(config, distiller, heartbeat, signs)
+    checkpoints = Checkpoints(config, distiller, heartbeat, signs, ahead)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
@@ -148,5 +177,10 @@ def train(
     ]
     if config.evaluation.eval_data is not None:  # of what is exported: behind it
         hooks.append(Evaluations(config, models, student, logger, heartbeat, done))
-    steps = Steps(recorded(source, config, done), distiller, prompts, heartbeat, not brief, signs)
+    if config.rollout.keep_rollouts != "all":
+        assert prompts is not None, "checked before launch: an engine that samples"
+        source = GradedSource(source, config, prompts)
+        hooks.append(source)
+    source = recorded(source, config, done)
+    steps = Steps(source, distiller, prompts, heartbeat, not brief, signs, ahead)
     return run_steps(steps, hooks, done, config.train.train_iters)

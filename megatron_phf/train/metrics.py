@@ -63,6 +63,11 @@ class PhaseTimer:
             peak = device.peak_since_start()
             self.memory_bytes[name] = max(self.memory_bytes.get(name, 0), peak)
 
+    def split(self, name: str, part: str, seconds: float) -> None:
+        """Take ``seconds`` of phase ``name`` for a ``part`` of it."""
+        self.seconds[part] = seconds
+        self.seconds[name] -= seconds
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -161,18 +166,23 @@ def summarize(
     learning_rate: float,
     grad_norm: float,
     tap: FlowTap,
+    sequences: int,
 ) -> StepMetrics:
-    """Reduce one step over the world; every rank calls it and gets the same metrics."""
+    """Reduce one step over the world; every rank calls it and gets the same metrics.
+
+    Means are of nothing (NaN) where none of the rollouts is kept.
+    """
     flow, output = _local_sums(outputs, tap, num_layers)
     sums = torch.cat((flow.flatten(), output))
     if parallel.tensor_parallel_rank() > 0:  # they hold the same values as rank 0
         sums.zero_()
     dist.all_reduce(sums)
     sums = sums.cpu()
-    *means, tokens = sums[-6:].tolist()
+    *means, count = sums[-6:].tolist()
+    tokens = count or math.nan
     opsd, clipped, teacher_entropy, student_entropy, agreement = (x / tokens for x in means)
     alpha = config.method.phf_alpha
-    per_layer = sums[:-6].view_as(flow) / config.train.global_batch_size
+    per_layer = sums[:-6].view_as(flow) / (sequences or math.nan)
     fields = _flow_metrics(per_layer if alpha > 0 else None, tap, config)
     return StepMetrics(
         loss=config.method.opsd_weight * opsd + alpha * (fields["flow"] or 0.0),
@@ -184,7 +194,7 @@ def summarize(
         teacher_entropy=None if math.isnan(teacher_entropy) else teacher_entropy,
         student_entropy=student_entropy,
         teacher_agreement=None if math.isnan(agreement) else agreement,
-        rollout_tokens=round(tokens),
+        rollout_tokens=round(count),
         **fields,
     )
 
@@ -213,6 +223,30 @@ def policy_lag(iteration: int, rollouts: Sequence[Rollout]) -> dict[str, int]:
     local = [iteration - r.policy_version for r in rollouts if r.policy_version is not None]
     lags = [lag for part in parallel.gather_over_data_parallel(local) for lag in part]
     return {"policy_lag": max(lags)} if lags else {}
+
+
+def rollout_staleness(iteration: int, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Steps that the weights which began each rollout are behind those that train; every rank.
+
+    ``ended``: the same, at most, of those that ended one.
+    """
+    local = [
+        (iteration - r.policy_version, iteration - (r.policy_version_end or r.policy_version))
+        for r in rollouts
+        if r.policy_version is not None
+    ]
+    ages = [pair for part in parallel.gather_over_data_parallel(local) for pair in part]
+    if not ages:
+        return {}
+    begun, ended = zip(*ages, strict=True)
+    return {"rollout_staleness": {"mean": _mean(begun), "max": max(begun), "ended": max(ended)}}
+
+
+def kept_rollouts(rollouts: Sequence[Rollout], config: Config) -> dict[str, int]:
+    """How many of the global batch's are trained on, where some may not be; every rank calls it."""
+    if config.rollout.keep_rollouts == "all":
+        return {}
+    return {"rollouts_kept": sum(parallel.gather_over_data_parallel(sum(r.kept for r in rollouts)))}
 
 
 def timing(timer: PhaseTimer, tokens: int) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import signal
 import time
 
 from megatron_phf.config.settings import Config
+from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
-from megatron_phf.train.checkpoint import Checkpointer, Progress
+from megatron_phf.train.checkpoint import Checkpointer, Progress, Sampled
 from megatron_phf.train.collapse import CollapseSigns
 from megatron_phf.train.hooks import RunHook, Stop
 from megatron_phf.train.logging import say
@@ -21,11 +22,21 @@ class Checkpoints(RunHook):
     """Those of one run: every ``--save-interval`` steps, and behind its last."""
 
     def __init__(
-        self, config: Config, distiller: Distiller, heartbeat: Heartbeat, signs: CollapseSigns
+        self,
+        config: Config,
+        distiller: Distiller,
+        heartbeat: Heartbeat,
+        signs: CollapseSigns,
+        ahead: AheadSource | None = None,
     ) -> None:
-        """``signs``: once one has fired, the checkpoint before is the last."""
+        """Of ``distiller``.
+
+        Args:
+            signs: once one has fired, the checkpoint before is the last.
+            ahead: what samples for steps to come.
+        """
         self._settings, self._distiller = config.checkpoint, distiller
-        self._heartbeat, self._signs = heartbeat, signs
+        self._heartbeat, self._signs, self._ahead = heartbeat, signs, ahead
         used = self._settings.save is not None or self._settings.load is not None
         self._checkpoints = Checkpointer(config, distiller) if used else None
         self._saved = 0
@@ -35,11 +46,18 @@ class Checkpoints(RunHook):
         progress = Progress()
         if self._checkpoints is not None and self._settings.load is not None:
             progress = self._checkpoints.resume()
+            self._restore(self._checkpoints.sampled)
         self._distiller.nonfinite.total = progress.nonfinite_steps
         self._distiller.nonfinite.in_a_row = progress.nonfinite_in_a_row
         self._signs.load_state(progress.collapse)
         self._saved = progress.iteration
         return progress.iteration
+
+    def _restore(self, sampled: Sampled) -> None:
+        taken = [] if self._ahead is None else self._ahead.restore(sampled)
+        for step in sampled:
+            how = "are in the checkpoint" if step in taken else "are too old and sampled again"
+            say(f"rollouts of step {step} {how} (--max-off-policy-steps)")
 
     def after_step(self, iteration: int, metrics: StepMetrics) -> None:
         """Save where it is time to."""
@@ -63,8 +81,10 @@ class Checkpoints(RunHook):
             self._saved = iteration  # said once
             return
         nonfinite = self._distiller.nonfinite
+        sampled = {} if self._ahead is None else self._ahead.sampled()
         counts = nonfinite.total, nonfinite.in_a_row
-        self._checkpoints.save(Progress(iteration, *counts, self._signs.state()))
+        progress = Progress(iteration, *counts, self._signs.state())
+        self._checkpoints.save(progress, sampled)
         self._saved = iteration
 
 

@@ -67,7 +67,8 @@ class Distiller:
         del targets  # with it goes the output head of an offloaded teacher
         finite = self._finite(iteration, rollouts, student, batch)
         with timer.phase("optimizer"):
-            learning_rate, grad_norm = self._update(finite)
+            # None of the rollouts may be kept.
+            learning_rate, grad_norm = self._update(finite and student.num_tokens > 0)
         return self.metrics(student, learning_rate, grad_norm)
 
     def _seed_dropout(self, iteration: int) -> None:
@@ -83,9 +84,9 @@ class Distiller:
             iteration, rollouts, student.outputs, self.tap.values, finite, batch.order
         )
 
-    def _update(self, finite: bool) -> tuple[float, float]:
+    def _update(self, changes: bool) -> tuple[float, float]:
         """Student and teacher; (learning rate, gradient norm), NaN where nothing changed."""
-        if not finite:
+        if not changes:
             return self.optimizer.learning_rate, math.nan
         learning_rate, grad_norm = self.optimizer.step()
         self.teacher.update(self.student)
@@ -97,6 +98,7 @@ class Distiller:
         """The step's numbers, reduced over the world; every rank calls it."""
         layers = self.arch.num_layers
         metrics = summarize(
-            student.outputs, layers, self.config, learning_rate, grad_norm, self.tap
+            *(student.outputs, layers, self.config, learning_rate, grad_norm, self.tap),
+            student.num_sequences,
         )
         return dataclasses.replace(metrics, extra=student.extra)

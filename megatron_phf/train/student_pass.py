@@ -19,6 +19,7 @@ from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import Models
 from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
 from megatron_phf.train.drift import DriftMeter
+from megatron_phf.train.importance import ImportanceWeights
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
@@ -28,9 +29,14 @@ from megatron_phf.train.token_weights import OutputHead, TokenWeigher, TokenWeig
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """``outputs``: of each microbatch, on the last stage; ``extra``: metrics, already reduced."""
+    """``outputs``: of each microbatch, on the last stage; ``extra``: metrics, already reduced.
+
+    ``num_tokens``, ``num_sequences``: what the global batch trains on.
+    """
 
     outputs: list[OutputLoss]
+    num_tokens: int
+    num_sequences: int
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,6 +64,7 @@ class StudentPass:
             top_k=method.opsd_top_k,
         )
         self._drift = DriftMeter(config)
+        self._importance = ImportanceWeights(method.importance_ratio_cap)
         self._head = OutputHead(models.vocab_size, method.logits_chunk_tokens)
         self._weigh = TokenWeigher(config, student, self._spec, self._head, shards)
 
@@ -65,32 +72,38 @@ class StudentPass:
         """Both losses' gradients over the microbatches; every rank calls it.
 
         Raises:
-            ValueError: the global batch has no token to train on.
+            ValueError: the global batch has no token to train on, or (--importance-ratio-cap) a
+                rollout does not say how it was sampled.
         """
-        measured = sum(m.student.log_probs is not None for m in batch.microbatches)
-        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts, measured]
+        batches = [m.student for m in batch.microbatches]
+        pairs = zip(batch.order, batches, strict=True)
+        rows = [(len(order), each.log_probs is not None) for order, each in pairs]
+        known = [sum(n for n, _ in rows), sum(n for n, measured in rows if measured)]
+        counts = [batch.num_tokens, batch.num_sequences, *batch.token_counts, *known]
         totals = parallel.sum_over_data_parallel(device.from_host(torch.tensor(counts)))
-        num_tokens, num_sequences, useful, computed, measured = totals.tolist()
-        if num_tokens == 0:
+        num_tokens, num_sequences, useful, computed, read, measured = totals.tolist()
+        self._importance.check(measured, read)
+        if num_tokens == 0 and self._config.rollout.keep_rollouts == "all":
             raise ValueError(
                 "all responses of a global batch are empty, or nothing in them is the student's "
                 "or behind --skip-first-tokens: nothing to train on"
             )
-        batches = [m.student for m in batch.microbatches]
         # Gradients are averaged over data-parallel ranks, and the schedule divides the output
         # loss (not the layers' attached ones) by the number of microbatches: undo both.  They are
         # averaged over context-parallel ranks too, for which the schedule makes up alike.
         replicas = parallel.data_parallel_size()
-        token_weight = self._config.method.opsd_weight * replicas * len(batches) / num_tokens
+        opsd_weight = self._config.method.opsd_weight
+        token_weight = opsd_weight * replicas * len(batches) / max(num_tokens, 1)
         averaged = replicas * parallel.context_parallel_size()
-        flow_scale = self._config.method.phf_alpha * averaged / num_sequences
+        flow_scale = self._config.method.phf_alpha * averaged / max(num_sequences, 1)
         weights = self._weigh(batches, teacher)
         outputs = self._run(batches, teacher, token_weight, flow_scale, weights)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
         balance = mean_aux_loss(self._arch, self._config, len(batches))
         extra |= {} if balance is None else {"moe_aux_loss": balance}
         extra |= self._drift.take() if measured > 0 else {}
-        return StudentOutput(outputs, extra)
+        extra |= self._importance.take()
+        return StudentOutput(outputs, num_tokens, num_sequences, extra)
 
     def _run(
         self,
@@ -145,9 +158,13 @@ class StudentPass:
         weight = self._student[-1].output_weight()
         head = self._head.split(weight)
         counts = torch.full((rows.shape[0],), token_weight, device=rows.device)
+        importance = None
         if batch.log_probs is not None:
-            mine = chunked_log_probs(rows, weight, batch.targets, **head)
-            self._drift.add(mine, batch.log_probs)
+            known = chunked_log_probs(rows, weight, batch.targets, **head), batch.log_probs
+            self._drift.add(*known)
+            importance = self._importance.of(*known)
+        if importance is not None:
+            weights = importance if weights is None else weights * importance
         if teacher is None:
             read, other = rows, weight
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megatron_phf.demo.task import make_hf_directory, make_problems
 from megatron_phf.runtime import parallel
 from tests.end_to_end.test_bad_input import fails_once
 from tests.fake_vllm import SHIFT, FakeVllm, sample
-from tests.launch import torchrun
+from tests.launch import torchrun, unmeasured
 from tests.parallel.cases import launch
 
 SCRIPT = "examples/pretrain_phf.sh"
@@ -38,7 +39,8 @@ def write_problems(directory: Path) -> None:
     (directory / "teacher.txt").write_text("{problem}|{solution}=")
     with open(directory / "problems.jsonl", "w") as f:
         for p in make_problems("train", 12, seed=3):
-            f.write(json.dumps({"problem": p.problem, "solution": p.solution}) + "\n")
+            line = {"problem": p.problem, "solution": p.solution, "answer": p.answer}
+            f.write(json.dumps(line) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,93 @@ def test_checkpoints_are_reloaded_every_second_step(results: dict) -> None:
         asked = [path for path, _ in server.log if path != "/v1/completions"]
         assert asked == ["/collective_rpc", "/reset_prefix_cache"] * 2
         assert len(server.bodies("/v1/completions")) == BATCH * STEPS / 2
+
+
+LONG, AHEAD = 6, 2
+
+
+@pytest.fixture(scope="module")
+def ahead(files: Path, tmp_path_factory) -> dict:
+    """Rollouts of the next two steps beside training: with adapters straight and in two lives."""
+    output = tmp_path_factory.mktemp("ahead")
+
+    def case(name: str, server: FakeVllm, *more: str) -> dict:
+        argv = flags(
+            files, server.url, "--max-off-policy-steps", str(AHEAD), "--train-iters", str(LONG),
+            "--output-dir", str(output / name), "--lr", "3e-3",
+            "--record-rollouts", str(output / f"{name}.jsonl"), *more,
+        )  # fmt: skip
+        return {"name": name, "kind": "job", "argv": argv}
+
+    with FakeVllm(str(files / "hf")) as first, FakeVllm(str(files / "hf")) as second:
+        third = FakeVllm(str(files / "served"))
+        adapters = ["--lora-rank", "4", "--importance-ratio-cap", "1.02"]
+        lives = [*adapters, "--save", str(output / "ckpt"), "--load", str(output / "ckpt")]
+        lives += ["--record-rollouts", str(output / "lives.jsonl"), "--exit-interval", "3"]
+        cases = [
+            case("straight", first, *adapters),
+            case("life1", second, *lives),
+            case("life2", second, *lives),
+            case(
+                "checkpoint", third, "--vllm-sync-dir", str(files / "served"),
+                "--rollouts-per-problem", "2", "--keep-rollouts", "correct", "--grader", "exact",
+            ),
+        ]  # fmt: skip
+        launch(2, cases, output)
+        third.stop()
+    metrics = {c["name"]: json.loads((output / f"{c['name']}.json").read_text()) for c in cases}
+    return {**metrics, "servers": (first, second, third), "at": output}
+
+
+def steps_of(server: FakeVllm) -> list[tuple[int, str]]:
+    """(step, version that its name says) of each request."""
+    samples = {parallel.derived_seed("vllm", SEED, i): i for i in range(LONG * BATCH)}
+    asked = server.bodies("/v1/completions")
+    return sorted((samples[b["seed"]] // BATCH + 1, b["model"].rsplit("-", 1)[-1]) for b in asked)
+
+
+def test_the_next_steps_are_sampled_by_the_weights_of_two_steps_before(ahead: dict) -> None:
+    server = ahead["servers"][0]
+    wanted = [(step, str(max(1, step - AHEAD))) for step in range(1, LONG + 1)]
+    assert steps_of(server) == sorted(wanted * BATCH)
+    ages = [step["rollout_staleness"] for step in ahead["straight"]]
+    assert [(age["mean"], age["max"]) for age in ages] == [(0, 0), (1, 1), *[(2, 2)] * 4]
+    for step in ahead["straight"]:
+        assert step["seconds"]["rollout_wait"] > 0 <= step["seconds"]["rollout"]
+        assert 0 <= step["rollout_overlap"] <= 1
+    # On-policy tokens weigh 1; later ones are weighted, and cut at the cap.
+    weights = [step["importance_weight"] for step in ahead["straight"]]
+    assert weights[0] == pytest.approx(1, abs=1e-5) and ahead["straight"][0]["rollout_drift"] < 1e-5
+    assert all(0.3 < weight < 0.99 for weight in weights[1:])
+    assert all(0.1 < step["importance_clipped_fraction"] < 0.5 for step in ahead["straight"][1:])
+    assert not any(step["rollout_drift_warning"] for step in ahead["straight"])
+    # Adapters that nothing asks for any longer are gone, from the server and the disk.
+    assert sorted(name.rsplit("-", 1)[-1] for name in server.adapters) == ["3", "4"]
+    there = {p.name for p in (ahead["at"] / "straight" / "vllm").iterdir()}
+    assert there == set(server.adapters)
+
+
+def test_a_resumed_run_samples_nothing_again_and_loses_nothing(ahead: dict) -> None:
+    """The checkpoint after step 3 has the rollouts of steps 4 and 5."""
+    straight, lives = ahead["straight"], ahead["life1"] + ahead["life2"]
+    assert [unmeasured(step) for step in lives] == [unmeasured(step) for step in straight]
+    recorded = [(ahead["at"] / f"{name}.jsonl").read_text() for name in ("straight", "lives")]
+    assert recorded[0] == recorded[1] and len(recorded[0].splitlines()) == LONG * BATCH
+    assert steps_of(ahead["servers"][1]) == steps_of(ahead["servers"][0])
+
+
+def test_whole_checkpoints_wait_for_the_requests_under_way(ahead: dict) -> None:
+    """A server forgets its prefix cache where nothing runs: once each time, at once."""
+    server = ahead["servers"][2]
+    paths = [path for path, _ in server.log if path != "/v1/completions"]
+    assert paths == ["/collective_rpc", "/reset_prefix_cache"] * (LONG - AHEAD)
+    assert len(server.bodies("/v1/completions")) == LONG * BATCH
+    assert all(step["rollout_staleness"]["max"] <= AHEAD for step in ahead["checkpoint"])
+    # Two of each problem; of a random model none is correct, and nothing is trained on.
+    prompts = [b["prompt"] for b in server.bodies("/v1/completions")]
+    assert len({tuple(p) for p in prompts}) == LONG * BATCH / 2
+    assert [step["rollouts_kept"] for step in ahead["checkpoint"]] == [0] * LONG
+    assert all(math.isnan(step["loss"]) for step in ahead["checkpoint"])
 
 
 def test_a_request_for_ever_refused_ends_all_ranks_with_one_error(files: Path, tmp_path) -> None:

@@ -16,8 +16,8 @@ METRICS = (
 
 
 def keys(metrics: dict) -> list[str]:
-    """What the reference computes: METRICS, and all of the run's flow terms."""
-    return [*METRICS, *(key for key in metrics if key.startswith("flow"))]
+    """What the reference computes: METRICS, all of the run's flow terms, importance weights."""
+    return [*METRICS, *(key for key in metrics if key.startswith(("flow", "importance")))]
 
 
 def launch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from megatron_phf.config.settings import Config
@@ -67,6 +69,11 @@ def contract(config: Config) -> dict:
     )
     assert content(some) == [content(first)[i] for i in order]
     assert engine.generate([], sampling, []) == []
+    if engine_row(config.rollout.rollout_engine).beside and parallel.decides_for_model():
+        # The same in a thread, without the other ranks.
+        sampler = engine._engine.sampler(prompts, sampling, SAMPLES, LIMITS)
+        with ThreadPoolExecutor(1) as pool:
+            assert content(pool.submit(sampler).result()) == content(first)
     # Another step, the same weights: the same tokens, of a version that is no older.
     engine.prepare(2)
     later = engine.generate(prompts, sampling, SAMPLES, LIMITS)

@@ -17,6 +17,8 @@ from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
 # Shorter and longer than the window of 8; and a first data-parallel rank without any token.
 REPLAYS = {"uneven": [1, 2, 20, 7, 31, 3, 12, 9], "empty": [0, 0, 0, 0, 5, 1, 0, 12]}
 REPLAYS["masked"] = REPLAYS["uneven"]  # some tokens are not the student's
+REPLAYS["kept"] = REPLAYS["uneven"]  # the first two and the last are not trained on
+REPLAYS["sampled"] = REPLAYS["uneven"]  # the same, with log-probabilities of what sampled them
 BATCH = 8
 TOLERANCE, BF16_TOLERANCE = 1e-5, 2e-2
 BF16, ALONE = "bf16_tp2_pp2_sp", "supervised_alone"
@@ -175,6 +177,14 @@ CASES = {
     "packed_empty_cp2": (2, "qwen3", PACKED_CP2, {"replay": "empty"}),
     "masked_tp2_pp2": (4, "qwen3", TP2 + PP2, {"replay": "masked"}),
     "masked_packed_cp2": (2, "qwen3", PACKED_CP2, {"replay": "masked", "beta": 0.5}),
+    "kept_dp2_pp2": (4, "qwen3", PP2 + MB2, {"replay": "kept"}),
+    "ratios_tp2_pp2": (4, "qwen3", TP2 + PP2, {"replay": "sampled", "ratio_cap": 1.5}),
+    "ratios_packed_cp2": (
+        2,
+        "qwen3",
+        PACKED_CP2,
+        {"replay": "sampled", "ratio_cap": 3.0, "objective": "policy_gradient"},
+    ),
     "qwen2_tp2_sp": (2, "qwen2", [*TP2, *SP], {"beta": 0.5, "clip": 0.01}),
 }
 MODELS = {
@@ -212,8 +222,18 @@ def files(tmp_path_factory) -> Path:
     for name, settings in MODELS.items():
         make_model(str(directory / name), **settings)
     for name, lengths in REPLAYS.items():
-        make_replay(str(directory / f"{name}.jsonl"), lengths, masked=name == "masked")
+        masked, sampled = name in ("masked", "sampled"), name == "sampled"
+        make_replay(str(directory / f"{name}.jsonl"), lengths, masked=masked, log_probs=sampled)
+    drop(directory / "kept.jsonl", 0, 1, 7)
     return directory
+
+
+def drop(replay: Path, *numbers: int) -> None:
+    """Mark some of a replay file's rollouts as not kept."""
+    lines = [json.loads(line) for line in replay.read_text().splitlines()]
+    for i in numbers:
+        lines[i]["kept"] = False
+    replay.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a folder imports those before it (a circle would need an arrow upwards).
 FOLDERS = (
     "config", "runtime", "files", "hidden", "losses", "data", "model", "lora", "weights", "teacher",
-    "rollout", "evaluation", "estimate", "train", "report", "reference", "demo", "cli",
+    "rollout", "evaluation", "estimate", "train", "simulate", "report", "reference", "demo", "cli",
 )  # fmt: skip
 MOST_LINES, MOST_FLAT = 300, 6
 

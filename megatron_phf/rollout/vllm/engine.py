@@ -6,19 +6,22 @@ One process of each data-parallel rank asks, and hands the answers to the others
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_phf.config.settings import Config
 from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.shared import asked_once
+from megatron_phf.rollout.vllm.gate import Gate
 from megatron_phf.rollout.vllm.server import Question, VllmServer
 from megatron_phf.rollout.vllm.sync import WeightSync, connect, deadline
+from megatron_phf.rollout.workers import Workers
 from megatron_phf.runtime import parallel
+from megatron_phf.runtime.together import on_every_rank
 
 
 def make_engine(context: RolloutContext) -> VllmRollouts:
@@ -38,16 +41,25 @@ class VllmRollouts:
         self._servers, self._sync, self._vocab_size = servers, sync, vocab_size
         self._config = config
         self._synced: int | None = None  # the step whose weights the servers have
+        self._workers, self._gate = Workers(config.vllm.vllm_concurrency, "vllm"), Gate()
 
     def prepare(self, step: int) -> None:
         """The student's weights to all servers, where it is their turn.
 
+        Requests under way end on the adapter that began them.  Where the servers' only weights are
+        replaced they are waited for, and those that have not begun wait: a response is of one
+        policy, and vLLM drops no prefix cache of requests that run.
+
         Raises:
             ValueError: a server does not take them; on every rank.
         """
-        if self._synced is None or (step - 1) % self._config.vllm.vllm_sync_interval == 0:
-            self._sync.push(step)
-            self._synced = step
+        if self._synced is not None and (step - 1) % self._config.vllm.vllm_sync_interval:
+            return
+        if self._sync.replaces and self._config.rollout.max_off_policy_steps > 1:
+            on_every_rank(self._gate.close, deadline(self._config))
+        self._sync.push(step)
+        self._synced = step
+        self._gate.open()
 
     def generate(
         self,
@@ -61,17 +73,32 @@ class VllmRollouts:
         Raises:
             ValueError: a request has failed for good; on every rank of the world.
         """
+        return asked_once(self.sampler(prompts, sampling, sample_ids, limits))
+
+    def sampler(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        sample_ids: Sequence[int],
+        limits: Sequence[int] | None = None,
+    ) -> Callable[[], list[Response]]:
+        """See ``EngineBeside.sampler``; with adapters, all of it is by the one there is now."""
         most = sampling.max_new_tokens
         room = itertools.repeat(most) if limits is None else (min(n, most) for n in limits)
         questions = [
             Question(list(prompt), sampling, parallel.derived_seed("vllm", sampling.seed, i), n)
             for prompt, i, n in zip(prompts, sample_ids, room, strict=False)
         ]
-        return asked_once(lambda: self._ask(questions))
+        adapter, version = self._sync.adapter, self._synced
+        return lambda: self._ask(questions, adapter, version)
 
-    def _ask(self, questions: list[Question]) -> list[Response]:
-        """All at once, as far as allowed; the first failure ends the rest."""
-        until, stopped = deadline(self._config), threading.Event()
+    def _ask(self, questions: list[Question], adapter: str, version: int | None) -> list[Response]:
+        """All at once, as far as allowed; the first failure ends the rest.
+
+        ``adapter``: that of ``version``; empty: the servers have one policy, the newest.
+        """
+        phases = 1 + self._config.rollout.max_off_policy_steps  # others' requests come before
+        until, stopped = deadline(self._config, phases), threading.Event()
         turns: Iterator[VllmServer] = itertools.cycle(self._servers)
         for _ in range(parallel.data_parallel_rank()):
             next(turns)
@@ -79,22 +106,25 @@ class VllmRollouts:
         def one(question: Question, server: VllmServer) -> Response:
             if stopped.is_set():
                 raise ValueError("another request has failed")
-            model = self._sync.model(server, until)
-            response = server.complete(
-                question,
-                model,
-                self._vocab_size,
-                until,
-                stopped,
-                lambda: self._sync.restore(server, until),
-            )
-            return dataclasses.replace(response, policy_version=self._synced)
+            with self._gate.passed():
+                begun = version if adapter else self._synced
+                response = server.complete(
+                    question,
+                    adapter or self._sync.model(server, until),
+                    self._vocab_size,
+                    until,
+                    stopped,
+                    lambda: self._sync.restore(server, adapter, until),
+                )
+            return dataclasses.replace(response, policy_version=begun)
 
-        pool = ThreadPoolExecutor(self._config.vllm.vllm_concurrency)
+        futures = [
+            self._workers.submit(functools.partial(one, q, s))
+            for q, s in zip(questions, turns, strict=False)
+        ]
         try:
-            futures = [pool.submit(one, q, s) for q, s in zip(questions, turns, strict=False)]
             return [future.result() for future in futures]
         finally:
             stopped.set()
-            # Not waiting for requests that nobody needs any longer.
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:  # not waiting for requests that nobody needs any longer
+                future.cancel()

@@ -27,9 +27,10 @@ from megatron_phf.weights.huggingface import save_hf
 _PHASE_SHARE = 0.9
 
 
-def deadline(config: Config) -> float:
-    """``time.monotonic()`` at which a phase that starts now must be over."""
-    return time.monotonic() + 60 * config.parallel.distributed_timeout_minutes * _PHASE_SHARE
+def deadline(config: Config, phases: int = 1) -> float:
+    """``time.monotonic()`` at which a phase that starts now, or so many in a row, must be over."""
+    minutes = config.parallel.distributed_timeout_minutes
+    return time.monotonic() + 60 * minutes * _PHASE_SHARE * phases
 
 
 def connect(config: Config, arch: Architecture) -> list[VllmServer]:
@@ -81,6 +82,7 @@ class WeightSync:
     """Brings the student's weights to all servers, as an adapter or as the model's own files.
 
     An adapter gets a new name each time: servers keep what they computed with the old one by name.
+    Those that rollouts of the next steps may still be sampled with stay on the servers.
     """
 
     def __init__(
@@ -95,7 +97,8 @@ class WeightSync:
         # The copy of --hf-model that servers started with is ours to replace.
         if not self._adapters:
             on_first_rank(self._adopt)
-        self._prefix, self._name = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}", ""
+        self._prefix = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}"
+        self._names: dict[int, str] = {}  # of the adapters on the servers, by version
         self._models: dict[str, str] = {}
         self._locks = {server.url: threading.Lock() for server in servers}
 
@@ -110,9 +113,9 @@ class WeightSync:
         Raises:
             ValueError: the files cannot be written, or a server does not take them; on every rank.
         """
-        old, self._name = self._name, f"{self._prefix}-{version}"
+        name = f"{self._prefix}-{version}"
         if self._adapters:
-            target = self._path(self._name)
+            target = self._path(name)
             save_peft_adapter(self._student, self._arch, self._config, target, "--vllm-sync-dir")
         else:
             source, flag = self._config.model.hf_model, "--vllm-sync-dir"
@@ -124,34 +127,56 @@ class WeightSync:
                 flag=flag,
                 tied_head=True,
             )
-        on_first_rank(self._tell, old)
+        retired = self._retired(version) if self._adapters else []
+        on_first_rank(self._tell, name, retired)
+        for each in retired:
+            del self._names[each]
+        if self._adapters:
+            self._names[version] = name
+
+    def _retired(self, version: int) -> list[int]:
+        """Adapters that nothing asks for any longer once that of ``version`` is there.
+
+        What is still to be trained on was begun at most so many steps ago.
+        """
+        begun = version + 1 - self._config.rollout.max_off_policy_steps
+        oldest = max((v for v in (*self._names, version) if v <= begun), default=0)
+        return [v for v in self._names if v < oldest]
+
+    @property
+    def replaces(self) -> bool:
+        """Whether new weights take the place of the servers' old ones."""
+        return not self._adapters
+
+    @property
+    def adapter(self) -> str:
+        """The newest adapter; empty where servers get whole checkpoints."""
+        return self._names[max(self._names)] if self._names else ""
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
 
-    def _tell(self, old: str) -> None:
+    def _tell(self, name: str, retired: list[int]) -> None:
         until = deadline(self._config)
         for server in self._servers:
             if not self._adapters:
                 server.reload_weights(until)
                 continue
-            server.load_adapter(self._name, self._path(self._name), until)
-            if old:
-                server.unload_adapter(old, until)
-        if self._adapters and old:
-            shutil.rmtree(self._path(old), ignore_errors=True)
+            server.load_adapter(name, self._path(name), until)
+            for version in retired:
+                server.unload_adapter(self._names[version], until)
+        for version in retired:
+            shutil.rmtree(self._path(self._names[version]), ignore_errors=True)
 
     def model(self, server: VllmServer, until: float) -> str:
-        """The model that a request to ``server`` names."""
-        if self._adapters:
-            return self._name
+        """The model that ``server`` serves, whose weights are the student's."""
         with self._locks[server.url]:
             if server.url not in self._models:
                 self._models[server.url] = _base_model(server, until)["id"]
             return self._models[server.url]
 
-    def restore(self, server: VllmServer, until: float) -> None:
+    def restore(self, server: VllmServer, adapter: str, until: float) -> None:
         """A restarted server knows no adapters; the model's own files it has read again itself."""
         with self._locks[server.url]:
-            if self._adapters:
-                server.load_adapter(self._name, self._path(self._name), until)
+            if adapter:
+                server.load_adapter(adapter, self._path(adapter), until)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_phf.cli import plan
 from megatron_phf.config.settings import Config
-from megatron_phf.estimate.memory import Machine, peak_estimate
+from megatron_phf.estimate.memory import Machine, peak_estimate, phase_estimates
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.teacher.architecture import Models
 from tests.launch import REPO
@@ -89,10 +89,16 @@ def test_layouts_fit_and_divide(name: str) -> None:
 def test_parts_by_hand() -> None:
     """Qwen3-1.7B on one GPU: every weight here, bf16 with fp32 gradients and three fp32 states."""
     arch = parse_architecture(MODELS["1.7B"][0], "1.7B")
-    parts = peak_estimate(Models(arch), Config(), Machine(2, 1), 1536)
+    models, machine = Models(arch), Machine(2, 1)
+    phases = phase_estimates(models, Config(), machine, 1536, 0)
     n = arch.num_parameters() / 2**30
     for name, size in {"weights": 2, "gradients": 4, "optimizer": 12, "teacher": 2}.items():
-        assert parts[name] == pytest.approx(size * n)
+        assert phases["student"][name] == pytest.approx(size * n)
+        assert phases["teacher"][name] == pytest.approx(size * n)
+    # torch's Adam makes a root of every second moment: more here than activations and loss.
+    parts = peak_estimate(models, Config(), machine, 1536)
+    assert parts == phases["optimizer"]
+    assert parts["optimizer"] == pytest.approx(16 * n)
 
 
 def test_rollout_time_by_hand() -> None:

@@ -27,6 +27,15 @@ def demo(monkeypatch) -> tuple[study.Demo, list[tuple], dict[str, Any]]:
     return study.Demo(job, "d/initial_model", None, None, None), runs, state
 
 
+def test_the_summary_is_of_this_demonstration_alone(demo, monkeypatch) -> None:
+    """Not of runs of other seeds that lie in the same directory."""
+    seen: list[str] = []
+    monkeypatch.setattr(study, "read_variants", seen.extend)
+    with pytest.raises(TypeError):  # nothing was read
+        study._write_results(demo[0], {})
+    assert seen == ["d/opsd/seed7", "d/phf/seed7", "d/opsd/seed8", "d/phf/seed8"]
+
+
 def test_both_methods_over_the_seeds(demo) -> None:
     study_, runs, _ = demo
     assert study._run_arms(study_)

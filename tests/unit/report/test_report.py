@@ -227,7 +227,9 @@ def test_the_page_has_every_section(page: tuple[Path, str], study: Path) -> None
         "Shares of the layers", "Rollouts and teacher", "Time and memory by phase", "Samples",
         "Runs", "phf: direction", "phf: geometry", "phf: adjacent",
         "Entropy of the teacher", "Clipped by the loss", "Rollouts cut for want of room",
-        "Gain for one GPU-hour",
+        "Gain for one GPU-hour", "Signs of collapse", "Entropy of the student",
+        "Length against the first steps", "Words of the reference in the responses",
+        "Agreement of student and teacher",
     ):  # fmt: skip
         assert title in text, title
     assert "Not in these runs: flow terms by layer of opsd." in text

@@ -10,12 +10,8 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.rollout.context import Prompts, RolloutContext
-from megatron_phf.rollout.sources import (
-    ProblemOrder,
-    ReferenceSource,
-    ResponseRoom,
-    reference_source,
-)
+from megatron_phf.rollout.order import ProblemOrder, ResponseRoom
+from megatron_phf.rollout.sources import ReferenceSource, reference_source
 from megatron_phf.runtime import parallel
 from megatron_phf.teacher.architecture import Models
 

@@ -131,8 +131,8 @@ def test_no_checkpoint_is_written_once_a_sign_has_fired(monkeypatch: pytest.Monk
     class Checkpointer:
         def __init__(self, *_: object) -> None: ...
 
-        def save(self, progress: session.Progress) -> None:
-            assert progress.collapse == found.state()
+        def save(self, progress: session.Progress, sampled: dict) -> None:
+            assert progress.collapse == found.state() and sampled == {}
             saved.append(progress.iteration)
 
         def finish(self) -> None: ...
