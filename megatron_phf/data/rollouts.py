@@ -113,7 +113,8 @@ def _log_probs(content: dict[str, Any], count: int, where: str) -> tuple[float, 
 
 def _rollout(content: dict[str, Any], vocab_size: int | None, where: str) -> Rollout:
     student, teacher, response = (_ids(content, name, vocab_size, where) for name in _FIELDS)
-    mask, logs = (read(content, len(response), where) for read in (_mask, _log_probs))
+    mask = _mask(content, len(response), where)
+    logs = _log_probs(content, len(response), where)
     kept = content.get(_KEPT, True)
     if not isinstance(kept, bool):
         raise ValueError(f"{where}: {_KEPT!r} is neither true nor false")
@@ -174,7 +175,7 @@ def read_sampled(path: str) -> dict[int, list[Rollout]]:
     """What :func:`write_sampled` wrote."""
     steps: dict[int, list[Rollout]] = {}
     for number, content in read_jsonl(path, "--load"):
-        more = {name: content.get(name) for name in _UNRECORDED}
+        more: dict[str, Any] = {name: content.get(name) for name in _UNRECORDED}
         rollout = _rollout(content, None, f"{path}:{number}")
         steps.setdefault(content["step"], []).append(dataclasses.replace(rollout, **more))
     return steps

@@ -13,6 +13,7 @@ from megatron_phf.estimate.activations import (
     Machine,
     activation_bytes,
     kv_cache_bytes,
+    last_layer_bytes,
     microbatch,
     output_loss_bytes,
     prefill_bytes,
@@ -26,7 +27,14 @@ from megatron_phf.estimate.stage import (
 )
 from megatron_phf.teacher.architecture import Models, teacher_config
 
-__all__ = ["Machine", "kv_cache_bytes", "memory_estimate", "peak_estimate", "phase_estimates"]
+__all__ = [
+    "Machine",
+    "kv_cache_bytes",
+    "last_layer_bytes",
+    "memory_estimate",
+    "peak_estimate",
+    "phase_estimates",
+]
 
 _GIB = 2**30
 Parts = dict[str, float]

@@ -75,7 +75,7 @@ def make_replay(
 
     with open(path, "w") as f:
         for i, n in enumerate(response_lengths):
-            sample = {
+            sample: dict[str, list] = {
                 "student_prompt_ids": ids(1, 9),
                 "teacher_prompt_ids": ids(4, 20),
                 "response_ids": ids(n, n),

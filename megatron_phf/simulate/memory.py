@@ -72,7 +72,7 @@ class DeviceMemory:
     def forget(self) -> None:
         """Peaks count from here on."""
         for table in (self.peaks, self.held, self.lines, self._named):
-            table.clear()  # type: ignore[attr-defined]
+            table.clear()
         self.peak = 0
 
     def track(self, tensor: Any) -> None:

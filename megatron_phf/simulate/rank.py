@@ -142,8 +142,8 @@ class _Rank:
     def _rollouts(self) -> list[Rollout]:
         count = self.job.config.train.global_batch_size // parallel.data_parallel_size()
         data, new = self.job.config.data, self.job.config.rollout.max_new_tokens
-        lengths = (data.max_prompt_length, data.max_teacher_prompt_length, new)
-        return [Rollout(*((1,) * n for n in lengths))] * count
+        student, teacher = (1,) * data.max_prompt_length, (1,) * data.max_teacher_prompt_length
+        return [Rollout(student, teacher, (1,) * new)] * count
 
     def _decode(self, student: list[Any]) -> None:
         """A few tokens of a batch of rollouts, in a cache as long as theirs."""

@@ -45,7 +45,7 @@ def _memory(result: Mapping[str, Any]) -> list[str]:
         return []
     small = peak(result) < _GIB
     unit = 2**20 if small else _GIB
-    rows = [("MiB at most" if small else "GiB at most", "all", *_HOLDERS)]
+    rows: list[tuple[str, ...]] = [("MiB at most" if small else "GiB at most", "all", *_HOLDERS)]
     for phase, m in result["memory"].items():
         sizes = [size / unit for size in (m["bytes"], *_in_order(m["held"]))]
         rows.append((phase, *(f"{size:.2f}" for size in sizes)))
@@ -61,7 +61,9 @@ def _in_order(parts: Mapping[str, float]) -> list[float]:
 
 def _communication(result: Mapping[str, Any]) -> list[str]:
     found = result.get("communication", [])
-    rows = [("a step's communication", "phase", "group", "ranks", "number", "MB")]
+    rows: list[tuple[str, ...]] = [
+        ("a step's communication", "phase", "group", "ranks", "number", "MB")
+    ]
     for phase, name, group, size, host, number, moved in found[:_MOST]:
         where = f"{name} (host)" if host else name
         rows.append((where, phase, group.lower(), str(size), str(number), f"{moved / 1e6:.3f}"))

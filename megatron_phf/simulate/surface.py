@@ -147,7 +147,7 @@ def _install_values(sim: FakeCuda) -> None:
     FakeTensor.tolist = tolist
     FakeTensor.record_stream = _nothing
     module.tensor = tensor
-    module.isfinite = torch.Tensor.isfinite = isfinite  # type: ignore[method-assign, assignment]
+    module.isfinite = torch.Tensor.isfinite = isfinite
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -5,18 +5,21 @@ python -m tests.simulate.driver OUTPUT.json plain|stub
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_phf.cli import dry_run
+from megatron_phf.cli import dry_run, plan
 from megatron_phf.simulate import ranks
 from tests.launch import REPO
-from tests.simulate.cases import LAYOUTS, PLANTED, PLANTS, TEACHER, Layout
+from tests.simulate.cases import LAYOUTS, MODEL, PLANTED, PLANTS, TEACHER, Layout
 
 
 def write_model(path: Path, content: dict) -> str:
@@ -41,15 +44,37 @@ def play(sim: object, layout: Layout, directory: Path) -> list[dict]:
         return ranks.run_ranks(sim, job, layout.ranks)
 
 
+def commands(sim: object, directory: Path) -> dict[str, list]:
+    """(status, what is printed) of the two commands that simulate."""
+    model = write_model(directory / "model", {**MODEL, "num_hidden_layers": 2})
+    found: dict[str, list] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "prepare", lambda *args: sim)  # this process is prepared
+        for name, main, words in (
+            ("plan", plan.main, "--gpus 2 --global-batch-size 2 --max-prompt-length 64 "
+             "--max-teacher-prompt-length 64 --max-new-tokens 64 --simulate 1 --best 2"),
+            ("dry_run", dry_run.main, "--world 2 --ranks last --gpu-memory 1 --lengths 64,64 -- "
+             "--global-batch-size 2"),
+        ):  # fmt: skip
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                status = main(["--hf-config", f"{model}/config.json", *words.split()])
+            found[name] = [status, printed.getvalue()]
+    return found
+
+
 def main(output: str, kind: str) -> None:
     """All cases over Transformer Engine's stand-in, or all others."""
     stub = kind == "stub"
     sim = ranks.prepare(str(REPO / "tests/fake_te") if stub else None)
-    found = {}
+    found: dict[str, Any] = {}
     for name, layout in {**LAYOUTS, **PLANTED}.items():
         if layout.stub == stub:
             with tempfile.TemporaryDirectory() as directory:
                 found[name] = play(sim, layout, Path(directory))
+    if not stub:
+        with tempfile.TemporaryDirectory() as directory:
+            found["commands"] = commands(sim, Path(directory))
     Path(output).write_text(json.dumps(found))
 
 

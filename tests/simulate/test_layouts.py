@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,9 @@ MOST = 10  # waits in a step of dense layers, whatever the layers and microbatch
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+def played(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The results of all cases by name; both processes one after the other, on one core."""
-    found: dict[str, list[dict]] = {}
+    found: dict[str, Any] = {}
     for kind in ("plain", "stub"):
         output = tmp_path_factory.mktemp("simulate") / f"{kind}.json"
         command = [sys.executable, "-m", "tests.simulate.driver", str(output), kind]
@@ -158,4 +159,16 @@ def test_a_number_that_a_layer_asks_for_is_counted(played: dict[str, list[dict]]
     assert set(too_many(result, WAITS)) == {("model/layer.py", "item")}
     # Two layers, both models, one microbatch.
     assert waits(result)["model/layer.py", "item"] == 4
-    assert set(played) == {*LAYOUTS, *PLANTED}
+    assert set(played) == {*LAYOUTS, *PLANTED, "commands"}
+
+
+def test_the_commands(played: dict[str, Any]) -> None:
+    """The planner's first layout has the simulation's memory; a rank too large is an error."""
+    status, text = played["commands"]["plan"]
+    assert status == 0
+    assert text.count(" GiB by simulation (") == 1 and text.count(" GiB by formula (") == 1
+    assert text.index("by simulation") < text.index("by formula")
+    status, text = played["commands"]["dry_run"]
+    assert status == 1
+    assert text.startswith("rank 1 of 2  DP 1/2")
+    assert "\nerror: rank 1: " in text and " GB at its peak, a GPU has 1\n" in text

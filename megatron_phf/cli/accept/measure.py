@@ -196,7 +196,7 @@ def async_save(large: Large) -> dict[str, Any]:
     config = large.config.replaced(save=directory, async_save=True)
     checkpoints = Checkpointer(config, large.distiller())
     start = time.perf_counter()
-    checkpoints.save(Progress(1))
+    checkpoints.save(Progress(1), {})
     waited = time.perf_counter() - start
     timer = large.step(large.distiller())
     checkpoints.finish()
