@@ -35,7 +35,9 @@ setup(
         "console_scripts": [
             f"megatron-phf-{name.replace('_', '-')} = megatron_phf.cli.{name}:main"
             for name in COMMANDS
-        ]
+        ],
+        # In vLLM's environment: a way to get weights (docs/vllm.md).
+        "vllm.general_plugins": ["megatron_phf = megatron_phf.rollout.vllm.plugin:register"],
     },
     install_requires=[
         "torch>=2.6",

@@ -18,9 +18,11 @@ import random
 import sys
 import threading
 import time
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -40,7 +42,17 @@ _FIELDS = {
     "/v1/unload_lora_adapter": {"lora_name", "lora_int_id"},
     "/collective_rpc": {"method", "args", "kwargs", "timeout"},
     "/reset_prefix_cache": set(),
+    "/pause": set(),
+    "/resume": set(),
+    "/init_weight_transfer_engine": {"init_info"},
+    "/start_weight_update": set(),
+    "/update_weights": {"update_info"},
+    "/finish_weight_update": {"weight_version"},
+    "/sleep": set(),
+    "/wake_up": set(),
 }
+_INIT = {"master_address", "master_port", "world_size", "timeout_seconds"}
+_UPDATE = {"names", "dtype_names", "shapes"}
 SHIFT = 0.25
 
 
@@ -48,6 +60,10 @@ class _Problem(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+
+class _Died(Exception):
+    """No answer to this request."""
 
 
 class FakeVllm:
@@ -64,8 +80,18 @@ class FakeVllm:
         down_seconds: float = 0.3,
         delay: tuple[float, float] = (0.0, 0.0),
         slots: int = 64,
+        transfer: bool = False,
+        die_at_messages: tuple[int, ...] = (),
+        port: int = 0,
     ) -> None:
-        """``delay``: seconds of a completion, as its seed decides; ``slots``: so many at once."""
+        """With servers' troubles.
+
+        Args:
+            delay: seconds of a completion, as its seed decides.
+            slots: so many at once.
+            transfer: started with --weight-transfer-config, of this package's backend.
+            die_at_messages: the numbers (from 0) of /update_weights at which it is restarted.
+        """
         self.directory, self.api_key = directory, api_key
         self.dev_mode, self.lora, self.max_model_len = dev_mode, lora, max_model_len
         self.down_seconds, self._delay = down_seconds, delay
@@ -75,15 +101,21 @@ class FakeVllm:
         self.log: list[tuple[str, dict]] = []
         self.most_at_once = self._at_once = 0
         self.scripted = [5, 6, 1]
+        self.transfer, self.die_at_messages, self._messages = transfer, die_at_messages, 0
+        self.transfers: list[dict[str, torch.Tensor]] = []  # those that ended well
         self._lock, self._counter = threading.Lock(), threading.Lock()
         self._load()
-        self._http = self._listen(0)
+        self._http = self._listen(port)
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
     def _load(self) -> None:
         self.adapters: dict[str, str] = {}
         self._adapted: dict[str, torch.nn.Module] = {}
+        self._group, self._version = None, "default"
+        self._paused = self._updating = False
+        self.asleep = {"weights": False, "kv_cache": False}
+        self.received: dict[str, torch.Tensor] = {}
         if self.directory is not None:
             self.model = load_model(self.directory)
 
@@ -178,9 +210,84 @@ class FakeVllm:
             with self._slots:
                 time.sleep(random.Random(body["seed"]).uniform(*self._delay))
 
+    def steer(self, path: str, body: dict) -> dict:
+        """What a trainer tells it, in vLLM's order; anything else is vLLM's error 500."""
+        route, _, query = path.partition("?")
+        if not self.dev_mode:
+            raise _Problem(404, "Not Found")
+        if "weight" in route and not self.transfer:
+            raise _Problem(500, "Weight transfer not configured.")
+        if route in ("/pause", "/resume"):
+            assert query == ("mode=wait&clear_cache=true" if route == "/pause" else "")
+            self._paused = route == "/pause"
+        elif route in ("/sleep", "/wake_up"):
+            return self._bed(route, query)
+        elif route == "/init_weight_transfer_engine":
+            assert set(body["init_info"]) == _INIT
+            self._join(**body["init_info"])
+        elif route == "/start_weight_update":
+            assert self._group is not None and self._paused and not self.asleep["weights"]
+            if self._updating:
+                raise _Problem(500, "start_weight_update called while one is already active")
+            self._updating, self.received = True, {}
+        elif not self._updating:
+            raise _Problem(500, f"start_weight_update must be called before {route}")
+        elif route == "/update_weights":
+            assert set(body["update_info"]) == _UPDATE
+            self._update(**body["update_info"])
+        else:
+            self._updating = False
+            self._version = body.get("weight_version", self._version)
+            self.transfers.append(self.received)
+        return {"message": "done"}
+
+    def _join(
+        self, master_address: str, master_port: int, world_size: int, timeout_seconds: float
+    ) -> None:
+        assert world_size == 2
+        seconds = timedelta(seconds=timeout_seconds)
+        store = dist.TCPStore(master_address, master_port, None, False, seconds)
+        self._group = dist.ProcessGroupGloo(store, 1, 2, seconds)
+
+    def _update(self, names: list[str], dtype_names: list[str], shapes: list) -> None:
+        number, self._messages = self._messages, self._messages + 1
+        tensors = [
+            torch.empty(shape, dtype=getattr(torch, dtype))
+            for shape, dtype in zip(shapes, dtype_names, strict=True)
+        ]
+        for tensor in tensors[: len(tensors) // 2 if number in self.die_at_messages else None]:
+            self._group.broadcast(tensor, 0).wait()
+        if number in self.die_at_messages:
+            self._group = None  # its connections end
+            threading.Thread(target=self.restart, daemon=True).start()
+            raise _Died
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, tensor in zip(names, tensors, strict=True):
+            assert name not in self.received
+            self.received[name] = tensor
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                self._updating = False
+                raise _Problem(500, f"no parameter {name} of shape {list(tensor.shape)}")
+            with torch.no_grad():
+                parameters[name].copy_(tensor)
+
+    def _bed(self, route: str, query: str) -> dict:
+        fields = dict(pair.split("=") for pair in query.split("&"))
+        if route == "/wake_up":
+            assert self.asleep[fields["tags"]]
+            self.asleep[fields["tags"]] = False
+            return {"status": "sleeping" if any(self.asleep.values()) else "awake"}
+        assert fields["mode"] == "wait" and not any(self.asleep.values())
+        if fields["level"] == "2":  # weights are gone
+            for parameter in self.model.parameters():
+                parameter.data.fill_(float("nan"))
+        self.asleep = dict.fromkeys(self.asleep, True)
+        return {"status": "sleeping", "level": int(fields["level"])}
+
     def complete(self, body: dict) -> dict:
         self.wait(body)
         name = body["model"]
+        assert not self._paused and not self._updating and not any(self.asleep.values())
         if name not in self.adapters and name != self.models()["data"][0]["id"]:
             raise _Problem(404, f"The model `{name}` does not exist.")
         assert body["return_token_ids"] and body["ignore_eos"] and not body["stream"]
@@ -272,10 +379,18 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if self.path != "/v1/models":
+        fake = self.fake
+        answers = {
+            "/v1/models": fake.models,
+            "/health": dict,
+            "/get_world_size": lambda: {"world_size": 1},
+            "/weight_info": lambda: {"weight_version": fake._version},
+            "/is_sleeping": lambda: {"is_sleeping": any(fake.asleep.values())},
+        }
+        if self.path not in answers:
             self._send(404, {"detail": "Not Found"})
         elif self._authorized():
-            self._send(200, self.fake.models())
+            self._send(200, answers[self.path]())
 
     def do_POST(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -284,10 +399,12 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._authorized():
             return
         try:
-            unknown = set(body) - _FIELDS[self.path]
+            unknown = set(body) - _FIELDS[self.path.partition("?")[0]]
             if unknown:
                 raise _Problem(400, f"unknown fields {unknown}")
             self._route(body)
+        except _Died:
+            self.close_connection = True
         except _Problem as problem:
             message = {"message": str(problem), "type": "x", "code": problem.status}
             self._send(problem.status, {"error": message})
@@ -313,8 +430,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, fake.unload_adapter(body))
         elif self.path == "/collective_rpc":
             self._send(200, fake.rpc(body))
-        else:
+        elif self.path == "/reset_prefix_cache":
             self._send(200, fake.reset_prefix_cache())
+        else:
+            self._send(200, fake.steer(self.path, body))
 
     def _complete(self, body: dict) -> None:
         fault = self.fake.next_fault()

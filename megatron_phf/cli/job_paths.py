@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
 from megatron_phf.files.replace import PARTIAL, is_copy, not_ours
-from megatron_phf.rollout.vllm.flags import sync_directory, syncs_adapters
+from megatron_phf.rollout.vllm.flags import sync_directory, syncs_adapters, syncs_by_disk
 from megatron_phf.train.checkpoint_files import RELEASE, TRACKER
 
 
@@ -111,7 +111,7 @@ def _in_output_dir(config: Config, name: str, role: Role) -> JobPath:
 
 def served_paths(config: Config) -> list[JobPath]:
     """Where vLLM servers read the student's weights from."""
-    if config.rollout.rollout_engine != "vllm":
+    if config.rollout.rollout_engine != "vllm" or not syncs_by_disk(config):
         return []
     role = Role.DIRECTORY if syncs_adapters(config) else Role.REPLACED
     if config.vllm.vllm_sync_dir is None:

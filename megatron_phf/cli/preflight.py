@@ -28,6 +28,7 @@ from megatron_phf.model.architecture import (
 )
 from megatron_phf.rollout.engines import check_engine, reads_data
 from megatron_phf.rollout.flags import check_rollouts
+from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
@@ -170,6 +171,7 @@ def check(config: Config) -> None:
     check_fp8_model(config, models.student)
     check_models(models, config, tokenizers=reads_data(config))
     _check_weights(models, config)
+    check_decoding(config, models.student, visible_gpus())
     _check_tokenizer(config)
     _check_evaluation(config)
     data = config.data

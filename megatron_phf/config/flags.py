@@ -52,6 +52,7 @@ _NO_RECIPE = frozenset(
             "logits_chunk_tokens",
             "micro_batch_size",
         ),
+        "decode_cuda_graphs",
         *("teacher_offload", "teacher_num_layers_in_first_pipeline_stage"),
         *("teacher_num_layers_in_last_pipeline_stage", "save_adapter", "seed"),
         *("eval_data", "eval_interval", "eval_seed", "grader"),

@@ -190,6 +190,11 @@ class RolloutConfig:
         "train on all rollouts, or on those alone whose answers --grader calls so",
         ("all", "correct", "incorrect"),
     )
+    decode_cuda_graphs: str = flag(
+        "auto",
+        "launch each token's step as a CUDA graph; auto: where it can be captured",
+        ("auto", "on", "off"),
+    )
 
 
 @dataclass(frozen=True)
@@ -199,15 +204,25 @@ class VllmConfig:
     vllm_url: str | None = flag(
         None, "vLLM server(s) for --rollout-engine vllm, as http://127.0.0.1:8000[,...]"
     )
+    vllm_launch: str | None = flag(
+        None,
+        "start a server on this machine that ends with the run, by these flags of vllm serve, "
+        "variables first: --vllm-launch='CUDA_VISIBLE_DEVICES=4,5 --tensor-parallel-size 2'",
+    )
     vllm_api_key_file: str | None = flag(None, "file with the servers' --api-key")
     vllm_weight_sync: str = flag(
         "auto",
-        "how the student's weights reach the servers; auto: adapter with --lora-rank",
-        ("auto", "adapter", "checkpoint"),
+        "how the student's weights reach the servers; auto: adapter with --lora-rank, else "
+        "checkpoint; torch_distributed, nccl (servers on other GPUs), ipc (on the same): without "
+        "files, the backend of the servers' --weight-transfer-config",
+        ("auto", "adapter", "checkpoint", "torch_distributed", "nccl", "ipc"),
     )
     vllm_sync_interval: int = flag(1, "sync the weights every so many steps", at_least(1))
     vllm_sync_dir: str | None = flag(
         None, "directory that servers read weights from (default: vllm under --output-dir)"
+    )
+    vllm_colocated: bool = flag(
+        False, "the servers are on the training GPUs: asleep but while rollouts are sampled"
     )
     vllm_concurrency: int = flag(64, "requests at once of a data-parallel rank", at_least(1))
     vllm_timeout_seconds: float = flag(300.0, "a request without its answer fails", ABOVE_0)

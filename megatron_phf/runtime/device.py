@@ -69,6 +69,42 @@ def when_done() -> Callable[[], object]:
     return event.synchronize
 
 
+class LateReader:
+    """Reads a small tensor that every step of the device writes anew, without stopping the device.
+
+    On CUDA a read gives what the one before has found: the host waits for a copy while a newer step
+    is queued behind it, so that the device always has work.  On the CPU it gives the tensor itself.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, Callable[[], object]] | None = None
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """``tensor`` as it was at the call before, on the host; None at the first one on CUDA."""
+        if not has_cuda():
+            return tensor
+        before = self._pending
+        copy = host_buffer(tensor).copy_(tensor, non_blocking=True)
+        self._pending = (copy, when_done())
+        if before is None:
+            return None
+        before[1]()
+        return before[0]
+
+
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """Launches again all that ``function`` launches on the device, as one CUDA graph; runs nothing.
+
+    Raises:
+        RuntimeError: it does what a graph cannot hold, a wait for the device say.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may use the device meanwhile: NCCL's watchdog, loaders.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
 def in_thread(function: Callable[..., object]) -> Callable[..., None]:
     """``function`` for a new thread, where torch would take GPU 0: this thread's device instead."""
     index = device().index

@@ -246,12 +246,17 @@ def max_over_experts(value: int) -> int:
 
     They go through a layer together or not at all.  ``value`` itself without expert parallelism.
     """
-    if mpu.get_expert_model_parallel_world_size() == 1:
+    if expert_parallel_size() == 1:
         return value
-    tensor = device.from_host(torch.tensor(value))
-    group = mpu.get_expert_tensor_and_model_parallel_group()
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    return int(tensor)
+    return int(largest_over_experts(device.from_host(torch.tensor([value]))))
+
+
+def largest_over_experts(numbers: torch.Tensor) -> torch.Tensor:
+    """The same of a tensor, in place, on the device: the host does not wait for it."""
+    if expert_parallel_size() > 1:
+        group = mpu.get_expert_tensor_and_model_parallel_group()
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
+    return numbers
 
 
 def gather_over_data_parallel(value: Any) -> list[Any]:

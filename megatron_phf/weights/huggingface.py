@@ -247,6 +247,17 @@ def _with_tied_head(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str
             yield "lm_head.weight", weight.clone()  # safetensors refuses shared memory
 
 
+def export_with_head(
+    chunks: list[FlowGPTModel],
+    arch: Architecture,
+    config: Config,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """As :func:`export_hf_weights`, with the output head also where it is the embedding."""
+    weights = export_hf_weights(chunks, arch, config, dtype)
+    return _with_tied_head(weights) if arch.tie_word_embeddings else weights
+
+
 def save_hf(
     chunks: list[FlowGPTModel],
     arch: Architecture,
@@ -273,9 +284,8 @@ def save_hf(
         ValueError: ``target`` cannot be written (disk full, no permission), on every rank.
     """
     dtype = dtype or next(chunks[0].parameters()).dtype
-    weights = export_hf_weights(chunks, arch, config, dtype)
-    if tied_head and arch.tie_word_embeddings:
-        weights = _with_tied_head(weights)
+    export = export_with_head if tied_head else export_hf_weights
+    weights = export(chunks, arch, config, dtype)
 
     def write(directory: str) -> None:
         write_shards(weights, directory, max_shard_bytes)

@@ -73,8 +73,8 @@ RUN = (
     Breakage(
         "vLLM samples with the weights of the first step for ever",
         "megatron_phf/rollout/vllm/engine.py",
-        "if self._synced is None or (step - 1) % self._config.vllm.vllm_sync_interval == 0:",
-        "if self._synced is None:",
+        "due = (step - 1) % self._config.vllm.vllm_sync_interval == 0",
+        "due = False",
         (VLLM_JOB, "-k", "adapters or checkpoints"),
     ),
     Breakage(

@@ -8,8 +8,9 @@ gradients under HuggingFace names.  ``train``:
 ``steps`` optimizer steps; metrics and final weights.  ``both``: one after the other.
 ``rollouts``: tokens for ``prompts`` by the sampling of ``sampling``, and the model exported again.
 ``teacher_memory``: bytes of the tensors that the teacher adds, and of the adapters.
-``job``: the whole training job.  ``engine``: the contract of a rollout engine.  ``reshard``: save
-the weights to ``save`` where given; else load those of ``load`` into a random model; export.
+``job``: the whole training job.  ``engine``: the contract of a rollout engine, ``decoding``: of
+decoding in process.  ``reshard``: save the weights to ``save`` where given; else load those of
+``load`` into a random model; export.
 """
 
 # ruff: noqa: E402
@@ -55,6 +56,7 @@ from megatron_phf.train.step import Distiller
 from megatron_phf.weights.huggingface import export_hf_weights, load_hf_weights, save_hf
 from megatron_phf.weights.sharded import load_weights, save_weights
 from tests.counted_device import CountedDevice
+from tests.parallel.decoding import decoding
 from tests.parallel.engine_contract import contract
 from tests.parallel.loading import check_comparison
 
@@ -231,6 +233,8 @@ def run_case(config: Config, case: dict, path: str) -> object:
     student = load_student(arch, config, config.model.hf_model)
     if case["kind"] == "rollouts":
         return rollouts(student, config, case, path)
+    if case["kind"] == "decoding":
+        return decoding(student, arch.vocab_size, case)
     if case["kind"] == "teacher_memory":
         return teacher_memory(student, config)
     return distill_case(config, case, student, counted, path)

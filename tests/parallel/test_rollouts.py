@@ -49,6 +49,7 @@ CASES = {
     "limits_tp2_pp2": ("tp2_pp2", "qwen3", "limits"),
     "greedy_odd_tp2": ("tp2", "odd", "greedy"),
 }
+DECODED = {"decoding_one": "one", "decoding_pp2_vpp2": "pp2_vpp2", "decoding_tp2_pp2": "tp2_pp2"}
 
 
 def prompts() -> list[list[int]]:
@@ -96,7 +97,11 @@ def results(files: Path, greedy: dict) -> Path:
     data = str(files / "data.jsonl")
     Path(data).write_text('{"problem": "1+1?", "solution": "2"}')
     for processes in (1, 2, 4):
-        cases = []
+        cases = [
+            decoding_case(name, files, data, greedy["qwen3"])
+            for name, layout in DECODED.items()
+            if LAYOUTS[layout][0] == processes
+        ]
         for name, (layout, model, what) in CASES.items():
             count, flags = LAYOUTS[layout]
             stop = stop_id(greedy[model])
@@ -123,6 +128,16 @@ def results(files: Path, greedy: dict) -> Path:
                 cases.append(case)
         launch(processes, cases, output)
     return output
+
+
+def decoding_case(name: str, files: Path, data: str, greedy: list[list[int]]) -> dict:
+    sampling = {**SAMPLED, "max_new_tokens": 0, "stop_ids": [*range(0, 256, 20)], "seed": 3}
+    real = ["--hf-model", str(files / "qwen3"), "--data", data, "--dtype", "fp32", *SHORT]
+    argv = [*real, *LAYOUTS[DECODED[name]][1]]
+    return {
+        "name": name, "kind": "decoding", "argv": argv, "sampling": sampling,
+        "prompts": [prompts()[i] for i in (0, 2, 3, 5)],
+    }  # fmt: skip
 
 
 def tokens(results: Path, name: str) -> list[list[int]]:
@@ -161,3 +176,20 @@ def test_export_gives_equal_logits_in_transformers(results: Path, files: Path) -
         for d in (results / "greedy_untied_tp2_pp2", files / "untied")
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_a_prompt_is_read_once_however_often_it_is_sampled(name: str, results: Path) -> None:
+    """And every sample is as if it had been alone (asserted on every rank)."""
+    found = json.loads((results / f"{name}.json").read_text())
+    assert found["read"] == 4
+    assert len(found["lengths"]) == 12 and len(set(found["lengths"])) > 3
+    assert found["lengths"] == json.loads((results / "decoding_one.json").read_text())["lengths"]
+
+
+def test_a_recorded_step_gives_the_later_tokens(results: Path) -> None:
+    """As CUDA graphs do: recorded anew only where the cache has grown or rows have left."""
+    found = json.loads((results / "decoding_one.json").read_text())
+    assert found["traces"] >= 2
+    assert found["replays"] + 2 * found["traces"] + 3 >= max(found["lengths"])
+    assert found["replays"] > max(found["lengths"]) / 2

@@ -115,7 +115,9 @@ def rollouts(files: Path) -> list[dict]:
         "sampling": {**sampling, "stop_ids": [], "seed": 0},
     }
     argv = [*flags(OPTIONS, str(files / "qwen3"), str(files / "r.jsonl"), BATCH), *TP2, *SP]
+    lora = ["--lora-adapter", str(files / "adapter"), *LORA]
     specs = {"greedy_local": [], "greedy_te": [*TENSORWISE, *USERBUFFERS]}
+    specs |= {"adapted_local": lora, "adapted_te": [*TE, *lora]}
     return [{**case, "name": n, "argv": [*argv, *more]} for n, more in specs.items()]
 
 
@@ -256,13 +258,21 @@ def test_a_checkpoint_of_the_other_spec_loads(
     assert all((exported[name] == original[name]).all() for name in original)
 
 
-def test_rollouts_are_the_same_and_leave_fp8_alone(results: Path) -> None:
+@pytest.mark.parametrize("what", ["greedy", "adapted"])
+def test_rollouts_are_the_same_from_plain_products(what: str, results: Path) -> None:
+    """Of Transformer Engine's own weights, without its linears' Python (or FP8)."""
     local, engine = (
-        json.loads((results / f"greedy_{n}.json").read_text()) for n in ("local", "te")
+        json.loads((results / f"{what}_{n}.json").read_text()) for n in ("local", "te")
     )
     assert local == engine
-    met = record(results, "greedy_te")
-    assert met and not any(r.get("fp8") for r in met)
+    assert not [r for r in record(results, f"{what}_te") if r["what"].endswith(LINEARS)]
+
+
+def test_adapters_count_in_rollouts(results: Path) -> None:
+    adapted, plain = (
+        json.loads((results / f"{n}_te.json").read_text()) for n in ("adapted", "greedy")
+    )
+    assert adapted != plain
 
 
 @pytest.mark.parametrize("kind", RESUMED)

@@ -67,6 +67,15 @@ def checkpoints(files: Path, tmp_path_factory) -> Iterator[RealVllm]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def transfers(files: Path, tmp_path_factory) -> Iterator[RealVllm]:
+    """Gets weights from the job's processes, by the receiver that the package brings."""
+    logs = tmp_path_factory.mktemp("transfers")
+    more = ("--block-size", "32", "--weight-transfer-config", '{"backend": "torch_distributed"}')
+    with RealVllm(files / "hf", logs, *more, VLLM_SERVER_DEV_MODE="1") as server:
+        yield server
+
+
 def answers_of(server: RealVllm) -> int:
     return server.log().count("POST /v1/completions")
 
@@ -133,6 +142,22 @@ def test_a_killed_server_reads_the_newest_checkpoint(files: Path, checkpoints, t
     sync = ("--vllm-sync-dir", str(files / "served"))
     assert max(drift_of_job(files, checkpoints, tmp_path, *sync, kill_in=2)) < ROUNDING
     assert checkpoints.log().count("POST /collective_rpc") - before == STEPS
+
+
+TRANSFER = ("--vllm-weight-sync", "torch_distributed")
+
+
+def test_weights_without_a_disk_follow_the_student(files: Path, transfers, tmp_path: Path) -> None:
+    assert max(drift_of_job(files, transfers, tmp_path, *TRANSFER)) < ROUNDING
+    paths = ("start_weight_update", "update_weights", "finish_weight_update", "pause", "resume")
+    assert [transfers.log().count(f"POST /{path}") for path in paths] == [STEPS] * len(paths)
+
+
+def test_a_killed_server_gets_all_weights_again(files: Path, transfers, tmp_path: Path) -> None:
+    """It comes back with the first step's, and says nothing of it."""
+    before = transfers.log().count("POST /finish_weight_update")
+    assert max(drift_of_job(files, transfers, tmp_path, *TRANSFER, kill_in=2)) < ROUNDING
+    assert transfers.log().count("POST /finish_weight_update") - before == STEPS + 1
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(files: Path, adapters) -> None:

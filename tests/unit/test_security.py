@@ -30,6 +30,8 @@ ALLOWED = {
     ("megatron_phf/weights/torch_dist.py", "pickle"),
     # reads what it has just written, to see whether an error can go to other ranks
     ("megatron_phf/runtime/together.py", "pickle"),
+    # handles of this process's own GPU memory, written for vLLM; nothing is read
+    ("megatron_phf/rollout/vllm/ways.py", "pickle"),
 }
 
 

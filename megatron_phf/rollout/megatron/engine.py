@@ -12,14 +12,14 @@ from torch import Tensor
 from megatron_phf.config.settings import Config
 from megatron_phf.model.gpt import FlowGPTModel, evaluating, without_sequence_parallel
 from megatron_phf.rollout.context import RolloutContext
-from megatron_phf.rollout.megatron.decode import KVCache, decode_layer
+from megatron_phf.rollout.megatron.batch import Batch
+from megatron_phf.rollout.megatron.cache import KVCache
+from megatron_phf.rollout.megatron.decode import decode_layer, normalise
+from megatron_phf.rollout.megatron.graphs import StepGraphs, wants_graphs
 from megatron_phf.rollout.protocol import Response
-from megatron_phf.rollout.sampling import SamplingParams, VocabularyShard, sample, uniforms
+from megatron_phf.rollout.sampling import SamplingParams, VocabularyShard, sample
 from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import Models
-
-# A compaction copies the cache once; worth it when it frees this share of the rows.
-_COMPACT_BELOW = 0.75
 
 
 def make_engine(context: RolloutContext) -> MegatronRollouts:
@@ -30,14 +30,22 @@ def make_engine(context: RolloutContext) -> MegatronRollouts:
 def student_engine(config: Config, models: Models, student: list[FlowGPTModel]) -> MegatronRollouts:
     """The same, of chunks that are there."""
     size = config.rollout.rollout_batch_size
-    return MegatronRollouts(student, models.vocab_size, size)
+    required = config.rollout.decode_cuda_graphs == "on"
+    graphs = StepGraphs(wants_graphs(config, models.student), required)
+    return MegatronRollouts(student, models.vocab_size, size, graphs)
 
 
 class MegatronRollouts:
     """Samples from model chunks that live in this process (see ``RolloutEngine``)."""
 
-    def __init__(self, chunks: list[FlowGPTModel], vocab_size: int, batch_size: int) -> None:
-        self._chunks = chunks
+    def __init__(
+        self,
+        chunks: list[FlowGPTModel],
+        vocab_size: int,
+        batch_size: int,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        self._chunks, self._graphs = chunks, graphs or StepGraphs(wanted=False)
         self._vocab_size = vocab_size
         self._batch_size = batch_size
         self._step: int | None = None
@@ -58,8 +66,11 @@ class MegatronRollouts:
         most = sampling.max_new_tokens
         limits = [most] * len(prompts) if limits is None else [min(n, most) for n in limits]
         assert min(limits, default=1) >= 1, "a rollout has at least one token"
-        # Neighbours in length share a batch: less padding in front of the shorter.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        # Neighbours in length share a batch: less padding in front of the shorter.  Equal ones are
+        # read once a batch.
+        first: dict[tuple[int, ...], int] = {}
+        met = [first.setdefault(tuple(prompt), i) for i, prompt in enumerate(prompts)]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), met[i]))
         responses: list[list[int]] = [[] for _ in prompts]
         size = self._batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -68,7 +79,7 @@ class MegatronRollouts:
                 rows = batches[index] if index < len(batches) else []
                 # Experts wait for tokens of all their ranks: one that has no batch left sends some.
                 given = [(prompts[i], sample_ids[i], limits[i]) for i in rows] or [((0,), 0, 1)]
-                batch = _Batch(self, sampling, *zip(*given, strict=True))
+                batch = Batch(self, self._graphs, sampling, *zip(*given, strict=True))
                 for i, response in zip(rows, batch.run(), strict=False):
                     responses[i] = response
         return [Response(ids, policy_version=self._step) for ids in responses]
@@ -126,9 +137,10 @@ class MegatronRollouts:
         cache.begin(chunk.rotary_pos_emb.inv_freq, positions, hidden.dtype)
         for layer in chunk.decoder.layers:
             hidden = decode_layer(layer, hidden, cache)
-        cache.finish(len(hidden))
+        cache.finish()
         # Only what follows the last column is asked for.
-        return chunk.decoder.final_layernorm(hidden[-1:]) if chunk.post_process else hidden
+        last = chunk.post_process
+        return normalise(chunk.decoder.final_layernorm, hidden[-1:]) if last else hidden
 
     def _logits(self, chunk: FlowGPTModel, hidden: Tensor) -> Tensor:
         """hidden [b, h] -> this rank's logits [b, v_local], -inf where the vocabulary is padded."""
@@ -160,75 +172,5 @@ class MegatronRollouts:
         return hidden
 
     def new_caches(self, capacity: int, seen: Tensor) -> list[KVCache]:
-        """One empty cache a model chunk."""
-        return [KVCache(capacity, seen) for _ in self._chunks]
-
-
-class _Batch:
-    """One batch of rollouts from its prompts to its last token."""
-
-    def __init__(
-        self,
-        engine: MegatronRollouts,
-        sampling: SamplingParams,
-        prompts: Sequence[Sequence[int]],
-        sample_ids: Sequence[int],
-        limits: Sequence[int],
-    ) -> None:
-        self._engine, self._sampling = engine, sampling
-        self._limits = torch.tensor(limits)
-        self._steps = parallel.max_over_experts(max(limits))
-        self._uniform = uniforms(sampling.seed, sample_ids, self._steps)
-        where = device.device()
-        longest = max(map(len, prompts))
-        tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
-        seen = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-            seen[row, longest - len(prompt) :] = True
-        self._tokens = tokens.to(where)
-        self._positions = (seen.long().cumsum(-1) - 1).clamp(min=0).to(where)
-        self._caches = engine.new_caches(longest + self._steps, seen.to(where))
-        self._stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.long)
-        self._rows = torch.arange(len(prompts))  # of the rows still in the batch
-        self._responses: list[list[int]] = [[] for _ in prompts]
-
-    def run(self) -> list[list[int]]:
-        """Generate until every row has stopped, here and where the same experts are used."""
-        active = torch.ones(len(self._rows), dtype=torch.bool)
-        for step in range(self._steps):
-            chosen = self._next_tokens(step)
-            for i in active.nonzero().flatten().tolist():
-                self._responses[int(self._rows[i])].append(int(chosen[i]))
-            active &= ~torch.isin(chosen, self._stop_ids) & (self._limits[self._rows] > step + 1)
-            if not parallel.max_over_experts(int(active.any())):
-                break
-            active, chosen = self._compact(active, chosen)
-            self._tokens = chosen[:, None].to(self._tokens.device)
-            self._positions = self._positions[:, -1:] + 1
-        return self._responses
-
-    def _next_tokens(self, step: int) -> Tensor:
-        """The tokens [b] that come next, on the host, equal on all model-parallel ranks."""
-        logits = self._engine.forward(self._tokens, self._positions, self._caches)
-        chosen = torch.empty(len(self._rows), dtype=torch.long, device=self._tokens.device)
-        if logits is not None:
-            uniform = self._uniform[self._rows, step]
-            chosen = self._engine.choose(logits, uniform, self._sampling)
-        # One rank decides: equal logits on all ranks are not promised on every device.
-        parallel.broadcast_from_last_stage(chosen)
-        return chosen.cpu()
-
-    def _compact(self, active: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """Let finished rows leave once they are many."""
-        keep = active.nonzero().flatten()
-        if len(keep) == 0:  # others that use the same experts go on: one row keeps them company
-            keep = torch.zeros(1, dtype=torch.long)
-        if len(keep) > _COMPACT_BELOW * len(active):
-            return active, chosen
-        self._rows = self._rows[keep]
-        on_device = keep.to(self._tokens.device)
-        self._positions = self._positions[on_device]
-        for cache in self._caches:
-            cache.keep(on_device)
-        return active[keep], chosen[keep]
+        """One empty cache a model chunk, for prompts ``seen`` and ``capacity`` columns at most."""
+        return [KVCache(seen, capacity) for _ in self._chunks]

@@ -16,30 +16,47 @@ from megatron_phf.rollout.context import RolloutContext
 from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.shared import asked_once
+from megatron_phf.rollout.vllm.colocated import Beds
+from megatron_phf.rollout.vllm.flags import syncs_by_disk
 from megatron_phf.rollout.vllm.gate import Gate
+from megatron_phf.rollout.vllm.launch import launched
 from megatron_phf.rollout.vllm.server import Question, VllmServer
 from megatron_phf.rollout.vllm.sync import WeightSync, connect, deadline
+from megatron_phf.rollout.vllm.transfer import WeightTransfer
 from megatron_phf.rollout.workers import Workers
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.together import on_every_rank
 
 
 def make_engine(context: RolloutContext) -> VllmRollouts:
-    """The servers of ``--vllm-url``, asked what they serve before any weights are read."""
-    config = context.config
+    """The servers of ``--vllm-url`` or ``--vllm-launch``, asked before any weights are read."""
+    config, watchers = launched(context.config)
     servers = connect(config, context.arch)
-    sync = WeightSync(servers, context.student, context.arch, config)
-    return VllmRollouts(servers, sync, context.vocab_size, config)
+    beds = Beds(servers, config)
+    beds.sleep()  # the student is read into the memory
+    make = WeightSync if syncs_by_disk(config) else WeightTransfer
+    sync = make(servers, context.student, context.arch, config)
+    engine = VllmRollouts(servers, sync, beds, context.vocab_size, config)
+    engine.watchers = watchers
+    return engine
 
 
 class VllmRollouts:
     """Samples from vLLM servers (see ``RolloutEngine``); requests are spread over all of them."""
 
+    watchers: object = None  # a server of the run's own lives as long as they do
+
     def __init__(
-        self, servers: list[VllmServer], sync: WeightSync, vocab_size: int, config: Config
+        self,
+        servers: list[VllmServer],
+        sync: WeightSync | WeightTransfer,
+        beds: Beds,
+        vocab_size: int,
+        config: Config,
     ) -> None:
         self._servers, self._sync, self._vocab_size = servers, sync, vocab_size
-        self._config = config
+        self._beds, self._config = beds, config
+        self._step = 0
         self._synced: int | None = None  # the step whose weights the servers have
         self._workers, self._gate = Workers(config.vllm.vllm_concurrency, "vllm"), Gate()
 
@@ -53,12 +70,21 @@ class VllmRollouts:
         Raises:
             ValueError: a server does not take them; on every rank.
         """
-        if self._synced is not None and (step - 1) % self._config.vllm.vllm_sync_interval:
-            return
+        self._step = step
+        due = (step - 1) % self._config.vllm.vllm_sync_interval == 0
+        self._wake(bring=self._synced is None or due)
+
+    def _wake(self, bring: bool) -> None:
+        self._beds.wake_weights()
+        if bring:
+            self._bring()
+        self._beds.wake_cache()
+
+    def _bring(self) -> None:
         if self._sync.replaces and self._config.rollout.max_off_policy_steps > 1:
             on_every_rank(self._gate.close, deadline(self._config))
-        self._sync.push(step)
-        self._synced = step
+        self._sync.push(self._step)
+        self._synced = self._step
         self._gate.open()
 
     def generate(
@@ -73,7 +99,18 @@ class VllmRollouts:
         Raises:
             ValueError: a request has failed for good; on every rank of the world.
         """
-        return asked_once(self.sampler(prompts, sampling, sample_ids, limits))
+        if self._beds.asleep:  # asked again in one step
+            self._wake(bring=self._beds.forget)
+        ask = self.sampler(prompts, sampling, sample_ids, limits)
+        for _ in range(1 + self._config.vllm.vllm_max_retries):
+            responses = asked_once(ask)
+            if not self._sync.lost():
+                self._beds.sleep()
+                return responses
+            self._bring()  # a server was restarted: its answers are another model's
+        raise ValueError(
+            "--vllm-url: a server is restarted in every phase of rollouts (see its log)"
+        )
 
     def sampler(
         self,

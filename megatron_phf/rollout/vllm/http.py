@@ -25,7 +25,11 @@ T = TypeVar("T")
 
 
 class TransientError(Exception):
-    """A failure that another attempt may not meet."""
+    """A failure that another attempt may not meet; ``status``: of the answer, if there was one."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class StatusError(Exception):
@@ -57,7 +61,7 @@ class HttpServer:
         parts = urllib.parse.urlsplit(url)
         secure = parts.scheme == "https"
         self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self._host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
+        self.host, self._port, self._prefix = parts.hostname or "", parts.port, parts.path
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -70,7 +74,7 @@ class HttpServer:
             StatusError: any other status than 200.
         """
         end = time.monotonic() + self._patience.timeout
-        connection = self._connection(self._host, self._port, timeout=self._patience.timeout)
+        connection = self._connection(self.host, self._port, timeout=self._patience.timeout)
         try:
             data = None if body is None else json.dumps(body).encode()
             connection.request(method, self._prefix + path, data, self._headers)
@@ -81,7 +85,7 @@ class HttpServer:
         finally:
             connection.close()
         if answer.status in _TRANSIENT_STATUSES:
-            raise TransientError(f"status {answer.status}: {_message(text)}")
+            raise TransientError(f"status {answer.status}: {_message(text)}", answer.status)
         if answer.status != 200:
             raise StatusError(answer.status, _message(text))
         try:

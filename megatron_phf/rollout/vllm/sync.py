@@ -17,9 +17,11 @@ from megatron_phf.rollout.vllm.flags import (
     server_urls,
     sync_directory,
     syncs_adapters,
+    syncs_by_disk,
 )
 from megatron_phf.rollout.vllm.http import Patience
 from megatron_phf.rollout.vllm.server import VllmServer
+from megatron_phf.runtime import device
 from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.weights.huggingface import save_hf
 
@@ -48,8 +50,16 @@ def connect(config: Config, arch: Architecture) -> list[VllmServer]:
 
 
 def _check_servers(servers: list[VllmServer], config: Config, arch: Architecture) -> None:
+    _check_way(config.vllm.vllm_weight_sync)
     for server in servers:
         _check_server(server, config, arch)
+
+
+def _check_way(way: str) -> None:
+    if way in ("nccl", "ipc") and not device.has_cuda():
+        raise ValueError(
+            f"--vllm-weight-sync {way} is for GPUs, and there is none here; use torch_distributed"
+        )
 
 
 def _check_server(server: VllmServer, config: Config, arch: Architecture) -> None:
@@ -63,7 +73,11 @@ def _check_server(server: VllmServer, config: Config, arch: Architecture) -> Non
             f"--max-new-tokens need {wanted}; start it with --max-model-len {wanted}"
         )
     directory = sync_directory(config)
-    if not syncs_adapters(config) and os.path.realpath(str(root)) != directory:
+    if (
+        syncs_by_disk(config)
+        and not syncs_adapters(config)
+        and os.path.realpath(str(root)) != directory
+    ):
         raise ValueError(
             f"--vllm-url {server.url} serves {root}, but this run writes its weights to "
             f"--vllm-sync-dir {directory}; copy --hf-model there and start vllm serve {directory}"
@@ -78,7 +92,34 @@ def _base_model(server: VllmServer, until: float) -> dict:
     return cards[0]
 
 
-class WeightSync:
+class ServedModels:
+    """What each server calls the student.
+
+    ``replaces``: new weights take the place of a server's old ones; else ``adapter`` is the newest.
+    """
+
+    replaces, adapter = True, ""
+
+    def __init__(self, servers: list[VllmServer]) -> None:
+        self._models: dict[str, str] = {}
+        self._locks = {server.url: threading.Lock() for server in servers}
+
+    def model(self, server: VllmServer, until: float) -> str:
+        """The model that a request to ``server`` names."""
+        with self._locks[server.url]:
+            if server.url not in self._models:
+                self._models[server.url] = _base_model(server, until)["id"]
+            return self._models[server.url]
+
+    def restore(self, server: VllmServer, adapter: str, until: float) -> None:
+        """What a request needs that a restarted server does not know."""
+
+    def lost(self) -> bool:
+        """Whether a server sampled with other weights than it was given.  Every rank calls it."""
+        return False
+
+
+class WeightSync(ServedModels):
     """Brings the student's weights to all servers, as an adapter or as the model's own files.
 
     An adapter gets a new name each time: servers keep what they computed with the old one by name.
@@ -92,15 +133,15 @@ class WeightSync:
         arch: Architecture,
         config: Config,
     ) -> None:
+        super().__init__(servers)
         self._servers, self._student, self._arch, self._config = servers, student, arch, config
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
+        self.replaces = not self._adapters
         # The copy of --hf-model that servers started with is ours to replace.
         if not self._adapters:
             on_first_rank(self._adopt)
         self._prefix = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}"
         self._names: dict[int, str] = {}  # of the adapters on the servers, by version
-        self._models: dict[str, str] = {}
-        self._locks = {server.url: threading.Lock() for server in servers}
 
     def _adopt(self) -> None:
         source = str(self._config.model.hf_model)
@@ -132,7 +173,7 @@ class WeightSync:
         for each in retired:
             del self._names[each]
         if self._adapters:
-            self._names[version] = name
+            self._names[version] = self.adapter = name
 
     def _retired(self, version: int) -> list[int]:
         """Adapters that nothing asks for any longer once that of ``version`` is there.
@@ -142,16 +183,6 @@ class WeightSync:
         begun = version + 1 - self._config.rollout.max_off_policy_steps
         oldest = max((v for v in (*self._names, version) if v <= begun), default=0)
         return [v for v in self._names if v < oldest]
-
-    @property
-    def replaces(self) -> bool:
-        """Whether new weights take the place of the servers' old ones."""
-        return not self._adapters
-
-    @property
-    def adapter(self) -> str:
-        """The newest adapter; empty where servers get whole checkpoints."""
-        return self._names[max(self._names)] if self._names else ""
 
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
@@ -167,13 +198,6 @@ class WeightSync:
                 server.unload_adapter(self._names[version], until)
         for version in retired:
             shutil.rmtree(self._path(self._names[version]), ignore_errors=True)
-
-    def model(self, server: VllmServer, until: float) -> str:
-        """The model that ``server`` serves, whose weights are the student's."""
-        with self._locks[server.url]:
-            if server.url not in self._models:
-                self._models[server.url] = _base_model(server, until)["id"]
-            return self._models[server.url]
 
     def restore(self, server: VllmServer, adapter: str, until: float) -> None:
         """A restarted server knows no adapters; the model's own files it has read again itself."""

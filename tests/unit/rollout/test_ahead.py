@@ -291,6 +291,10 @@ SERVED = ["--hf-model", "x", "--data", "y", "--rollout-engine", "vllm", "--vllm-
             [*SERVED, *AHEAD, "1", "--vllm-sync-interval", "2"],
             "--vllm-sync-interval 2 makes roll",
         ),
+        *(
+            ([*SERVED, *AHEAD, "1", *more], "--max-off-policy-steps lets servers sample while the ")
+            for more in (["--vllm-colocated"], ["--vllm-weight-sync", "torch_distributed"])
+        ),
         (["--rollouts-per-problem", "0"], "--rollouts-per-problem 0: need at least 1"),
         (
             ["--rollouts-per-problem", "5"],
