@@ -10,15 +10,17 @@ from megatron_phf.config.settings import Config
 from megatron_phf.lora.linears import is_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
-from megatron_phf.weights import huggingface
+from megatron_phf.weights import huggingface, loaded
 from megatron_phf.weights.headers import stored_tensors
 
 
 def _problem(chunk: FlowGPTModel, arch: Architecture, config: Config) -> str | None:
     """Of this chunk alone; no collective."""
     assert config.model.hf_model is not None
-    base = [huggingface._AsMbridgeNames(chunk)]
-    return huggingface._difference(base, arch, stored_tensors(config.model.hf_model))
+    base = huggingface._AsMbridgeNames(chunk)
+    layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+    stored = stored_tensors(config.model.hf_model)
+    return loaded.difference(base.named_parameters(), arch, layers, stored)
 
 
 def _turned(weight: torch.Tensor) -> torch.Tensor:
