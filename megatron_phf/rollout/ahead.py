@@ -45,12 +45,15 @@ class _Clock:
         self._running, self._busy = 0, 0.0
         self._since = self._taken = time.perf_counter()
 
-    def _count(self, change: int) -> float:
+    def _count(self, change: int) -> None:
         with self._lock:
-            now = time.perf_counter()
-            self._busy += (now - self._since) * (self._running > 0)
-            self._since, self._running = now, self._running + change
-            return self._busy
+            self._advance()
+            self._running += change
+
+    def _advance(self) -> None:
+        now = time.perf_counter()
+        self._busy += (now - self._since) * (self._running > 0)
+        self._since = now
 
     def timed(self, sampler: Callable[[], list[Response]]) -> list[Response]:
         self._count(+1)
@@ -61,10 +64,10 @@ class _Clock:
 
     def take(self) -> tuple[float, float]:
         """Those seconds, of so many; what was up to now does not count again."""
-        busy = self._count(0)
         with self._lock:
-            self._busy -= busy
-            passed, self._taken = self._since - self._taken, self._since
+            self._advance()
+            busy, passed = self._busy, self._since - self._taken
+            self._busy, self._taken = 0.0, self._since
         return busy, passed
 
 
@@ -107,8 +110,9 @@ class AheadSource:
     def beside(self) -> Beside:
         """Since it was last asked for: a step, behind its rollouts; every rank calls it."""
         busy, passed = self._clock.take()
-        (busy,) = parallel.max_over_ranks([busy])  # not all of them sample
-        return Beside(self._waited, max(busy - self._waited, 0.0) / passed)
+        share = max(busy - self._waited, 0.0) / passed
+        (share,) = parallel.max_over_ranks([share])  # not all of them sample
+        return Beside(self._waited, share)
 
     def _hand_over(self, first: int, version: int) -> None:
         """Let the steps from ``first`` on be sampled by the weights before step ``version``."""

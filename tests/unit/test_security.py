@@ -145,6 +145,7 @@ OWN_JSON = {
     *("megatron_phf/evaluation/generations.py", "megatron_phf/evaluation/grader_process.py"),
     "megatron_phf/reference/method.py",  # shares no code
     "megatron_phf/runtime/heartbeat.py",
+    "megatron_phf/simulate/ranks.py",  # of a process forked from this one
     *("megatron_phf/train/evaluation.py", "megatron_phf/train/run_files.py"),
 }
 
