@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config, flag_of
 from megatron_phf.console import print_anything
-from megatron_phf.estimate.activations import last_layer_bytes
 from megatron_phf.estimate.flops import forward_flops, student_flops
 from megatron_phf.estimate.memory import Machine, peak_estimate
+from megatron_phf.estimate.traffic import traffic
 from megatron_phf.files.foreign import read_json_object
 from megatron_phf.model.architecture import Architecture, check_split, parse_architecture
 from megatron_phf.teacher.architecture import Models
@@ -83,10 +83,20 @@ class Plan:
         """TP x PP x DP, experts, recompute."""
         p = self.config.parallel
         expert = p.expert_model_parallel_size
-        experts = "" if expert == 1 else f" EP {expert}"
+        experts = "" if expert == 1 else f" EP {expert} ETP {p.expert_tensor_size}"
         recompute = " recompute" if p.recompute_granularity else ""
         tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
         return f"TP {tp} PP {pp} DP {self.replicas}{experts}{recompute}"
+
+
+def _expert_splits(arch: Architecture, tp: int, replicas: int) -> list[tuple[int, int | None]]:
+    """(EP, ETP) of a model with experts: over data-parallel ranks, and over those of TP too."""
+    if arch.experts is None:
+        return [(1, None)]
+    powers = [2**i for i in range(1, 11)]
+    cuts = dict.fromkeys((tp, 1))
+    several = [(n, cut) for cut in cuts for n in powers if replicas * tp // cut % n == 0]
+    return [(1, None), *several]
 
 
 def layouts(arch: Architecture, base: Config, gpus: int, node: int) -> Iterator[tuple[Config, int]]:
@@ -97,12 +107,13 @@ def layouts(arch: Architecture, base: Config, gpus: int, node: int) -> Iterator[
             replicas, rest = divmod(gpus, tp * pp)
             if rest or replicas == 0 or base.train.global_batch_size % replicas:
                 continue
-            for expert in (n for n in powers if n == 1 or (arch.experts and replicas % n == 0)):
+            for expert, cut in _expert_splits(arch, tp, replicas):
                 for recompute in (None, "full"):
                     config = base.replaced(
                         tensor_model_parallel_size=tp,
                         pipeline_model_parallel_size=pp,
                         expert_model_parallel_size=expert,
+                        expert_tensor_parallel_size=cut,
                         sequence_parallel=tp > 1,
                         use_distributed_optimizer=True,
                         recompute_granularity=recompute,
@@ -112,34 +123,6 @@ def layouts(arch: Architecture, base: Config, gpus: int, node: int) -> Iterator[
                     except ValueError:
                         continue
                     yield config, replicas
-
-
-def traffic(arch: Architecture, config: Config, replicas: int, tokens: int) -> dict[str, float]:
-    """Bytes that a rank sends in one step with ``tokens`` of each model on its replica.
-
-    TP with SP: a gather and a scatter of the activations at both halves of a layer, forward and
-    backward, for the student (and again where it is recomputed), forward for the teacher.  PP: one
-    activation over a boundary and its gradient (the last stage: also its targets, where all layers
-    are compared with the last).  DP: gradients in fp32, weights back.
-    """
-    p = config.parallel
-    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    activation = tokens * arch.hidden_size * _WIDTH
-    passes = 3 + (1 if p.recompute_granularity else 0)  # student's two, teacher's one
-    tensor = passes * 4 * arch.num_layers / pp * activation * (tp - 1) / tp
-    pipeline = 3 * activation / tp if pp > 1 else 0.0
-    local = config.train.global_batch_size // replicas
-    pipeline += (pp - 1) * last_layer_bytes(Models(arch), config, local)
-    experts = arch.num_expert_parameters()
-    dense = (arch.num_parameters() - experts) / (tp * pp)
-    share = dense + experts / (tp * pp * p.expert_model_parallel_size)
-    data = share * (4 + _WIDTH) * (replicas - 1) / replicas
-    routed = 0.0
-    if arch.experts is not None and p.expert_model_parallel_size > 1:
-        e = p.expert_model_parallel_size
-        routed = passes * 2 * arch.num_layers / pp * arch.experts.per_token * activation / tp
-        routed *= (e - 1) / e
-    return {"tensor": tensor, "pipeline": pipeline, "data": data, "experts": routed}
 
 
 def rollout_seconds(arch: Architecture, config: Config, replicas: int, hardware: Hardware) -> float:
@@ -153,8 +136,9 @@ def rollout_seconds(arch: Architecture, config: Config, replicas: int, hardware:
     experts, share = arch.num_expert_parameters(), 1.0
     if arch.experts is not None:
         share = 1 - (1 - arch.experts.per_token / arch.experts.count) ** rows
-    weights = arch.num_parameters() - experts + experts * share / p.expert_model_parallel_size
-    read = weights / p.tensor_model_parallel_size * _WIDTH / hardware.memory
+    weights = (arch.num_parameters() - experts) / p.tensor_model_parallel_size
+    weights += experts * share / p.expert_model_parallel_size / p.expert_tensor_size
+    read = weights * _WIDTH / hardware.memory
     token = max(read, arch.num_layers * hardware.launch)
     return -(-local // rows) * r.max_new_tokens * token
 
@@ -177,7 +161,7 @@ def evaluate(
     times = {
         "rollouts": rollout_seconds(arch, config, replicas, hardware),
         "training": flops / (tp * pp) / hardware.flops * bubble,
-        "communication": sent["tensor"] / hardware.inside
+        "communication": (sent["tensor"] + sent["expert tensor"]) / hardware.inside
         + (sent["pipeline"] + sent["data"] + sent["experts"]) / wide,
     }
     return Plan(config, replicas, memory, sent, times)

@@ -119,8 +119,13 @@ def check_expert_flags(models: Models, config: Config) -> None:
     if coefficient is not None and arch.experts is None:
         raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
     experts = arch.experts or models.teacher.experts
-    if config.parallel.expert_model_parallel_size > 1 and not experts:
-        raise ValueError("--expert-model-parallel-size is for models with experts; leave it out")
+    layout = config.parallel
+    for flag, given in (
+        ("--expert-model-parallel-size", layout.expert_model_parallel_size > 1),
+        ("--expert-tensor-parallel-size", layout.expert_tensor_parallel_size is not None),
+    ):
+        if given and not experts:
+            raise ValueError(f"{flag} is for models with experts; leave it out")
     on_experts = {"gate_proj", "up_proj", "down_proj"} & set(target_modules(config.lora))
     if config.lora.lora_rank and arch.experts and on_experts:
         raise ValueError(

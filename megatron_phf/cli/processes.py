@@ -34,8 +34,9 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"multiple of {model_parallel} (torchrun --nproc-per-node)"
         )
     replicas = world_size // model_parallel
-    experts = parallel.expert_model_parallel_size
-    if replicas * parallel.context_parallel_size % experts:
+    experts, cut = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    sharers = replicas * parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    if sharers % (experts * cut):
         raise ValueError(
             f"--expert-model-parallel-size {experts} does not divide the {replicas} data-parallel "
             f"rank(s) of {world_size} process(es); start a multiple of {model_parallel * experts}"

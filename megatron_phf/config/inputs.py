@@ -89,6 +89,11 @@ class ParallelConfig:
     expert_model_parallel_size: int = flag(
         1, "expert parallel size, within data parallelism", at_least(1)
     )
+    expert_tensor_parallel_size: int | None = flag(
+        None,
+        "ranks that share out one expert's channels (default: as tensor parallelism)",
+        at_least(1),
+    )
     sequence_parallel: bool = flag(False, "shard activations along the sequence over TP")
     use_distributed_optimizer: bool = flag(False, "shard the optimizer state over DP")
     overlap_grad_reduce: bool = flag(
@@ -117,6 +122,11 @@ class ParallelConfig:
     recompute_method: str = flag("uniform", "of full recompute", ("uniform", "block"))
     recompute_num_layers: int = flag(1, "of full recompute", at_least(1))
     distributed_timeout_minutes: float = flag(10.0, "a collective that waits longer fails", ABOVE_0)
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share out one expert's channels."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_phf.teacher.architecture import Models
 _BLOCK_ENTRIES = {True: 2**25, False: 2**20}
 _BLOCKS, _BLOCKS_SPLIT = 8, 6
 # Tensors of [transitions, hidden] in fp32 that the flow loss keeps of a layer for its backward.
-_FLOW_TENSORS = 4
+_FLOW_TENSORS = 3
 # Copies of what is routed to experts, one after the other on the way there and back.
 _ROUTED_COPIES = 6
 

@@ -65,12 +65,14 @@ class _Held:
 def _optimized(found: StageParameters, config: Config, machine: Machine) -> tuple[float, float]:
     """Parameters whose optimizer state a rank keeps: (all, those of experts).
 
-    Split over DP x CP; those of experts over what EP leaves of it.
+    Split over DP x CP; those of experts over what EP and ETP leave of all ranks of a stage.
     """
     if not config.parallel.use_distributed_optimizer:
         return found.total, found.experts
-    replicas = machine.replicas * config.parallel.context_parallel_size
-    experts = found.experts / max(1.0, replicas / config.parallel.expert_model_parallel_size)
+    p = config.parallel
+    replicas = machine.replicas * p.context_parallel_size
+    cut = p.expert_model_parallel_size * p.expert_tensor_size
+    experts = found.experts / max(1.0, replicas * p.tensor_model_parallel_size / cut)
     return (found.total - found.experts) / replicas + experts, experts
 
 

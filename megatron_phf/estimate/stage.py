@@ -70,7 +70,7 @@ def stage_parameters(arch: Architecture, config: Config, stage: int) -> StagePar
     table = rows * arch.hidden_size
     experts = 0.0
     if arch.experts is not None:
-        expert = 3 * arch.hidden_size * arch.experts.ffn_hidden_size / tp
+        expert = 3 * arch.hidden_size * arch.experts.ffn_hidden_size / p.expert_tensor_size
         experts = layers * expert * arch.experts.count / p.expert_model_parallel_size
     own_head = stage == last and not (arch.tie_word_embeddings and last == 0)
     dense = layers * _layer(arch, tp) + (arch.hidden_size if stage == last else 0)

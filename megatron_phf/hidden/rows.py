@@ -14,7 +14,7 @@ None: rows are sequences.  All of this is computed on the host, once a microbatc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -148,25 +148,50 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, places: RowPlaces, *groups: Any) -> Tensor:
-        rows = hidden.flatten(0, 1).index_select(0, places.flat.flatten())
-        rows = rows.view(*places.flat.shape, hidden.shape[-1])
-        if places.here is not None:
-            rows = rows * places.here
-        for group in groups:
-            if group is not None:
-                dist.all_reduce(rows, group=group)
         ctx.places, ctx.shape = places, hidden.shape
-        return rows
+        return _rows_at(hidden, places, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        places, grad = ctx.places, grads[0]
-        if places.here is not None:
-            grad = grad * places.here
-        # Add: the padding of a short window repeats a position (with gradient zero).
-        whole = grad.new_zeros(ctx.shape).flatten(0, 1)
-        whole.index_add_(0, places.flat.flatten(), grad.flatten(0, -2))
-        return whole.view(ctx.shape), None, None, None
+        whole = grads[0].new_zeros(ctx.shape)
+        return _add_rows(whole, ctx.places, grads[0]), None, None, None
+
+
+class _WithRows(torch.autograd.Function):
+    """hidden [s_local, b, h] -> itself, and rows as :class:`_GatherRows` has them.
+
+    Its gradient is one tensor: what comes back for the hidden states, with the rows' added at their
+    places.  Two branches of the graph would each make a whole one, and autograd add them up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, places: RowPlaces, *groups: Any) -> tuple[Tensor, Tensor]:
+        ctx.places = places
+        return hidden.view_as(hidden), _rows_at(hidden, places, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        whole = grads[0].clone(memory_format=torch.contiguous_format)
+        return _add_rows(whole, ctx.places, grads[1]), None, None, None
+
+
+def _rows_at(hidden: Tensor, places: RowPlaces, groups: Sequence[Any]) -> Tensor:
+    rows = hidden.flatten(0, 1).index_select(0, places.flat.flatten())
+    rows = rows.view(*places.flat.shape, hidden.shape[-1])
+    if places.here is not None:
+        rows = rows * places.here
+    for group in groups:
+        if group is not None:
+            dist.all_reduce(rows, group=group)
+    return rows
+
+
+def _add_rows(whole: Tensor, places: RowPlaces, rows: Tensor) -> Tensor:
+    """In place; the padding of a short window repeats a position, and adds zeros there."""
+    if places.here is not None:
+        rows = rows * places.here
+    whole.flatten(0, 1).index_add_(0, places.flat.flatten(), rows.flatten(0, -2))
+    return whole
 
 
 def gather_rows(hidden: Tensor, places: RowPlaces, shards: SequenceShards) -> Tensor:
@@ -176,6 +201,11 @@ def gather_rows(hidden: Tensor, places: RowPlaces, shards: SequenceShards) -> Te
     tokens alone: summed over the ranks, each counts once.
     """
     return _GatherRows.apply(hidden, places, shards.sequence, shards.context)
+
+
+def with_rows(hidden: Tensor, places: RowPlaces, shards: SequenceShards) -> tuple[Tensor, Tensor]:
+    """``hidden`` to go on with, and :func:`gather_rows` of it: cheaper where both are used."""
+    return _WithRows.apply(hidden, places, shards.sequence, shards.context)
 
 
 def part_rows(hidden: Tensor, places: RowPlaces, shards: SequenceShards) -> Tensor:

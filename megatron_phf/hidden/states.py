@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_phf.hidden.term import STATES
 
@@ -25,14 +26,36 @@ def directions(hidden: Tensor, valid: Tensor) -> Tensor:
     d_i = delta_i / ||delta_i||, delta_i = h_{w_{i+1}} - h_{w_i}.  A zero transition, and one with
     an invalid end, has direction 0 and no gradient.
     """
-    hidden = _working(hidden)
-    delta = hidden[:, 1:] - hidden[:, :-1]
-    both = valid[:, 1:] & valid[:, :-1]
-    square = delta.square().sum(-1, keepdim=True)
-    moving = both[..., None] & (square > 0)
-    # The root's gradient at 0 is infinite: replace the 0 before the root, not after.
-    norm = torch.where(moving, square, 1.0).sqrt()
-    return torch.where(moving, delta / norm, 0.0)
+    return _Directions.apply(hidden, valid)
+
+
+class _Directions(torch.autograd.Function):
+    """By hand: autograd takes three times as many passes over [b, m, h], and keeps more."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, valid: Tensor) -> Tensor:
+        wide = _working(hidden)
+        delta = wide[:, 1:] - wide[:, :-1]
+        norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+        both = (valid[:, 1:] & valid[:, :-1])[..., None]
+        still = ~(both & (norm > 0))
+        inverse = norm.reciprocal_().masked_fill_(still, 0.0)
+        # What is not finite stays out where it does not count: 0 x infinity is none.
+        unit = delta.mul_(inverse).masked_fill_(still, 0.0)
+        ctx.save_for_backward(unit, inverse)
+        ctx.dtype = hidden.dtype
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        unit, inverse = ctx.saved_tensors
+        # d delta = (d unit - unit <unit, d unit>) / ||delta||
+        along = (unit * grads[0]).sum(-1, keepdim=True)
+        delta = torch.addcmul(grads[0], unit, along, value=-1).mul_(inverse)
+        hidden = torch.nn.functional.pad(delta, (0, 0, 1, 0))
+        hidden[:, :-1].sub_(delta)
+        return hidden.to(ctx.dtype), None
 
 
 def rows(hidden: Tensor, valid: Tensor) -> Tensor:
@@ -98,6 +121,23 @@ def gram(rows: Tensor) -> Tensor:
     return _Gram.apply(rows)
 
 
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        ctx.save_for_backward(first, second)
+        return first @ second.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = ctx.saved_tensors
+        return grads[0] @ second, grads[0].mT @ first
+
+
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """D, E [b, n, h] -> D E^T [b, n, n]; both gradients in the layout of what they add up with."""
+    return _Product.apply(first, second)
+
+
 class LayerEnds:
     """States of one model at a layer l and the layer before it, by kind; ``compared`` by a term."""
 
@@ -121,5 +161,5 @@ class LayerEnds:
                 self._products[key] = gram(own)
             else:
                 assert self._before is not None, "layer 1 has no pair"
-                self._products[key] = self._before(kind) @ own.mT
+                self._products[key] = product(self._before(kind), own)
         return self._products[key]

@@ -10,7 +10,7 @@ targets of a teacher with other layers may have to travel, before the student's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_phf.hidden.loss import layer_values
 from megatron_phf.hidden.plan import FlowPlan, make_flow_plan
-from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows
+from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows, with_rows
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.hidden.states import LayerEnds, make_states, number_of_rows
 from megatron_phf.hidden.targets import FlowTargets
@@ -155,27 +155,22 @@ class FlowTap:
             return self._compare(layer, microbatch, window, inputs, outputs)
         return outputs
 
-    def _states(
-        self, hidden: Tensor, window: FlowWindow, kinds: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """[b, n, h] of each kind."""
-        rows = gather_rows(hidden, window.places, self._shards)
-        return {kind: make_states(kind, rows, window.valid) for kind in kinds}
-
     def _record(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> None:
         for number, hidden in ((layer - 1, inputs), (layer, outputs)):
             wanted = [k for k, t in self._targets.items() if t.wants(microbatch, number)]
             if wanted:
-                states = self._states(hidden, window, list(dict.fromkeys(k for _, k in wanted)))
+                rows = gather_rows(hidden, window.places, self._shards)
+                states = _states(rows, window, dict.fromkeys(kind for _, kind in wanted))
                 for key in wanted:
                     self._targets[key].record(microbatch, number, states[key[1]])
 
     def _compare(
         self, layer: int, microbatch: int, window: FlowWindow, inputs: Tensor, outputs: Tensor
     ) -> Tensor:
-        own = self._states(outputs, window, self._kinds)
+        outputs, rows = with_rows(outputs, window.places, self._shards)
+        own = _states(rows, window, self._kinds)
         before = self._last
         kept: dict[str, Tensor] = {}
 
@@ -188,7 +183,8 @@ class FlowTap:
             if before is not None and before[0] is inputs:
                 return before[1][kind]
             if not kept:
-                kept.update(self._states(inputs, window, self._kinds))
+                rows = gather_rows(inputs, window.places, self._shards)
+                kept.update(_states(rows, window, self._kinds))
             return kept[kind]
 
         student = LayerEnds(own, states_before)
@@ -197,8 +193,11 @@ class FlowTap:
             for against, _ in self._targets
         }
         values = layer_values(self.terms, layer, student, teachers, window.valid, window.weights)
-        absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
-        terms = torch.stack([values.get(term.name, absent) for term in self.terms])
+        missing = [term.name for term in self.terms if term.name not in values]
+        if missing:
+            absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
+            values |= dict.fromkeys(missing, absent)
+        terms = torch.stack([values[term.name] for term in self.terms])
         self.values[microbatch, layer] = terms.detach()
         weighted = terms.sum(1) * self._layer_weights[layer - 1]
         loss = weighted.sum() * window.gradient_scale
@@ -213,6 +212,11 @@ class FlowTap:
         if term.over == "layer":
             return weights[layer - 1]
         return weights[layer - 2] if layer > 1 else 0.0
+
+
+def _states(rows: Tensor, window: FlowWindow, kinds: Iterable[str]) -> dict[str, Tensor]:
+    """rows [b, m, h] of the window -> [b, n, h] of each kind."""
+    return {kind: make_states(kind, rows, window.valid) for kind in kinds}
 
 
 def make_flow_tap(

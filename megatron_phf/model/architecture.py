@@ -160,11 +160,7 @@ def check_split(arch: Architecture, config: Config) -> None:
             f"{arch.num_attention_heads} attention heads in {arch.num_query_groups} key/value "
             "groups; choose a divisor, or add zero heads with --pad-attention-heads"
         )
-    channels = arch.ffn_hidden_size if arch.experts is None else arch.experts.ffn_hidden_size
-    if channels % tp:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} does not divide the model's {channels} MLP channels"
-        )
+    _check_channels(arch, config)
     _check_experts(arch, config)
     _check_stages(arch.num_layers, config)
     longest = _longest_prompt(config)
@@ -184,11 +180,40 @@ def _longest_prompt(config: Config) -> int:
     return 0 if config.evaluation.eval_data is None else data.max_prompt_length
 
 
+def _check_channels(arch: Architecture, config: Config) -> None:
+    parallel = config.parallel
+    channels, size = arch.ffn_hidden_size, parallel.tensor_model_parallel_size
+    name = "tensor_model_parallel_size"
+    if arch.experts is not None:
+        channels, size = arch.experts.ffn_hidden_size, parallel.expert_tensor_size
+        if parallel.expert_tensor_parallel_size is not None:
+            name = "expert_tensor_parallel_size"
+    if channels % size:
+        raise ValueError(
+            f"{flag_of(name)} {size} does not divide the model's {channels} MLP channels"
+        )
+
+
 def _check_experts(arch: Architecture, config: Config) -> None:
     parallel, flag = config.parallel, flag_of("expert_model_parallel_size")
-    size = parallel.expert_model_parallel_size
+    size, tp, cut = (
+        parallel.expert_model_parallel_size,
+        parallel.tensor_model_parallel_size,
+        parallel.expert_tensor_size,
+    )
     if arch.experts is None:
         return
+    if tp % cut:
+        raise ValueError(
+            f"{flag_of('expert_tensor_parallel_size')} {cut} does not divide "
+            f"--tensor-model-parallel-size {tp}"
+        )
+    if cut < tp and size == 1:
+        raise ValueError(
+            f"{flag_of('expert_tensor_parallel_size')} {cut} below --tensor-model-parallel-size "
+            f"{tp} needs {flag} above 1 (megatron-core would not sum the experts' gradients over "
+            "tensor-parallel ranks); leave it out"
+        )
     if arch.experts.count % size:
         raise ValueError(f"{flag} {size} does not divide the model's {arch.experts.count} experts")
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:

@@ -52,6 +52,7 @@ def moe_settings(arch: Architecture, config: Config, grouped_gemm: bool) -> dict
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped_gemm,
         "expert_model_parallel_size": config.parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": config.parallel.expert_tensor_size,
     }
 
 

@@ -30,6 +30,7 @@ def initialize(config: ParallelConfig) -> None:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
 

@@ -41,6 +41,7 @@ MEGATRON = Package(
         "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
         "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
         "megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
+        "megatron.core.pipeline_parallel.p2p_communication:P2PCommunicator._communicate_shapes",
         "megatron.core.dist_checkpointing.strategies.torch:_replace_state_dict_keys_with_sharded_keys",
         "megatron.core.dist_checkpointing.strategies.torch:MCoreSavePlanner",
         "megatron.core.dist_checkpointing.strategies.torch:mcore_to_pyt_state_dict",
@@ -165,6 +166,17 @@ class HiddenStatesOut:
     def _postprocess(self, hidden_states: Any, **kwargs: Any) -> Any:
         """[s, b, h] -> [s, b, h]."""
         return hidden_states
+
+
+class ShapesOfMessages:
+    """Mixed in before megatron-core's ``P2PCommunicator``: who is asked for what will arrive."""
+
+    def shapes_of_next(self, *asked: bool) -> Any:
+        """Shapes of the next tensor from the stage before and from the one behind, if ``asked``."""
+        raise NotImplementedError
+
+    def _communicate_shapes(self, send_next: Any, send_prev: Any, *asked: bool) -> Any:
+        return self.shapes_of_next(*asked)
 
 
 # mbridge

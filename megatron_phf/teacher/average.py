@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
+from megatron_phf.runtime import device
 from megatron_phf.weights.sharded import weights_sharded_state_dict
 
 _PREFIX = "teacher."
+Pair = tuple[Parameter, Tensor]  # of a model, its average
 
 
 class WeightAverage:
@@ -42,7 +44,7 @@ class WeightAverage:
     def _selected(self, chunk: FlowGPTModel) -> Iterator[tuple[str, Parameter]]:
         return ((name, p) for name, p in chunk.named_parameters() if self._select(name))
 
-    def pairs(self) -> list[tuple[Parameter, Tensor]]:
+    def pairs(self) -> list[Pair]:
         """(parameter of ``chunks``, its average)."""
         return [
             (p, values[name])
@@ -55,9 +57,13 @@ class WeightAverage:
         """One step towards the weights of ``student``, chunks of the same layout."""
         wait_for_weights(student)
         weights = [p.data for chunk in student for _, p in self._selected(chunk)]
+        pairs = self.pairs()
+        # An offloaded teacher's average is on the host, and is updated there.
+        if _fetches(weights[:1], pairs[:1]):
+            weights = [p.data.copy_(w, non_blocking=True) for w, (p, _) in _both(weights, pairs)]
+            device.when_done()()  # one wait for all of them
         # One after the other: fp32 copies of all bf16 weights at a time would be a step's peak.
-        for weight, (_, average) in zip(weights, self.pairs(), strict=True):
-            # An offloaded teacher's average is on the host, and is updated there.
+        for weight, (_, average) in _both(weights, pairs):
             average.lerp_(weight.to(average.device, torch.float32), 1.0 - self._decay)
 
     def sharded_state_dict(self) -> dict[str, Any]:
@@ -77,6 +83,18 @@ class WeightAverage:
         for i, values in enumerate(self._values):
             for name, average in values.items():
                 average.copy_(state[f"chunk{i}"][_PREFIX + name])
+
+
+def _both(weights: list[Tensor], pairs: list[Pair]) -> Iterator[tuple[Tensor, Pair]]:
+    return zip(weights, pairs, strict=True)
+
+
+def _fetches(weights: list[Tensor], pairs: list[Pair]) -> bool:
+    """Whether weights come from another device, and the teacher's own, made anew, can hold them."""
+    return any(
+        weight.device != p.device and weight.dtype is p.dtype is not average.dtype
+        for weight, (p, average) in _both(weights, pairs)
+    )
 
 
 def _with_data(entry: Any, data: Tensor) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +131,26 @@ def _flow_metrics(per_layer: Tensor | None, tap: FlowTap, config: Config) -> dic
     return {"flow": flow, "flow_terms": {**means, **lists}}
 
 
+def _flow_sums(values: Mapping[tuple[int, int], Tensor]) -> dict[int, Tensor]:
+    """Terms [T, b] by (microbatch, layer) -> their sums over sequences [T] by layer."""
+    layers = sorted({layer for _, layer in values})
+    total: Tensor | float = 0.0
+    # All layers of a microbatch at once: a kernel for each of both would be many.
+    for microbatch in sorted({microbatch for microbatch, _ in values}):
+        terms = torch.stack([values[microbatch, layer] for layer in layers])
+        total = total + terms.double().sum(-1)
+    return dict(zip(layers, total, strict=True)) if isinstance(total, Tensor) else {}
+
+
 def _local_sums(
     outputs: Sequence[OutputLoss], tap: FlowTap, num_layers: int
 ) -> tuple[Tensor, Tensor]:
     """Float64 sums here: the tap's terms by layer [T, L]; ``OutputLoss``'s and tokens [6]."""
     flow = torch.zeros(len(tap.terms), num_layers, dtype=torch.float64, device=device.device())
     # Context-parallel ranks have the same flow terms, and tokens of their own.
-    for (_, layer), terms in (tap.values if parallel.context_parallel_rank() == 0 else {}).items():
-        flow[:, layer - 1] += terms.double().sum(-1)
+    if parallel.context_parallel_rank() == 0:
+        for layer, sums in _flow_sums(tap.values).items():
+            flow[:, layer - 1] = sums
     output = torch.zeros(6, dtype=torch.float64, device=device.device())
     for o in outputs:
         seen = o.teacher_entropy, o.student_entropy, o.agreement

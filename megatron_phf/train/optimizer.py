@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class StudentOptimizer:
 
     def __init__(self, chunks: list[FlowGPTModel], config: Config) -> None:
         train, dtype = config.train, model_dtype(config)
-        distributed = config.parallel.use_distributed_optimizer
+        self._distributed = distributed = config.parallel.use_distributed_optimizer
         overlap = config.parallel.overlap_grad_reduce
         self._chunks, self._overlap_gather = chunks, config.parallel.overlap_param_gather
         ddp = DistributedDataParallelConfig(
@@ -90,7 +92,7 @@ class StudentOptimizer:
     def step(self) -> tuple[float, float]:
         """Clip and update the weights; (learning rate used, gradient norm before clipping)."""
         learning_rate = self.learning_rate
-        with device.cuda_type_names():
+        with device.cuda_type_names(), self._one_gather():
             _, grad_norm, _ = self.optimizer.step()
         if self._overlap_gather:
             for chunk, wrapped in zip(self._chunks, self.wrapped, strict=True):
@@ -98,6 +100,27 @@ class StudentOptimizer:
                 chunk.arriving = functools.partial(_finish_param_sync, wrapped)
         self._schedule.step(increment=self._batch)
         return learning_rate, float(grad_norm)
+
+    @contextlib.contextmanager
+    def _one_gather(self) -> Iterator[None]:
+        """The updated weights are gathered once, behind the last of megatron-core's optimizers.
+
+        Each gathers those of all, and experts under expert parallelism have one of their own.
+        """
+        if len(self.optimizer.chained_optimizers) == 1 or self._overlap_gather:
+            yield
+            return
+        gathers = [chunk.start_param_sync for chunk in self.wrapped]
+        for chunk in self.wrapped:
+            chunk.start_param_sync = lambda *args, **kwargs: None
+        try:
+            yield
+        finally:
+            for chunk in self.wrapped:
+                del chunk.start_param_sync
+        if self._distributed:
+            for gather in gathers:
+                gather()
 
     @property
     def learning_rate(self) -> float:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.runtime import device
+from megatron_phf.runtime.private_names import ShapesOfMessages
 from megatron_phf.train.batch import PlacedBatch
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
@@ -42,6 +45,42 @@ def packed_seq_params(
     return params
 
 
+class KnownShapes(ShapesOfMessages, P2PCommunicator):
+    """Messages between stages that all have the whole batch: none is announced by its shape.
+
+    megatron-core would send it ahead, and wait for the device at both ends, for every message.
+    """
+
+    def expect(self, shapes: Sequence[tuple[int, int, int]]) -> None:
+        """Shapes [s, b, h] of the microbatches, which come in this order from either side."""
+        self._arriving = iter(shapes), iter(shapes)
+
+    def shapes_of_next(self, *asked: bool) -> tuple[Sequence[int], ...]:
+        """Of the next message from the stage before, and from the one behind."""
+        return tuple(
+            next(shapes) if wanted else (0, 0, 0)
+            for shapes, wanted in zip(self._arriving, asked, strict=True)
+        )
+
+
+def _messages(
+    config: Any, batches: Sequence[PlacedBatch], shards: SequenceShards
+) -> dict[str, Any]:
+    """How the schedule sends: as it does by itself, unless microbatches have other lengths.
+
+    Those exclude virtual stages, so that each stage has one chunk and sees them in order.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups(
+        ["tp", "pp", "cp", "embd", "pos_embd", "dp_cp"]
+    )
+    if not config.variable_seq_lengths or groups.pp.size() == 1:
+        return {}
+    parts = shards.context_size * shards.sequence_size
+    messages = KnownShapes(groups.pp, config)
+    messages.expect([(b.shape[1] // parts, b.shape[0], config.hidden_size) for b in batches])
+    return {"p2p_communicator": messages, "pg_collection": groups}
+
+
 def run_pipeline(
     chunks: Sequence[torch.nn.Module],
     batches: Sequence[PlacedBatch],
@@ -56,7 +95,8 @@ def run_pipeline(
     number of microbatches, and DDP averages gradients over data-parallel ranks: the caller's
     normaliser takes both into account, see ``train.step.normalizer``.)
     """
-    local = chunks[0].config.transformer_impl == "local"
+    config: Any = chunks[0].config
+    local = config.transformer_impl == "local"
     iterators = [iter(enumerate(batches)) for _ in chunks]
 
     def forward_step(
@@ -83,4 +123,5 @@ def run_pipeline(
         seq_length=s,
         micro_batch_size=b,
         forward_only=forward_only,
+        **_messages(config, batches, shards),
     )

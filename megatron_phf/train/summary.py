@@ -73,7 +73,8 @@ def run_summary(models: Models, config: Config) -> str:
     memory = memory_estimate(models, config, machine)
     parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items())
     virtual = p.num_virtual_stages_per_pipeline_rank
-    expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size})"
+    cut = "" if p.expert_tensor_parallel_size is None else f", ETP {p.expert_tensor_size}"
+    expert = "" if arch.experts is None else f" (EP {p.expert_model_parallel_size}{cut})"
     context = "" if p.context_parallel_size == 1 else f" x CP {p.context_parallel_size}"
     return "\n".join(
         (

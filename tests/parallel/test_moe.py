@@ -29,6 +29,7 @@ MODELS = {
     "raw": {**EXPERTS, "norm_topk_prob": False, "tie_word_embeddings": False},
 }
 EP2, MB4 = ["--expert-model-parallel-size", "2"], ["--micro-batch-size", "4"]
+ETP1 = ["--expert-tensor-parallel-size", "1"]
 OFF = ["--moe-aux-loss-coeff", "0"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
 FULL = ["--recompute-granularity", "full"]
@@ -50,11 +51,16 @@ GRADIENTS = {
     "packed_tp2": (2, "moe", TP2 + PACKED),
     "pp2_ep2": (4, "moe", [*PP2, *EP2, *MB2]),
 }
-TRAINED = {"tp2_ep2": (4, "moe", [*TP2, *EP2, *MB2, *DISTRIBUTED])}
+TRAINED = {
+    "tp2_ep2": (4, "moe", [*TP2, *EP2, *MB2, *DISTRIBUTED]),
+    # Whole experts, shared out over the ranks of TP as well.
+    "tp2_ep2_etp1": (4, "moe", [*TP2, *EP2, *ETP1, *MB2, *DISTRIBUTED]),
+}
 ROLLOUTS = {
     "rollouts_one": (1, "moe", []),
     "rollouts_ep2": (2, "moe", EP2),
     "rollouts_pp2": (2, "raw", PP2),
+    "rollouts_tp2_etp1": (2, "moe", TP2 + EP2 + ETP1),
     "rollouts_tp2_ep2": (4, "moe", TP2 + EP2),
     "rollouts_pp2_ep2": (4, "moe", PP2 + EP2),
 }
@@ -63,6 +69,7 @@ RESHARDED = {
     "saved_ep2": (2, "moe", EP2),
     "loaded_tp2": (2, "moe", TP2),
     "loaded_pp2": (2, "moe", PP2),
+    "loaded_tp2_etp1": (2, "moe", TP2 + EP2 + ETP1),
 }
 # Ranks of an expert-parallel group leave the loop at different times, and have unlike batches.
 LIMITS, ROWS = [20, 1, 7, 2, 13, 3, 20], 3

@@ -29,14 +29,8 @@ WAITS = {
 MORE = {
     # megatron-core's own, once a layer, pass and microbatch: how many tokens go to which expert.
     "experts": {("model/layer.py", "masked_select"): 16, ("model/moe.py", "item"): 1},
-    # An average in host memory takes each weight there.
-    "offload": {("teacher/average.py", "to the host"): 35},
-    # Stages announce the shapes of microbatches that have lengths of their own (megatron-core).
-    "uneven": {
-        ("train/pipeline.py", "torch.cuda.synchronize"): 5,
-        ("train/pipeline.py", "tolist"): 4,
-        ("train/pipeline.py", "to the device"): 4,
-    },
+    # An average in host memory takes the weights there.
+    "offload": {("teacher/average.py", "wait for a stream or an event"): 1},
     # A batch is begun, and three tokens are decoded.
     "decode": {
         ("runtime/device.py", "wait for a stream or an event"): 3,

@@ -158,6 +158,27 @@ def test_a_zero_transition_has_direction_zero_and_no_gradient() -> None:
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_directions_is_autograds(dtype: torch.dtype) -> None:
+    """Of the formula as it is written, at invalid ends and zero transitions too."""
+    x = torch.randn(2, 9, 16).to(dtype)
+    x[0, 4] = x[0, 3]
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 6:] = False
+    weights = torch.randn(2, 8, 16).to(torch.promote_types(dtype, torch.float32))
+    ours, plain = (x.clone().requires_grad_() for _ in range(2))
+    (directions(ours, valid) * weights).sum().backward()
+    wide = plain.to(weights.dtype)
+    delta = wide[:, 1:] - wide[:, :-1]
+    moving = (valid[:, 1:] & valid[:, :-1] & (delta != 0).any(-1))[..., None]
+    norm = torch.where(moving, delta.square().sum(-1, keepdim=True), 1.0).sqrt()
+    (torch.where(moving, delta / norm, 0.0) * weights).sum().backward()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    assert torch.allclose(ours.grad, plain.grad, rtol=tolerance, atol=tolerance)
+    x[0, 2] = torch.nan  # both transitions at it have direction 0
+    assert directions(x, valid)[0, 1:3].abs().max() == 0
+
+
 def test_gradients_in_float64() -> None:
     teacher, valid = hidden(6), all_valid()
     valid[1, 3:] = False

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_phf.hidden.rows import SequenceShards
+from megatron_phf.hidden.rows import RowPlaces, SequenceShards, gather_rows, with_rows
 
 
 def group(size: int, rank: int) -> SimpleNamespace | None:
@@ -32,12 +32,42 @@ def test_every_position_is_in_one_place(context: int, sequence: int, packed: boo
             index, mine = shards.in_part(positions, length, limits)
             part = shards.part(whole, limits)
             assert torch.equal(part.gather(1, index)[mine], whole.flip(1)[mine])
+            places = shards.places(index, mine, torch.arange(2)[:, None], whole.shape)
             index, here = shards.in_piece(index, mine, piece.shape[1])
+            # Their numbers among the rows of a hidden state [s_local, b, h]:
+            taken = piece.T.flatten()[places.flat]
+            assert torch.equal(taken[here], whole.flip(1)[here])
+            if places.here is None:
+                assert here.all()
+            else:
+                assert torch.equal(places.here[..., 0], here)
             assert torch.equal(piece.gather(1, index)[here], whole.flip(1)[here])
             found += here
             parts += mine
     assert (found == 1).all()
     assert (parts == sequence).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_taken_along_have_the_gradient_of_two_branches(dtype: torch.dtype) -> None:
+    """Bit for bit; a short window repeats a place, with gradient zero."""
+    hidden, onwards = (torch.randn(6, 2, 4, dtype=dtype) for _ in range(2))
+    places = RowPlaces(torch.tensor([[3, 7, 11], [0, 4, 0]]), None)
+    weights = torch.randn(2, 3, 4, dtype=dtype)
+    weights[1, 2] = 0
+    gradients = []
+    for together in (True, False):
+        x = hidden.clone().requires_grad_()
+        if together:
+            passed, rows = with_rows(x, places, SequenceShards())
+        else:
+            passed, rows = x, gather_rows(x, places, SequenceShards())
+        assert torch.equal(rows, hidden.flatten(0, 1)[places.flat])
+        assert torch.equal(passed, hidden)
+        torch.autograd.backward((passed, rows), (onwards, weights))
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    assert not torch.equal(gradients[0], onwards)
 
 
 def test_zigzag_order_is_megatrons() -> None:

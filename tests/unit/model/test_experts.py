@@ -64,7 +64,7 @@ def test_refused_models(changes: dict, text: str, files: Path, tmp_path: Path) -
 
 
 TP2 = ["--tensor-model-parallel-size", "2"]
-EP = "--expert-model-parallel-size"
+EP, ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,11 @@ EP = "--expert-model-parallel-size"
         ("moe", TP2, 2, "needs --sequence-parallel"),
         ("moe", ["--tensor-model-parallel-size", "32"], 32, "32 does not divide"),
         ("moe", ["--moe-aux-loss-coeff", "-1"], 1, "--moe-aux-loss-coeff -1.0: need at least 0"),
+        ("moe", [ETP, "2"], 2, f"{ETP} 2 does not divide --tensor-model-parallel-size 1"),
+        ("moe", [ETP, "1", *TP2, "--sequence-parallel"], 2, f"{ETP} 1 below .* needs {EP} above 1"),
+        ("moe", [ETP, "1", EP, "2", *TP2, "--sequence-parallel"], 3, "do not divide into models"),
+        ("moe", [ETP, "0"], 1, f"{ETP} 0: need at least 1"),
+        ("dense", [ETP, "1"], 1, f"{ETP} is for models with experts"),
         ("dense", [EP, "2"], 2, f"{EP} is for models with experts"),
         ("dense", ["--moe-aux-loss-coeff", "0.1"], 1, "is for a model with experts"),
     ],
@@ -90,6 +95,15 @@ def test_refused_layouts(
     with pytest.raises(ValueError, match=text):
         preflight.check(config)
         preflight.check_world_size(config, processes)
+
+
+def test_whole_experts_go_over_the_ranks_of_tensor_parallelism_too(files: Path) -> None:
+    """Of 2 processes under TP 2 each has half of the experts, whole; cut in two, EP needs 4."""
+    layout = [EP, "2", *TP2, "--sequence-parallel"]
+    whole = parse_args(["--hf-model", str(files / "moe"), *layout, ETP, "1"])
+    preflight.check_world_size(whole, 2)
+    with pytest.raises(ValueError, match="start a multiple of 4"):
+        preflight.check_world_size(whole.replaced(expert_tensor_parallel_size=None), 2)
 
 
 def test_the_embedded_model_has_no_experts() -> None:

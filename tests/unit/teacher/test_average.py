@@ -6,9 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_phf.runtime import device
+from megatron_phf.teacher import average
 from megatron_phf.teacher.average import WeightAverage
 
 
@@ -40,13 +43,38 @@ class Copies(TorchDispatchMode):
         return made
 
 
+def test_weights_come_to_the_host_with_one_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of an offloaded teacher's own, which the average then fills."""
+    waits: list[str] = []
+    monkeypatch.setattr(device, "when_done", lambda: lambda: waits.append("done"))
+    here, there = chunk(1), chunk(1)
+    plain, offloaded = WeightAverage([here], 0.75), WeightAverage([there], 0.75)
+    plain.update([chunk(2)])
+    assert waits == []
+    monkeypatch.setattr(average, "_fetches", lambda weights, pairs: True)
+    offloaded.update([chunk(2)])
+    assert waits == ["done"]
+    for (_, a), (p, b) in zip(plain.pairs(), offloaded.pairs(), strict=True):
+        assert torch.equal(a, b)
+        assert p.data_ptr() != b.data_ptr()
+
+
+def test_only_16_bit_weights_of_another_device_are_fetched() -> None:
+    (p, value), *_ = WeightAverage([chunk(1)], 0.75).pairs()
+    far = torch.empty_like(p, device="meta")
+    assert average._fetches([far], [(p, value)])
+    assert not average._fetches([p.data], [(p, value)])
+    wide = torch.nn.Parameter(value)  # its own average
+    assert not average._fetches([far.float()], [(wide, value)])
+
+
 def test_weights_are_averaged_one_after_the_other() -> None:
-    average, students = WeightAverage([chunk(1)], 0.999), [chunk(2), chunk(3)]
-    wanted = [value.clone() for _, value in average.pairs()]
+    averages, students = WeightAverage([chunk(1)], 0.999), [chunk(2), chunk(3)]
+    wanted = [value.clone() for _, value in averages.pairs()]
     for student in students:
         with Copies() as copies:
-            average.update([student])
+            averages.update([student])
         assert copies.most == 1
         torch._foreach_lerp_(wanted, [p.data.float() for p in student.values()], 1 - 0.999)
-    for (_, value), all_at_once in zip(average.pairs(), wanted, strict=True):
+    for (_, value), all_at_once in zip(averages.pairs(), wanted, strict=True):
         assert torch.equal(value, all_at_once)

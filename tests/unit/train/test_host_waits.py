@@ -33,7 +33,7 @@ from megatron_phf.runtime import device
 from megatron_phf.train.batch import PlacedBatch, flow_windows, place
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.nonfinite import _all_finite
-from megatron_phf.train.pipeline import packed_seq_params
+from megatron_phf.train.pipeline import KnownShapes, packed_seq_params
 
 ROLLOUTS = [
     Rollout((1, 2), (3,), (4, 5, 6)),
@@ -134,6 +134,18 @@ def test_context_parallel_masks_are_made_once_for_all_layers(
     first, again = (attention._masks([2, 4], torch.device("cpu")) for _ in range(2))
     assert [mask.shape for mask in first] == [(1, 1, 2, 4), (1, 1, 4, 8)]
     assert all(a is b for a, b in zip(first, again, strict=True))
+
+
+def test_stages_know_what_arrives() -> None:
+    messages = KnownShapes.__new__(KnownShapes)
+    messages.expect([(4, 1, 8), (6, 1, 8)])
+    asked = [(True, False), (False, True), (True, True)]
+    found = [messages._communicate_shapes(None, torch.ones(3), *each) for each in asked]
+    assert found == [
+        ((4, 1, 8), (0, 0, 0)),
+        ((0, 0, 0), (4, 1, 8)),
+        ((6, 1, 8), (6, 1, 8)),
+    ]
 
 
 def test_stages_do_not_wait_for_their_messages() -> None:
