@@ -234,13 +234,6 @@ def broadcast_from_stage(tensor: torch.Tensor, stage: int) -> None:
         dist.broadcast(tensor, src=pipeline_ranks()[stage], group=group)
 
 
-def raise_together(problem: str | None) -> None:
-    """Raise ValueError on every rank where one has a ``problem``; every rank calls it."""
-    for text in gather_objects(problem):
-        if text is not None:
-            raise ValueError(text)
-
-
 def max_over_experts(value: int) -> int:
     """The largest ``value`` of the ranks whose tokens meet in the same experts; collective there.
 
