@@ -46,14 +46,14 @@ LOSSES = (
     Breakage(
         "the flow loss forgets the number of microbatches",
         "megatron_phf/train/student_pass.py",
-        "flow_scale = self._config.method.phf_alpha * averaged / num_sequences",
+        "flow_scale = self._config.method.phf_alpha * averaged / max(num_sequences, 1)",
         "flow_scale = self._config.method.phf_alpha * averaged * len(batches) / num_sequences",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
     Breakage(
         "the output loss forgets the number of microbatches",
         "megatron_phf/train/student_pass.py",
-        "opsd_weight * replicas * len(batches) / num_tokens",
+        "opsd_weight * replicas * len(batches) / max(num_tokens, 1)",
         "opsd_weight * replicas / num_tokens",
         (PARITY, "-k", "test_equals_reference and pp2_full_two"),
     ),
@@ -123,8 +123,8 @@ LOSSES = (
     Breakage(
         "padding that only the student has takes part",
         "megatron_phf/train/student_pass.py",
-        '"vocab_size": self._vocab_size',
-        '"vocab_size": self._arch.vocab_size',
+        "OutputHead(models.vocab_size,",
+        "OutputHead(models.student.vocab_size,",
         (LARGER, "-k", "tall] or deep] or shallow]"),
     ),
     Breakage(

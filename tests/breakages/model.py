@@ -49,7 +49,7 @@ MODEL = (
     Breakage(
         "padding counts in the routers' load-balancing loss",
         "megatron_phf/train/student_pass.py",
-        "set_padding(self._student, pieces)",
+        "set_padding(self._student, [b.padding for b in batches])",
         "set_padding(self._student, None)",
         (MOE, "-k", "test_gradient and ep2_mb4"),
     ),

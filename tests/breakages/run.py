@@ -80,8 +80,8 @@ RUN = (
     Breakage(
         "a restarted vLLM server stays without its adapter",
         "megatron_phf/rollout/vllm/sync.py",
-        "            if self._adapters:\n                server.load_adapter(",
-        "            if not self._adapters:\n                server.load_adapter(",
+        "            if adapter:\n                server.load_adapter(",
+        "            if not adapter:\n                server.load_adapter(",
         (VLLM_JOB, "-k", "adapters or checkpoints"),
     ),
     Breakage(
@@ -101,8 +101,8 @@ RUN = (
     Breakage(
         "vLLM's log-probabilities meet those of the next token",
         "megatron_phf/train/student_pass.py",
-        "self._drift.add(mine, batch.log_probs)",
-        "self._drift.add(mine, batch.log_probs.roll(1))",
+        "self._drift.add(*known)",
+        "self._drift.add(known[0], known[1].roll(1))",
         (VLLM_JOB, "-k", "adapters or checkpoints"),
     ),
     Breakage(
