@@ -100,7 +100,14 @@ class ServedModels:
 
     replaces, adapter = True, ""
 
-    def __init__(self, servers: list[VllmServer]) -> None:
+    def __init__(
+        self,
+        servers: list[VllmServer],
+        student: list[FlowGPTModel],
+        arch: Architecture,
+        config: Config,
+    ) -> None:
+        self._servers, self._student, self._arch, self._config = servers, student, arch, config
         self._models: dict[str, str] = {}
         self._locks = {server.url: threading.Lock() for server in servers}
 
@@ -133,8 +140,7 @@ class WeightSync(ServedModels):
         arch: Architecture,
         config: Config,
     ) -> None:
-        super().__init__(servers)
-        self._servers, self._student, self._arch, self._config = servers, student, arch, config
+        super().__init__(servers, student, arch, config)
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
         self.replaces = not self._adapters
         # The copy of --hf-model that servers started with is ours to replace.

@@ -56,8 +56,7 @@ class WeightTransfer(ServedModels):
         arch: Architecture,
         config: Config,
     ) -> None:
-        super().__init__(servers)
-        self._student, self._arch, self._config = student, arch, config
+        super().__init__(servers, student, arch, config)
         self._way = WAYS[config.vllm.vllm_weight_sync](config.vllm.vllm_timeout_seconds)
         self._controls = [Control(server) for server in servers]
         self._links: dict[Control, Link] = {}  # of rank 0

@@ -64,8 +64,8 @@ def _meanwhile(join: Callable[[], Any], tell: Callable[[], None], seconds: float
     return found[0]
 
 
-class TorchDistributed:
-    """The receiver that this package brings vLLM (``plugin``): gloo on CPUs, NCCL between GPUs."""
+class _FromRank0:
+    """Rank 0 alone sends, over a group that it and the workers join."""
 
     on_every_rank = False
 
@@ -75,6 +75,10 @@ class TorchDistributed:
     def message(self, tensors: Named) -> dict[str, Any]:
         """See the module."""
         return described(tensors)
+
+
+class TorchDistributed(_FromRank0):
+    """The receiver that this package brings vLLM (``plugin``): gloo on CPUs, NCCL between GPUs."""
 
     def connect(self, control: Control, workers: int) -> Any:
         """See the module."""
@@ -104,21 +108,12 @@ class TorchDistributed:
         return wait
 
 
-class Nccl:
+class Nccl(_FromRank0):
     """vLLM's ``nccl``: a communicator of this GPU and the workers' GPUs.
 
     One packed broadcast a message, on a stream of its own: where the server dies in the midst, what
     hangs is that stream.
     """
-
-    on_every_rank = False
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def message(self, tensors: Named) -> dict[str, Any]:
-        """See the module."""
-        return described(tensors)
 
     def connect(self, control: Control, workers: int) -> Any:
         """See the module; the workers' warm-up is an all-reduce of one element."""
