@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_phf.config.settings import Config
 from megatron_phf.estimate.activations import (
     Machine,
+    Microbatch,
     activation_bytes,
     kv_cache_bytes,
     last_layer_bytes,
@@ -144,22 +145,20 @@ def _steady(held: _Held, config: Config) -> Parts:
 
 
 def _student(
-    steady: Parts, held: _Held, models: Models, config: Config, machine: Machine, tokens: int,
+    there: Parts, held: _Held, models: Models, config: Config, machine: Machine, batch: Microbatch,
     stage: int,
 ) -> Parts:  # fmt: skip
     """Activations, and either the output loss or what a layer's backward needs."""
-    batch = microbatch(config, tokens)
     kept, momentary = activation_bytes(models.student, config, machine, batch, stage)
     loss = 0.0
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         loss = output_loss_bytes(models.student, config, machine, batch)
-    teacher = steady["teacher"]
+    teacher = there["teacher"]
     if config.teacher.teacher_offload and loss:
         teacher += held.head  # stays until the pass is over
     return {
-        **steady,
+        **there,
         "teacher": teacher,
-        "targets": target_bytes(models, config, machine, batch, stage),
         "activations": kept + (momentary if momentary > loss else 0.0),
         "output loss": loss if loss >= momentary else 0.0,
     }
@@ -176,18 +175,17 @@ def phase_estimates(
     held = _held(models, config, machine, stage)
     batch, steady = microbatch(config, tokens), _steady(held, config)
     away = config.teacher.teacher_offload
-    targets = target_bytes(models, config, machine, batch, stage)
+    both = {**steady, "targets": target_bytes(models, config, machine, batch, stage)}
     # torch's Adam on lists makes a root of every second moment; on a CPU of one at a time.
     roots = held.roots * 4 if machine.cuda else 0.0
     phases = {
         "build": _build(held, config, machine),
         "teacher": {
-            **steady,
+            **both,
             "teacher": steady["teacher"] + (held.copy if away else 0.0),
-            "targets": targets,
             "activations": teacher_pass_bytes(models, config, machine, batch),
         },
-        "student": _student(steady, held, models, config, machine, tokens, stage),
+        "student": _student(both, held, models, config, machine, batch, stage),
         "optimizer": {**steady, "optimizer": steady["optimizer"] + roots},
         "decode": {
             **steady,

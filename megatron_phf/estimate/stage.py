@@ -44,19 +44,6 @@ class StageParameters:
         return self.dense + self.experts + self.embedding + self.head
 
 
-def _layer(arch: Architecture, tp: int) -> float:
-    """Dense parameters of one layer on a rank; norms and routers are whole on each."""
-    groups = arch.padded_groups(tp) / tp
-    queries = groups * (arch.num_attention_heads / arch.num_query_groups) * arch.kv_channels
-    keys = groups * arch.kv_channels
-    attention = arch.hidden_size * (2 * queries + 2 * keys)
-    attention += arch.add_qkv_bias * (queries + 2 * keys)
-    norms = 2 * arch.hidden_size + 2 * arch.kv_channels * arch.qk_layernorm
-    if arch.experts is None:
-        return attention + norms + 3 * arch.hidden_size * arch.ffn_hidden_size / tp
-    return attention + norms + arch.hidden_size * arch.experts.count
-
-
 def stage_parameters(arch: Architecture, config: Config, stage: int) -> StageParameters:
     """Of a rank of pipeline stage ``stage``, padding included.
 
@@ -73,7 +60,7 @@ def stage_parameters(arch: Architecture, config: Config, stage: int) -> StagePar
         expert = 3 * arch.hidden_size * arch.experts.ffn_hidden_size / p.expert_tensor_size
         experts = layers * expert * arch.experts.count / p.expert_model_parallel_size
     own_head = stage == last and not (arch.tie_word_embeddings and last == 0)
-    dense = layers * _layer(arch, tp) + (arch.hidden_size if stage == last else 0)
+    dense = layers * arch.layer_parameters(tp) + (arch.hidden_size if stage == last else 0)
     return StageParameters(dense, experts, table if stage == 0 else 0.0, table if own_head else 0.0)
 
 

@@ -62,17 +62,21 @@ class Architecture:
         """Vocabulary rows, padded so that every tensor-parallel rank holds equally many."""
         return round_up(self.vocab_size, divisible_by * tensor_parallel_size)
 
+    def layer_parameters(self, tensor_parallel_size: int = 1) -> float:
+        """Dense weights of one layer on a rank, padding included; norms and routers are whole."""
+        tp = tensor_parallel_size
+        keys = self.padded_groups(tp) / tp * self.kv_channels
+        queries = keys * (self.num_attention_heads / self.num_query_groups)
+        attention = self.hidden_size * (2 * queries + 2 * keys)
+        attention += self.add_qkv_bias * (queries + 2 * keys)
+        norms = 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
+        if self.experts is None:
+            return attention + norms + 3 * self.hidden_size * self.ffn_hidden_size / tp
+        return attention + norms + self.hidden_size * self.experts.count
+
     def num_parameters(self) -> int:
         """Weights of the whole model, without padding; tied embeddings once."""
-        heads = self.num_attention_heads + 2 * self.num_query_groups
-        attention = self.hidden_size * self.kv_channels * (heads + self.num_attention_heads)
-        attention += self.add_qkv_bias * self.kv_channels * heads
-        norms = 2 * self.hidden_size + 2 * self.kv_channels * self.qk_layernorm
-        layer = attention + norms
-        if self.experts is None:
-            layer += 3 * self.hidden_size * self.ffn_hidden_size
-        else:
-            layer += self.hidden_size * self.experts.count
+        layer = round(self.layer_parameters())
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         total = self.num_layers * layer + embeddings + self.hidden_size
         return total + self.num_expert_parameters()
