@@ -53,10 +53,8 @@ class Demo:
         job, base = self.job, self.job.model.hf_model
         assert base is not None
         config = warm_start_config(job, self.initial, base)
-        end, prompts = (
-            LossReached(config.embedded.warm_start_loss),
-            warm_start_prompts(self.prompts, config.train.seed),
-        )
+        end = LossReached(config.embedded.warm_start_loss)
+        prompts = warm_start_prompts(self.prompts, config.train.seed)
         say("\nwarm start")
         steps = len(train(config, self.signals, self.heartbeat, prompts, [end], brief=True))
         return steps if end.reached or steps == config.train.train_iters else None

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.rollout.engines import FLAG
-from megatron_phf.rollout.order import ProblemOrder, ResponseRoom, as_rollout
+from megatron_phf.rollout.order import ProblemOrder, ResponseRoom, as_rollout, asked
 from megatron_phf.rollout.protocol import EngineBeside, Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.shared import asked_once
@@ -126,9 +126,7 @@ class AheadSource:
 
     def _sampled(self, step: int) -> Future[list[Response]]:
         sample_ids, pairs = self._order.share(step)
-        room = [self._room.of(pair) for pair in pairs]
-        prompts = [pair.student_ids for pair in pairs]
-        sampler = self._engine.sampler(prompts, self._sampling, sample_ids, room)
+        sampler = self._engine.sampler(*asked(pairs, self._room, self._sampling, sample_ids))
         return self._workers.submit(lambda: self._clock.timed(sampler))
 
     def _collect(self, step: int) -> None:

@@ -11,6 +11,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.prompts import PromptPair
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.rollout.protocol import Response
+from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
 from megatron_phf.teacher.architecture import Models
 
@@ -81,6 +82,17 @@ def response_room(config: Config, models: Models) -> ResponseRoom:
     """Where student and teacher, which may be another model, end a response."""
     student, teacher = (m.max_position_embeddings for m in (models.student, models.teacher))
     return ResponseRoom(student, teacher, config.rollout.max_new_tokens)
+
+
+def asked(
+    pairs: Sequence[PromptPair],
+    room: ResponseRoom,
+    sampling: SamplingParams,
+    sample_ids: Sequence[int],
+) -> tuple[list[Sequence[int]], SamplingParams, Sequence[int], list[int]]:
+    """What an engine is asked for these prompts: the arguments of ``RolloutEngine.generate``."""
+    prompts: list[Sequence[int]] = [pair.student_ids for pair in pairs]
+    return prompts, sampling, sample_ids, [room.of(pair) for pair in pairs]
 
 
 def as_rollout(pair: PromptPair, response: Response) -> Rollout:

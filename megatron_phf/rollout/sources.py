@@ -17,6 +17,7 @@ from megatron_phf.rollout.order import (
     ProblemOrder,
     ResponseRoom,
     as_rollout,
+    asked,
     problem_order,
     response_room,
 )
@@ -62,10 +63,8 @@ class OnPolicySource:
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``."""
         sample_ids, pairs = self._order.share(iteration)
-        prompts = [pair.student_ids for pair in pairs]
-        room = [self._room.of(pair) for pair in pairs]
         self._engine.prepare(iteration)
-        responses = self._engine.generate(prompts, self._sampling, sample_ids, room)
+        responses = self._engine.generate(*asked(pairs, self._room, self._sampling, sample_ids))
         return [as_rollout(*each) for each in zip(pairs, responses, strict=True)]
 
 
