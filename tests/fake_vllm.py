@@ -66,6 +66,11 @@ class _Died(Exception):
     """No answer to this request."""
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # of a batch's connections, none waits a second to be tried again
+
+
 class FakeVllm:
     """``with FakeVllm(directory) as server: server.url``; ``directory`` None: scripted answers."""
 
@@ -121,8 +126,7 @@ class FakeVllm:
 
     def _listen(self, port: int) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"fake": self})
-        http = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        http.daemon_threads = True
+        http = _Http(("127.0.0.1", port), handler)
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         return http
 
