@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from megatron_phf.config.settings import Config, flag_of
+from megatron_phf.config.teachers import teacher_directories
 from megatron_phf.files.replace import MARKER
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.train.checkpoint_files import fingerprint
@@ -53,6 +54,22 @@ def _small_files(directory: str) -> dict[str, Any]:
     return {n: fingerprint(p) for n, p in paths.items() if os.path.isfile(p) and n != MARKER}
 
 
+def _model_files(directory: str) -> dict[str, Any]:
+    """Of what is read of a model."""
+    weights = sorted(n for n in os.listdir(directory) if n.endswith(".safetensors"))
+    sampled = {part: _sampled(os.path.join(directory, part)) for part in ["config.json", *weights]}
+    return _small_files(directory) | sampled
+
+
+def _teacher_files(config: Config) -> dict[str, Any]:
+    """Of all teachers; of those with a name behind their place and name, which decide too."""
+    found: dict[str, Any] = {}
+    for number, (name, directory) in enumerate(teacher_directories(config).items(), start=1):
+        where = f"{number}:{name}/" if name else ""
+        found |= {where + file: known for file, known in _model_files(directory).items()}
+    return found
+
+
 def inputs(config: Config) -> dict[str, Any]:
     """Field -> fingerprint of the file, or of each file in a directory that is read."""
     found: dict[str, Any] = {}
@@ -61,13 +78,10 @@ def inputs(config: Config) -> dict[str, Any]:
         if values[name] is not None:
             read = _small_files if os.path.isdir(values[name]) else fingerprint
             found[name] = read(values[name])
-    for name in _MODELS:
-        directory = values[name]
-        if directory is not None:
-            weights = sorted(n for n in os.listdir(directory) if n.endswith(".safetensors"))
-            parts = ["config.json", *weights]
-            sampled = {part: _sampled(os.path.join(directory, part)) for part in parts}
-            found[name] = _small_files(directory) | sampled
+    if config.model.hf_model is not None:
+        found["hf_model"] = _model_files(config.model.hf_model)
+    if config.teacher.teacher_hf_model is not None:
+        found["teacher_hf_model"] = _teacher_files(config)
     return found
 
 
