@@ -46,6 +46,6 @@ def flag(
     """
     assert needs is None or not default
     kind = "choices" if isinstance(allowed, tuple) else "range"
-    known = {"help": text, "choices": None, "range": None, "needs": needs, "alias": alias}
-    known["named"] = named
+    known: dict[str, Any] = {"help": text, "needs": needs, "alias": alias, "named": named}
+    known |= {"choices": None, "range": None}
     return field(default=default, metadata=known | {kind: allowed})

@@ -21,6 +21,8 @@ from megatron_phf.model.architecture import Architecture, check_split, read_arch
 TEACHER_FLAG = "--teacher-hf-model"
 # Whatever both directories have of these is compared; the first decides.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Teachers that take turns may differ in how far they read, and in how they were made.
+_FREE = ("max_position_embeddings", "initializer_range")
 
 
 def flag_of_teacher(name: str) -> str:
@@ -96,13 +98,11 @@ def _common_architecture(directories: Mapping[str, str]) -> Architecture:
     (first, own), *others = found.items()
     positions = min(arch.max_position_embeddings for arch in found.values())
     for name, arch in others:
-        # What decides nothing but how far it reads, and how it was made.
-        free = {
-            "max_position_embeddings": own.max_position_embeddings,
-            "initializer_range": own.initializer_range,
-        }
-        other = vars(dataclasses.replace(arch, **free))
-        differing = [f"{k} {v}, not {vars(own)[k]}" for k, v in other.items() if v != vars(own)[k]]
+        differing = [
+            f"{field} {value}, not {vars(own)[field]}"
+            for field, value in vars(arch).items()
+            if field not in _FREE and value != vars(own)[field]
+        ]
         if differing:
             raise ValueError(
                 f"{flag_of_teacher(name)} {directories[name]}: not the architecture of {first} "

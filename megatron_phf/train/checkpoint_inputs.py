@@ -29,6 +29,7 @@ _MODELS = ("hf_model", "teacher_hf_model")
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _NOT_READ = re.compile(r"(readme|licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
+_SHOWN = 3  # files that an error names
 
 
 def _sampled(path: str) -> dict[str, Any]:
@@ -151,7 +152,8 @@ def _changed(field: str, old: Any, new: Any) -> str | None:
     few = all(n == "config.json" or n.endswith(".safetensors") for n in old)
     names = old.keys() if few and field in _MODELS else old.keys() | new.keys()
     changed = sorted(n for n in names if old.get(n) != new.get(n))
-    return f"its {', '.join(changed)} is " if changed else None
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return f"its {', '.join(changed[:_SHOWN])}{more} is " if changed else None
 
 
 def _sizes(old: Any, new: Any) -> str:
