@@ -83,13 +83,13 @@ class TakingTurns:
         number = next(i for i, each in enumerate(self._chunks) if each is chunk)
         if self._there[number] != name:
             self._there[number] = name
-            for p, data in zip(chunk.parameters(), self._host[name][number], strict=True):
-                p.data = data  # first, so that never more than one model is there
-                p.data = device.to_device(data)
+            for p, kept in zip(chunk.parameters(), self._host[name][number], strict=True):
+                p.data = kept  # first, so that never more than one model is there
+                p.data = device.to_device(kept)
 
     def _leave(self) -> None:
         """Nothing stays on the device."""
         self._there = [None] * len(self._chunks)
         for chunk, weights in zip(self._chunks, next(iter(self._host.values())), strict=True):
-            for p, data in zip(chunk.parameters(), weights, strict=True):
-                p.data = data
+            for p, kept in zip(chunk.parameters(), weights, strict=True):
+                p.data = kept
