@@ -49,7 +49,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--lengths", help="tokens PROMPT,RESPONSE or PROMPT,TEACHER_PROMPT,RESPONSE; the longest"
     )
     parser.add_argument("--decode", action="store_true", help="rollouts in process too")
-    parser.add_argument("--steps", type=int, default=2, help="the last one is shown")
+    parser.add_argument("--steps", type=int, default=1, help="the last one is shown")
     parser.add_argument("--jobs", type=int, default=1, help="ranks at a time")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB; more is an error")
     parser.add_argument(

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
 from megatron_phf.estimate.activations import (
-    Machine,
     Microbatch,
     activation_bytes,
-    kv_cache_bytes,
     last_layer_bytes,
     microbatch,
     output_loss_bytes,
-    prefill_bytes,
     target_bytes,
     teacher_pass_bytes,
 )
+from megatron_phf.estimate.decoding import kv_cache_bytes, prefill_bytes
+from megatron_phf.estimate.layer import Machine
 from megatron_phf.estimate.stage import (
     StageParameters,
     adapter_parameters,
@@ -46,9 +45,9 @@ class _Held:
     """Bytes of one rank from step to step.
 
     ``weights``, ``gradients`` and ``optimizer`` of the student; the teacher's ``copy`` and fp32
-    ``average``; ``masters``: the part of the optimizer that its start makes; ``roots``:
-    parameters whose optimizer state is here, of one optimizer (experts have their own);
-    ``trained``: all that are;
+    ``average``; ``placed``: the average as weights, in the teacher's pass; ``masters``: the part
+    of the optimizer that its start makes; ``roots``: parameters whose optimizer state is here, of
+    one optimizer (experts have their own); ``trained``: all that are, and ``experts`` of them;
     ``head``: bytes of the head, or of the embedding where the stage has no other.
     """
 
@@ -57,9 +56,11 @@ class _Held:
     optimizer: float
     copy: float
     average: float
+    placed: float
     masters: float
     roots: float
     trained: float
+    experts: float
     head: float
 
 
@@ -108,9 +109,11 @@ def _held(models: Models, config: Config, machine: Machine, stage: int) -> _Held
         optimizer=optimized * (8 + masters),
         copy=copy,
         average=average,
+        placed=0.0 if copy or masters == 0 else average * width / 4,
         masters=optimized * masters,
         roots=max(optimized - of_experts, of_experts),
         trained=trained,
+        experts=0.0 if adapters else found.experts,
         head=(found.head or found.embedding) * width,
     )
 
@@ -119,7 +122,10 @@ def _build(held: _Held, config: Config, machine: Machine) -> Parts:
     """The model twice, where DDP takes it into its buffers; or with the optimizer's weights."""
     away = config.teacher.teacher_offload
     teacher = 0.0 if away else held.copy + held.average
-    buffer = held.trained * machine.width if config.parallel.use_distributed_optimizer else 0.0
+    # Experts have a buffer of their own, which comes last.
+    buffer = (held.experts or held.trained) * machine.width
+    if not config.parallel.use_distributed_optimizer:
+        buffer = 0.0
     moments = [
         {"weights": held.weights, "teacher": held.copy + (0.0 if away else held.average)},
         {"weights": held.weights + buffer, "teacher": teacher, "gradients": held.gradients},
@@ -182,7 +188,7 @@ def phase_estimates(
         "build": _build(held, config, machine),
         "teacher": {
             **both,
-            "teacher": steady["teacher"] + (held.copy if away else 0.0),
+            "teacher": steady["teacher"] + held.placed + (held.copy if away else 0.0),
             "activations": teacher_pass_bytes(models, config, machine, batch),
         },
         "student": _student(both, held, models, config, machine, batch, stage),
@@ -194,7 +200,7 @@ def phase_estimates(
         },
     }
     if held.average and not away:  # weight by weight: an fp32 copy of the largest
-        copy = held.head * 4 / machine.width
+        copy = held.head * 4 / machine.width if held.copy else 0.0
         phases["teacher update"] = {**steady, "teacher": steady["teacher"] + copy}
     return {
         phase: {name: size / _GIB for name, size in parts.items()}

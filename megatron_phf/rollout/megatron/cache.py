@@ -10,16 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST_COLUMNS = 32
-
-
-def capacity_for(columns: int) -> int:
-    """Columns to hold ``columns``, few sizes for any length: at most a quarter of them for nothing.
-
-    Multiples of 32, which fused attention with a mask wants on CUDA; 4 sizes a doubling.
-    """
-    step = max(_LEAST_COLUMNS, 1 << max(columns - 1, 1).bit_length() >> 3)
-    return -(-columns // step) * step
+from megatron_phf.rollout.megatron.capacity import capacity_for
 
 
 class KVCache:

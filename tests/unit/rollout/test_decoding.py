@@ -10,7 +10,8 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.model.attention import attend_token
-from megatron_phf.rollout.megatron.cache import KVCache, capacity_for
+from megatron_phf.rollout.megatron.cache import KVCache
+from megatron_phf.rollout.megatron.capacity import capacity_for
 from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.megatron.graphs import StepGraphs
 from megatron_phf.rollout.sampling import SamplingParams
