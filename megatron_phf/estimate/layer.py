@@ -16,12 +16,14 @@ _ROUTED_COPIES = 6
 class Machine:
     """``width``: bytes of a weight; ``replicas``: data-parallel ranks.
 
-    Without ``cuda`` norms and SwiGLU are not fused and keep more.
+    Without ``cuda`` norms and SwiGLU are not fused and keep more.  ``fused_adam``: megatron-core
+    has found Transformer Engine's or apex's, which update in place.
     """
 
     width: int
     replicas: int
     cuda: bool = True
+    fused_adam: bool = False
 
 
 def widths(arch: Architecture, config: Config) -> tuple[float, float, float]:

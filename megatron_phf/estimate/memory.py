@@ -26,6 +26,7 @@ from megatron_phf.estimate.stage import (
     stage_parameters,
 )
 from megatron_phf.teacher.architecture import Models, teacher_config
+from megatron_phf.teacher.traits import traits_of
 
 __all__ = [
     "Machine",
@@ -82,15 +83,14 @@ def _teacher_sizes(
     models: Models, config: Config, machine: Machine, stage: int, adapters: float
 ) -> tuple[float, float]:
     """Bytes of the teacher's (own weights, fp32 average)."""
-    width, ema = machine.width, config.method.teacher == "ema"
+    width, traits = machine.width, traits_of(config)
     if models.other is not None:
         return stage_parameters(models.other, teacher_config(config), stage).total * width, 0.0
-    if config.method.teacher == "live":
-        return 0.0, 0.0
-    if config.lora.lora_rank:
-        return 0.0, adapters * 4 if ema else 0.0
+    if adapters:
+        return 0.0, adapters * 4 * traits.average
     whole = stage_parameters(models.student, config, stage).total
-    return whole * width, whole * 4 if ema and width != 4 else 0.0  # fp32 is its own average
+    # An fp32 copy is its own average.
+    return whole * width * traits.copy, whole * 4 * (traits.average and width != 4)
 
 
 def _held(models: Models, config: Config, machine: Machine, stage: int) -> _Held:
@@ -183,7 +183,7 @@ def phase_estimates(
     away = config.teacher.teacher_offload
     both = {**steady, "targets": target_bytes(models, config, machine, batch, stage)}
     # torch's Adam on lists makes a root of every second moment; on a CPU of one at a time.
-    roots = held.roots * 4 if machine.cuda else 0.0
+    roots = held.roots * 4 if machine.cuda and not machine.fused_adam else 0.0
     phases = {
         "build": _build(held, config, machine),
         "teacher": {

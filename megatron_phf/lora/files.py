@@ -90,11 +90,7 @@ def merge_adapter(
 
 
 def save_peft_adapter(
-    chunks: list[FlowGPTModel],
-    arch: Architecture,
-    config: Config,
-    target: str,
-    flag: str = "--save-adapter",
+    chunks: list[FlowGPTModel], config: Config, target: str, flag: str = "--save-adapter"
 ) -> None:
     """Write the adapters to ``target``, which ``flag`` named, for ``peft`` and vLLM.
 

@@ -28,7 +28,12 @@ WAITS = {
 # Of single layouts, beside those.
 MORE = {
     # megatron-core's own, once a layer, pass and microbatch: how many tokens go to which expert.
-    "experts": {("model/layer.py", "masked_select"): 16, ("model/moe.py", "item"): 1},
+    # The last of a layer's three waits is for the sizes of what goes to other ranks.
+    "experts": {
+        ("model/layer.py", "masked_select"): 16,
+        ("model/layer.py", "wait for a stream or an event"): 8,
+        ("model/moe.py", "item"): 1,
+    },
     # An average in host memory takes the weights there.
     "offload": {("teacher/average.py", "wait for a stream or an event"): 1},
     # A batch is begun, and three tokens are decoded.

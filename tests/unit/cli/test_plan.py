@@ -146,7 +146,9 @@ def test_a_preset_is_its_flags(tmp_path, capsys) -> None:
     for words, message in (
         (["--preset", "phg"], "error: --preset phg: no such preset; choose one of opsd,"),
         (["--global-batch-size", "x"], "error: argument --global-batch-size: invalid int value"),
-        (["--global-batch-size", "0"], "error: --global-batch-size: need more than 0"),
+        (["--global-batch-size", "0"], "error: --global-batch-size 0: need at least 1"),
+        (["--max-new-tokens", "0"], "error: --max-new-tokens 0: need at least 1"),
+        (["--network-gbytes", "0"], "error: --network-gbytes: need more than 0"),
     ):
         assert plan.main(["--hf-config", str(path), "--gpus", "8", *words]) == 2
         assert capsys.readouterr().err.startswith(message)

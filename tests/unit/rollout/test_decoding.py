@@ -11,7 +11,7 @@ from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.model.attention import attend_token
 from megatron_phf.rollout.megatron.cache import KVCache
-from megatron_phf.rollout.megatron.capacity import capacity_for
+from megatron_phf.rollout.megatron.capacity import capacity_before, capacity_for
 from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.megatron.graphs import StepGraphs
 from megatron_phf.rollout.sampling import SamplingParams
@@ -26,6 +26,8 @@ def test_capacities_are_few_and_hardly_larger_than_asked() -> None:
     assert all(n <= c and c % 32 == 0 and c - n < max(32, n / 4) for n, c in found.items())
     assert (found[1], found[33], found[129], found[1025]) == (32, 64, 160, 1280)
     assert len({*found.values()}) <= 32
+    sizes = sorted({*found.values()})
+    assert [capacity_before(n) for n in sizes] == [0, *sizes[:-1]]
 
 
 def test_attention_over_the_capacity_is_that_over_the_tokens() -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf.cli import gpu_flags, preflight
+from megatron_phf.cli import gpu_flags, out_of_memory, preflight
 from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
-from megatron_phf.runtime import device, kernels, optional_packages, out_of_memory
+from megatron_phf.runtime import device, kernels, optional_packages
 from megatron_phf.runtime.environment import set_cuda_defaults
 from megatron_phf.runtime.visible_gpus import count_visible, visible_gpus
 from tests.launch import REPO, environment
