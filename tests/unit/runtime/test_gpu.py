@@ -266,6 +266,8 @@ def test_memory_advice_names_flags_that_the_run_can_still_change() -> None:
     assert len(left) == 1 and left[0].startswith("--tensor-model-parallel-size 2, or")
     rollout = out_of_memory.advice(parse_args(["--rollout-batch-size", "8"]), "rollout")
     assert rollout[0] == "--rollout-batch-size 4: half the KV cache"
+    elsewhere = out_of_memory.advice(parse_args(["--rollout-engine", "vllm"]), "rollout")
+    assert not any("KV cache" in line for line in elsewhere)
     parser_flags = {word for line in (*plain, *left, *rollout) for word in line.replace(
         ":", " ").replace(",", " ").split() if word.startswith("--")}  # fmt: skip
     for flag in parser_flags:
