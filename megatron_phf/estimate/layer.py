@@ -48,12 +48,13 @@ def layer_numbers(arch: Architecture, config: Config, machine: Machine, sequence
     inputs = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), stream)
     inputs |= {"o_proj": queries, "down_proj": ffn}
     trained = {*target_modules(config.lora)} if config.lora.lora_rank else {*inputs}
-    # A norm's input; where it is not one kernel, the scaled input in between too.
-    kept = 2 * (stream if machine.cuda else 2 * stream)
+    # A norm's input; where it is not one kernel, and trained, the scaled input in between too.
+    whole_norms = machine.cuda or config.lora.lora_rank > 0
+    kept = 2 * (stream if whole_norms else 2 * stream)
     # q, k, v as one tensor; rotated q and k; the attention's output.
     kept += (queries + 2 * keys) + (queries + keys) + queries
     if arch.qk_layernorm:  # reads q from a tensor of its own
-        kept += queries if machine.cuda else 2 * queries + keys
+        kept += queries if whole_norms else 2 * queries + keys
     kept += stream * bool(trained & {"q_proj", "k_proj", "v_proj"})
     if "o_proj" in trained and _joins(config, sequences):
         kept += queries
