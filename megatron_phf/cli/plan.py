@@ -35,6 +35,7 @@ _JOB = {
     "max_new_tokens": "of a rollout",
     "teacher": "frozen, ema or live",
     "lora_rank": "0: all weights are trained",
+    "lora_dropout": "of the adapters' input, whose masks are kept",
 }
 # Of the tool's own flags those that divide.
 _HARDWARE = (

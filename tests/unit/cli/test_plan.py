@@ -140,7 +140,7 @@ def test_a_preset_is_its_flags(tmp_path, capsys) -> None:
         assert plan.main(["--hf-config", str(path), "--gpus", "8", *words]) == 0
         return capsys.readouterr().out
 
-    by_hand = shown("--teacher", "ema", "--lora-rank", "64")
+    by_hand = shown("--teacher", "ema", "--lora-rank", "64", "--lora-dropout", "0.05")
     assert shown("--preset", "phf") == by_hand != shown()
     assert shown("--preset", "phf", "--lora-rank", "0", "--teacher", "frozen") == shown()
     for words, message in (
