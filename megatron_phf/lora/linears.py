@@ -66,7 +66,7 @@ class AdaptedLinear:
         parts = output.unflatten(-1, (-1, sum(widths))).split(widths, dim=-1)
         for target, part in zip(self.widths, parts, strict=True):
             if target in self.adapters:
-                yield self.adapters[target], part  # type: ignore[misc]
+                yield self.adapters[target], part
 
     def _delta(self, x: Tensor, output: Tensor) -> Tensor:
         """Query groups alternate q, k and v in the fused output; gate and up are one group."""
