@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.estimate.activations import (
     Microbatch,
     activation_bytes,
@@ -150,6 +151,14 @@ def _steady(held: _Held, config: Config) -> Parts:
     }
 
 
+def _heads(held: _Held, models: Models, config: Config, stage: int, more: int) -> float:
+    """Output heads of teachers whose turn is over, and ``more``; the student's pass reads them."""
+    if stage < config.parallel.pipeline_model_parallel_size - 1:
+        return 0.0
+    head = held.head * models.teacher.hidden_size / models.student.hidden_size
+    return head * (max(0, len(teacher_names(config)) - 1) + more)
+
+
 def _student(
     there: Parts, held: _Held, models: Models, config: Config, machine: Machine, batch: Microbatch,
     stage: int,
@@ -159,9 +168,8 @@ def _student(
     loss = 0.0
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         loss = output_loss_bytes(models.student, config, machine, batch)
-    teacher = there["teacher"]
-    if config.teacher.teacher_offload and loss:
-        teacher += held.head  # stays until the pass is over
+    # An offloaded teacher's stays too, until the pass is over.
+    teacher = there["teacher"] + _heads(held, models, config, stage, config.teacher.teacher_offload)
     return {
         **there,
         "teacher": teacher,
@@ -188,7 +196,10 @@ def phase_estimates(
         "build": _build(held, config, machine),
         "teacher": {
             **both,
-            "teacher": steady["teacher"] + held.placed + (held.copy if away else 0.0),
+            "teacher": steady["teacher"]
+            + held.placed
+            + (held.copy if away else 0.0)
+            + _heads(held, models, config, stage, 0),
             "activations": teacher_pass_bytes(models, config, machine, batch),
         },
         "student": _student(both, held, models, config, machine, batch, stage),

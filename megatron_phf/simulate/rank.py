@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
@@ -147,7 +148,9 @@ class _Rank:
         count = self.job.config.train.global_batch_size // parallel.data_parallel_size()
         data, new = self.job.config.data, self.job.config.rollout.max_new_tokens
         student, teacher = (1,) * data.max_prompt_length, (1,) * data.max_teacher_prompt_length
-        return [Rollout(student, teacher, (1,) * new)] * count
+        names = teacher_names(self.job.config) or (None,)
+        turns = itertools.islice(itertools.cycle(names), count)
+        return [Rollout(student, teacher, (1,) * new, teacher=name) for name in turns]
 
     def _decode(self, student: list[Any]) -> None:
         """A few tokens of a batch of rollouts, in a cache as long as theirs."""

@@ -86,6 +86,12 @@ LAYOUTS = {
         f"{SHARED} --pipeline-model-parallel-size 2 --recompute-granularity full "
         "--recompute-num-layers 1 --global-batch-size 4 --teacher-hf-model TEACHER",
     ),
+    "two teachers": Layout(
+        2, (0,),
+        f"{SHARED} --teacher-hf-model math=TEACHER --teacher-hf-model code=TEACHER "
+        "--teacher-offload --global-batch-size 4",
+        {**MODEL, "num_hidden_layers": 2},
+    ),
     "decode": Layout(
         4, (0, 1, 2),
         f"{TENSOR} --pipeline-model-parallel-size 2 --teacher live --global-batch-size 4",

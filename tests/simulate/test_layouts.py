@@ -36,6 +36,7 @@ MORE = {
     },
     # An average in host memory takes the weights there.
     "offload": {("teacher/average.py", "wait for a stream or an event"): 1},
+    "two teachers": {("train/by_teacher.py", "tolist"): 1},  # its numbers by teacher
     # A batch is begun, and three tokens are decoded.
     "decode": {
         ("runtime/device.py", "wait for a stream or an event"): 3,
