@@ -17,6 +17,7 @@ from megatron_phf.files.foreign import parse_json
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.hidden.spec import flow_spec, flow_weights
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
+from megatron_phf.teacher.traits import traits_of
 
 TEACHER_FLAG = "--teacher-hf-model"
 # Whatever both directories have of these is compared; the first decides.
@@ -199,10 +200,13 @@ def check_tokenizers(student: str, teacher: str, common: int, required: bool) ->
 def check_teacher_flags(config: Config) -> None:
     """Raise ValueError for flags of a teacher that exclude each other, or need one another."""
     teacher = config.teacher
-    if teacher.teacher_offload and config.method.teacher == "live":
+    kind, traits = config.method.teacher, traits_of(config)
+    if teacher.teacher_offload and not traits.copy:
         raise ValueError(
-            "--teacher-offload: a live teacher has no weights of its own; leave it out"
+            f"--teacher-offload: a {kind} teacher has no weights of its own; leave it out"
         )
+    if config.lora.lora_rank and not traits.adapters:
+        raise ValueError(f"--teacher {kind} has no form for adapters; leave out --lora-rank")
     if teacher.teacher_offload and config.lora.lora_rank and teacher.teacher_hf_model is None:
         raise ValueError(
             "--teacher-offload: with --lora-rank the teacher shares the student's weights; leave "
@@ -210,9 +214,9 @@ def check_teacher_flags(config: Config) -> None:
         )
     if teacher.teacher_hf_model is None:
         return
-    if config.method.teacher != "frozen":
+    if traits.follows:
         raise ValueError(
-            f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
+            f"--teacher {kind} follows the student's weights; {TEACHER_FLAG} is "
             "another model: use --teacher frozen, or leave one of the two out"
         )
     several = len(teacher_directories(config)) > 1

@@ -129,7 +129,7 @@ def _other_model(teacher: Architecture, config: Config) -> tuple[list[FlowGPTMod
 
 @dataclass(frozen=True)
 class TeacherKind:
-    """How a kind of teacher is made.
+    """How a kind of teacher is made; what it has stands in :mod:`.traits`.
 
     ``on_weights``: of chunks with weights of its own and where these are kept; ``on_adapters``: of
     a student that trains adapters alone, whose base weights it shares; each None where the kind

@@ -202,7 +202,7 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
     target = path.removesuffix(".safetensors")
     save_hf(student, arch, config, config.model.hf_model, target)
     if config.lora.lora_rank:
-        save_peft_adapter(student, arch, config, target + ".adapter")
+        save_peft_adapter(student, config, target + ".adapter")
     return first
 
 

@@ -71,6 +71,13 @@ LAYOUTS = {
         f"{TENSOR} {PACKED} --lora-rank 64 --teacher ema --opsd-objective policy_gradient "
         "--global-batch-size 4",
     ),
+    # Like a published recipe: what adapters keep of long rows is most of the memory.
+    "long adapters": Layout(
+        2, (0,),
+        f"{SHARED} {TENSOR} --max-tokens-per-microbatch 6144 --pack-sequences --lora-rank 64 "
+        "--lora-dropout 0.05 --teacher ema --global-batch-size 2",
+        {**MODEL, "hidden_size": 2048, "intermediate_size": 6144}, "512,2048,1024",
+    ),
     "offload": Layout(
         2, (0,), f"{SHARED} --teacher-offload --teacher ema --global-batch-size 4"
     ),

@@ -11,17 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LEAST_COLUMNS = 64  # that the capacity grows by
+from megatron_phf.rollout.megatron.capacity import capacity_for
+
 _BLOCK = 16  # columns: masked attention wants multiples of it on CUDA
-
-
-def capacity_for(columns: int) -> int:
-    """Columns to hold ``columns``, few sizes for any length: at most a quarter of them for nothing.
-
-    Multiples of 64; 4 sizes a doubling.
-    """
-    step = max(_LEAST_COLUMNS, 1 << max(columns - 1, 1).bit_length() >> 3)
-    return -(-columns // step) * step
 
 
 class KVCache:

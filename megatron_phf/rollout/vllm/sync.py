@@ -164,7 +164,7 @@ class WeightSync(ServedModels):
         name = f"{self._prefix}-{version}"
         if self._adapters:
             target = self._path(name)
-            save_peft_adapter(self._student, self._arch, self._config, target, "--vllm-sync-dir")
+            save_peft_adapter(self._student, self._config, target, "--vllm-sync-dir")
         else:
             source, flag = self._config.model.hf_model, "--vllm-sync-dir"
             assert source is not None

@@ -17,7 +17,8 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.model.attention import attend_token
-from megatron_phf.rollout.megatron.cache import KVCache, capacity_for
+from megatron_phf.rollout.megatron.cache import KVCache
+from megatron_phf.rollout.megatron.capacity import capacity_before, capacity_for
 from megatron_phf.rollout.megatron.decode import decode_layer
 from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.megatron.graphs import StepGraphs
@@ -33,6 +34,8 @@ def test_capacities_are_few_and_hardly_larger_than_asked() -> None:
     assert all(n <= c and c % 64 == 0 and c - n < max(64, n / 4) for n, c in found.items())
     assert (found[1], found[65], found[129], found[1025]) == (64, 128, 192, 1280)
     assert len({*found.values()}) <= 28
+    sizes = sorted({*found.values()})
+    assert [capacity_before(n) for n in sizes] == [0, *sizes[:-1]]
 
 
 @pytest.mark.parametrize(
