@@ -70,6 +70,11 @@ class _Died(Exception):
     """No answer to this request."""
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # of a batch's connections, none waits a second to be tried again
+
+
 class FakeVllm:
     """``with FakeVllm(directory) as server: server.url``; ``directory`` None: scripted answers."""
 
@@ -130,8 +135,7 @@ class FakeVllm:
 
     def _listen(self, port: int) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"fake": self})
-        http = ThreadingHTTPServer((self._host, port), handler)
-        http.daemon_threads = True
+        http = _Http((self._host, port), handler)
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         return http
 
@@ -143,6 +147,14 @@ class FakeVllm:
     def restart(self) -> None:
         """Away for a while; back with what its model's directory then holds, without adapters."""
         self.stop()
+        self._come_back()
+
+    def die(self) -> None:
+        """The same, from within a request: there is nobody from now on."""
+        self.stop()
+        threading.Thread(target=self._come_back, daemon=True).start()
+
+    def _come_back(self) -> None:
         time.sleep(self.down_seconds)
         self._load()
         self._http = self._listen(self.port)
@@ -280,7 +292,7 @@ class FakeVllm:
             self._group.broadcast(tensor, 0).wait()
         if number in self.die_at_messages:
             self._group = None  # its connections end
-            threading.Thread(target=self.restart, daemon=True).start()
+            self.die()
             raise _Died
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, tensor in zip(names, tensors, strict=True):
@@ -479,7 +491,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _complete(self, body: dict) -> None:
         fault = self.fake.next_fault()
         if fault == "restart":
-            threading.Thread(target=self.fake.restart, daemon=True).start()
+            self.fake.die()
         if fault in ("restart", "closed"):
             self.close_connection = True
         elif fault in ("400", "500", "503"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-_LEAST_COLUMNS = 32
+_LEAST_COLUMNS = 64  # that the capacity grows by
 
 
 def capacity_for(columns: int) -> int:
     """Columns to hold ``columns``, few sizes for any length: at most a quarter of them for nothing.
 
-    Multiples of 32, which fused attention with a mask wants on CUDA; 4 sizes a doubling.
+    Multiples of 64; 4 sizes a doubling.
     """
     step = _step(columns)
     return -(-columns // step) * step
