@@ -108,19 +108,31 @@ def first_look(looks: Mapping[int, float], level: float) -> float:
 
 
 def rates_table(study: Study, cells: Mapping[str, Cell]) -> list[str]:
-    """Mean accuracy of each arm behind the last step by learning rate and warm-up."""
-    last = study.looks[-1]
-    kinds = sorted({(r.warmup, r.lr) for r in study.runs})
+    """Behind the last step, by learning rate and warm-up: accuracy, and others against the first.
+
+    The second is paired; its intervals hold for all of them together.
+    """
+    last = at(study.looks[-1])
+    kinds = sorted(dict.fromkeys((run.warmup, run.lr) for run in study.runs))
+    arms = {arm.name: cells_of(study, cells, arm.name) for arm in study.arms}
+    arms = {name: found for name, found in arms.items() if found}
     head = "".join(f" {lr:g}, {warmup} |" for warmup, lr in kinds)
     rows = [f"| lr, warm-up |{head}", "|---|" + "---|" * len(kinds)]
-    for arm in study.arms:
-        found = cells_of(study, cells, arm.name)
-        means = []
-        for warmup, lr in kinds:
-            cell = found.get(Run(0, 0, lr, warmup))
-            values = [looks[last] for looks in cell.values()] if cell else []
-            means.append(f" {100 * statistics.mean(values):.1f} |" if values else " |")
-        rows.append(f"| {arm.name} |" + "".join(means))
+    scores = {
+        name: [
+            {k: last(v) for k, v in found[Run(0, 0, lr, warmup)].items()} for warmup, lr in kinds
+        ]
+        for name, found in arms.items()
+    }
+    for name, cell in scores.items():
+        means = [f" {100 * statistics.mean(values.values()):.1f} |" for values in cell]
+        rows.append(f"| {name} |" + "".join(means))
+    first, *others = scores
+    comparisons = len(others) * len(kinds)
+    for name in others:
+        pairs = zip(scores[name], scores[first], strict=True)
+        shown = [f" {interval(paired(*both), comparisons)} |" for both in pairs]
+        rows.append(f"| {name} - {first} |" + "".join(shown))
     return rows
 
 
