@@ -4,9 +4,10 @@ It knows exactly the endpoints and fields that vLLM 0.32 has of those the produc
 others.  Faults are taken from a list, one a completion: see ``FAULTS``.
 
     python -m tests.fake_vllm DIRECTORY [--delay LOW HIGH] [--slots N]
+    python -m tests.fake_vllm serve DIRECTORY [--port N] [flags as of vllm serve]
 
-serves in a process of its own, says where, and ends with its standard input; without DIRECTORY its
-answers are scripted.
+serves in a process of its own and says where; the first ends with its standard input, and answers
+without DIRECTORY as scripted, the second stands for the program ``vllm`` (see ``write_program``).
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import argparse
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +70,11 @@ class _Died(Exception):
     """No answer to this request."""
 
 
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # of a batch's connections, none waits a second to be tried again
+
+
 class FakeVllm:
     """``with FakeVllm(directory) as server: server.url``; ``directory`` None: scripted answers."""
 
@@ -83,6 +92,7 @@ class FakeVllm:
         transfer: bool = False,
         die_at_messages: tuple[int, ...] = (),
         port: int = 0,
+        host: str = "127.0.0.1",
     ) -> None:
         """With servers' troubles.
 
@@ -103,8 +113,12 @@ class FakeVllm:
         self.scripted = [5, 6, 1]
         self.transfer, self.die_at_messages, self._messages = transfer, die_at_messages, 0
         self.transfers: list[dict[str, torch.Tensor]] = []  # those that ended well
-        self._lock, self._counter = threading.Lock(), threading.Lock()
+        # By seed: completions that have two tokens when the n-th transfer (from 1) comes, not more.
+        self.held: dict[int, int] = {}
+        self._holding: set[int] = set()
+        self._lock, self._counter = threading.Condition(), threading.Lock()
         self._load()
+        self._host = host
         self._http = self._listen(port)
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -113,7 +127,7 @@ class FakeVllm:
         self.adapters: dict[str, str] = {}
         self._adapted: dict[str, torch.nn.Module] = {}
         self._group, self._version = None, "default"
-        self._paused = self._updating = False
+        self._paused = self._frozen = self._updating = False
         self.asleep = {"weights": False, "kv_cache": False}
         self.received: dict[str, torch.Tensor] = {}
         if self.directory is not None:
@@ -121,8 +135,7 @@ class FakeVllm:
 
     def _listen(self, port: int) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"fake": self})
-        http = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        http.daemon_threads = True
+        http = _Http((self._host, port), handler)
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
         return http
 
@@ -134,6 +147,14 @@ class FakeVllm:
     def restart(self) -> None:
         """Away for a while; back with what its model's directory then holds, without adapters."""
         self.stop()
+        self._come_back()
+
+    def die(self) -> None:
+        """The same, from within a request: there is nobody from now on."""
+        self.stop()
+        threading.Thread(target=self._come_back, daemon=True).start()
+
+    def _come_back(self) -> None:
         time.sleep(self.down_seconds)
         self._load()
         self._http = self._listen(self.port)
@@ -176,6 +197,8 @@ class FakeVllm:
             raise _Problem(404, f"Loading lora {name} failed: No adapter found for {path}")
         with self._lock:
             if self.directory is not None:
+                from peft import PeftModel  # takes seconds, which others need not wait for
+
                 base = AutoModelForCausalLM.from_pretrained(self.directory)
                 self._adapted[name] = PeftModel.from_pretrained(base, path).eval()
             self.adapters[name] = path
@@ -218,15 +241,15 @@ class FakeVllm:
         if "weight" in route and not self.transfer:
             raise _Problem(500, "Weight transfer not configured.")
         if route in ("/pause", "/resume"):
-            assert query == ("mode=wait&clear_cache=true" if route == "/pause" else "")
-            self._paused = route == "/pause"
+            self._pause(query if route == "/pause" else None)
         elif route in ("/sleep", "/wake_up"):
             return self._bed(route, query)
         elif route == "/init_weight_transfer_engine":
             assert set(body["init_info"]) == _INIT
             self._join(**body["init_info"])
         elif route == "/start_weight_update":
-            assert self._group is not None and self._paused and not self.asleep["weights"]
+            assert self._group is not None and (self._paused or self._frozen)
+            assert not self.asleep["weights"]
             if self._updating:
                 raise _Problem(500, "start_weight_update called while one is already active")
             self._updating, self.received = True, {}
@@ -240,6 +263,16 @@ class FakeVllm:
             self._version = body.get("weight_version", self._version)
             self.transfers.append(self.received)
         return {"message": "done"}
+
+    def _pause(self, query: str | None) -> None:
+        """``keep``: completions stop between two tokens, and new ones wait.  None: go on."""
+        modes = {f"mode={mode}&clear_cache=true": mode for mode in ("wait", "keep")}
+        mode = None if query is None else modes[query]
+        with self._lock:
+            coming = {seed for seed, n in self.held.items() if n == len(self.transfers) + 1}
+            self._lock.wait_for(lambda: mode is None or coming <= self._holding)
+            self._paused, self._frozen = mode == "wait", mode == "keep"
+            self._lock.notify_all()
 
     def _join(
         self, master_address: str, master_port: int, world_size: int, timeout_seconds: float
@@ -259,7 +292,7 @@ class FakeVllm:
             self._group.broadcast(tensor, 0).wait()
         if number in self.die_at_messages:
             self._group = None  # its connections end
-            threading.Thread(target=self.restart, daemon=True).start()
+            self.die()
             raise _Died
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, tensor in zip(names, tensors, strict=True):
@@ -287,7 +320,7 @@ class FakeVllm:
     def complete(self, body: dict) -> dict:
         self.wait(body)
         name = body["model"]
-        assert not self._paused and not self._updating and not any(self.asleep.values())
+        assert self._frozen or not (self._paused or self._updating or any(self.asleep.values()))
         if name not in self.adapters and name != self.models()["data"][0]["id"]:
             raise _Problem(404, f"The model `{name}` does not exist.")
         assert body["return_token_ids"] and body["ignore_eos"] and not body["stream"]
@@ -297,8 +330,9 @@ class FakeVllm:
             ids = self.scripted[: body["max_tokens"]]
             logs = [-0.5] * len(ids)
         else:
-            with self._lock, torch.no_grad():
-                ids, logs = sample(self._adapted.get(name, self.model), body)
+            with torch.no_grad():
+                model = self._adapted.get(name, self.model)
+                ids, logs = sample(model, body, lambda number: self._turn(body, number))
         stopped = ids[-1] in body["stop_token_ids"]
         choice = {
             "index": 0,
@@ -311,6 +345,17 @@ class FakeVllm:
         }
         return {"id": "cmpl-1", "object": "text_completion", "model": name, "choices": [choice]}
 
+    @contextmanager
+    def _turn(self, body: dict, number: int) -> Iterator[None]:
+        """One token's, of a completion that has ``number`` of them."""
+        with self._lock:
+            if number == 2 and body["seed"] in self.held:
+                self._holding.add(body["seed"])
+                self._lock.notify_all()
+                self._lock.wait_for(lambda: len(self.transfers) >= self.held[body["seed"]])
+            self._lock.wait_for(lambda: not self._frozen)
+            yield
+
 
 def load_model(directory: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory).eval()
@@ -321,12 +366,20 @@ def has_head(directory: str) -> bool:
         return "lm_head.weight" in f.keys()  # noqa: SIM118 (no dictionary)
 
 
-def sample(model: torch.nn.Module, body: dict) -> tuple[list[int], list[float]]:
-    """vLLM's order: temperature, top-k, top-p; log-probabilities of the raw logits."""
+def sample(
+    model: torch.nn.Module,
+    body: dict,
+    turn: Callable[[int], AbstractContextManager[None]] = lambda number: nullcontext(),
+) -> tuple[list[int], list[float]]:
+    """vLLM's order: temperature, top-k, top-p; log-probabilities of the raw logits.
+
+    ``turn``: around each token's computation, by how many came before.
+    """
     generator = torch.Generator().manual_seed(body["seed"])
     ids, logs = list(body["prompt"]), []
-    for _ in range(body["max_tokens"]):
-        raw = model(torch.tensor([ids])).logits[0, -1].double()
+    for number in range(body["max_tokens"]):
+        with turn(number):
+            raw = model(torch.tensor([ids])).logits[0, -1].double()
         if body["temperature"] == 0:
             token = int(raw.argmax())
         else:
@@ -438,7 +491,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _complete(self, body: dict) -> None:
         fault = self.fake.next_fault()
         if fault == "restart":
-            threading.Thread(target=self.fake.restart, daemon=True).start()
+            self.fake.die()
         if fault in ("restart", "closed"):
             self.close_connection = True
         elif fault in ("400", "500", "503"):
@@ -472,19 +525,49 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def write_program(path: Path) -> None:
+    """A ``vllm`` that serves so, called in the repository's folder."""
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} -m tests.fake_vllm "$@"\n')
+    path.chmod(0o755)
+
+
+def servers_of(directory: Path) -> list[int]:
+    """Process ids of programs that serve ``directory``, and of what watches over them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        if b"serve" in words and str(directory).encode() in words:
+            found.append(int(path.parent.name))
+    return found
+
+
 def main() -> None:
     """A server of its own."""
+    serve = sys.argv[1:2] == ["serve"]
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", nargs="?")
     parser.add_argument("--delay", type=float, nargs=2, default=(0.0, 0.0))
     parser.add_argument("--slots", type=int, default=64)
-    arguments = parser.parse_args()
+    parser.add_argument("--host", default="" if serve else "127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--weight-transfer-config", type=json.loads)
+    parser.add_argument("--enable-lora", action="store_true", default=not serve)
+    parser.add_argument("--max-lora-rank", type=int)
+    parser.add_argument("--tensor-parallel-size", type=int)
+    arguments = parser.parse_args(sys.argv[1 + serve :])
+    transfer = arguments.weight_transfer_config
+    assert transfer in (None, {"backend": "torch_distributed"})
     torch.set_num_threads(1)
     with FakeVllm(
-        arguments.directory, delay=tuple(arguments.delay), slots=arguments.slots
-    ) as server:
+        arguments.directory, delay=tuple(arguments.delay), slots=arguments.slots,
+        lora=arguments.enable_lora, transfer=transfer is not None,
+        host=arguments.host, port=arguments.port,
+    ) as server:  # fmt: skip
         print(server.url, flush=True)
-        sys.stdin.read()
+        signal.pause() if serve else sys.stdin.read()
 
 
 if __name__ == "__main__":

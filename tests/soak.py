@@ -1,6 +1,6 @@
 """Kill a run at random times again and again; nothing may be lost, and the result is the same.
 
-    python -m tests.soak [--kills 110] [--seed 1] [--directory DIR] [--served]     (make soak)
+    python -m tests.soak [--kills 110] [--seed 1] [--directory DIR] [--served [WAY]]     (make soak)
 
 Two ranks train a tiny model on their own rollouts and save after every step, asynchronously in
 every other attempt.  Each attempt: one random rank gets SIGKILL at a random time, one in five while
@@ -9,7 +9,9 @@ torchrun would send, and must end; the newest checkpoint must be whole; the next
 At the end metrics and weights must be bit-equal to those of a run that nobody disturbed.  The ranks
 are forked from this process, which has imported everything once; ``tests/faults`` does the same
 with torchrun and fewer kills.  ``--served``: a server with vLLM's endpoints samples the next two
-steps' rollouts while a step trains, so that every kill meets some of them under way.
+steps' rollouts while a step trains, so that every kill meets some of them under way; it gets
+adapters, or by another ``WAY`` all weights.  Which weights sample a token then depends on when they
+come: steps and prompts must be those of the undisturbed run, no rollout too old.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +42,7 @@ from megatron_phf.train import checkpoint_files, loop
 from tests.faults.runs import flags, latest, make_files, outputs, same_weights, steps_of
 from tests.launch import free_port
 
-RANKS = 2
+RANKS, AHEAD = 2, 2
 PHASES = ("start", "resume", "rollout", "teacher", "student", "optimizer", "save", "between")
 # torchrun's, before it kills.
 PATIENCE_SECONDS = 30.0
@@ -148,45 +151,69 @@ def _whole(checkpoints: Path) -> str | None:
 
 
 @contextmanager
-def _server(directory: Path) -> Iterator[list[str]]:
+def _server(directory: Path, way: str) -> Iterator[list[str]]:
     """Flags of rollouts from a server, in a process of its own."""
-    command = [sys.executable, "-m", "tests.fake_vllm", str(directory / "hf")]
+    served = directory / "served"
+    shutil.copytree(directory / "hf", served)
+    command = [sys.executable, "-m", "tests.fake_vllm", str(served)]
+    command += ["--weight-transfer-config", '{"backend": "torch_distributed"}']
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         url = process.stdout.readline().strip()
-        engine = ["--rollout-engine", "vllm", "--vllm-url", url, "--max-off-policy-steps", "2"]
-        yield [*engine, "--lora-rank", "4", "--vllm-backoff-seconds", "0.1"]
+        engine = ["--rollout-engine", "vllm", "--vllm-url", url]
+        engine += ["--max-off-policy-steps", str(AHEAD), "--vllm-weight-sync", way]
+        ways = {"adapter": ["--lora-rank", "4"], "checkpoint": ["--vllm-sync-dir", str(served)]}
+        yield [*engine, *ways.get(way, []), "--vllm-backoff-seconds", "0.1"]
 
 
 def _undisturbed(directory: Path, base: list[str], steps: int) -> float:
     begin = time.monotonic()
-    arguments = [*base, *outputs(directory, "straight")]
+    arguments = [*base, *_outputs(directory, "straight")]
     attempt = Attempt(arguments, directory / "straight.log")
     attempt.wait(patience=3600.0)
     assert latest(directory / "straight") == steps, (directory / "straight.log").read_text()[-3000:]
     return time.monotonic() - begin
 
 
-def _differences(directory: Path, log: Path) -> list[str]:
-    found = []
-    if "damaged checkpoint" in log.read_text():
-        found.append("a resume met a damaged checkpoint")
-    if steps_of(directory / "killed") != steps_of(directory / "straight"):
-        found.append("the metrics differ from the undisturbed run's")
-    if not same_weights(directory / "killed", directory / "straight"):
-        found.append("the weights differ from the undisturbed run's")
-    return found
+def _outputs(directory: Path, name: str) -> list[str]:
+    recorded = directory / name / "rollouts.jsonl"
+    return [*outputs(directory, name), "--record-rollouts", str(recorded)]
 
 
-def soak(directory: Path, kills: int, steps: int, seed: int, more: list[str]) -> dict:
+def _differences(directory: Path, log: Path, exact: bool) -> list[str]:
+    """``exact``: nothing depends on when weights come."""
+    killed, straight = directory / "killed", directory / "straight"
+    runs = [(steps_of(run), _prompts(run)) for run in (killed, straight)]
+    (steps, prompts), (wanted, wanted_prompts) = runs
+    ages = [step.get("rollout_staleness", {"max": 0})["max"] for step in steps]
+    checks = {
+        "a resume met a damaged checkpoint": "damaged checkpoint" not in log.read_text(),
+        "steps are missing": [s["step"] for s in steps] == [s["step"] for s in wanted],
+        "other prompts than the undisturbed run's": prompts == wanted_prompts,
+        "a rollout was too old": max(ages) <= AHEAD,
+        "the metrics differ from the undisturbed run's": not exact or steps == wanted,
+        "the weights differ from the undisturbed run's": not exact
+        or same_weights(killed, straight),
+    }
+    return [problem for problem, good in checks.items() if not good]
+
+
+def _prompts(run: Path) -> list[list[int]]:
+    lines = (run / "rollouts.jsonl").read_text().splitlines()
+    return [json.loads(line)["student_prompt_ids"] for line in lines]
+
+
+def soak(
+    directory: Path, kills: int, steps: int, seed: int, more: list[str], exact: bool = True
+) -> dict:
     """Run it, with ``more`` flags; the report."""
     generator = random.Random(seed)
     base = [*flags(directory, steps), *more]
     seconds = _undisturbed(directory, base, steps)
     print(f"undisturbed: {steps} steps in {seconds:.0f} s", flush=True)
-    base += [*outputs(directory, "killed"), "--save-interval", "1", "--keep-last", "2"]
+    base += [*_outputs(directory, "killed"), "--save-interval", "1", "--keep-last", "2"]
     by_phase: Counter[str] = Counter()
     failures: list[str] = []
     window, attempts, begin = 2.0, 0, time.monotonic()
@@ -214,7 +241,7 @@ def soak(directory: Path, kills: int, steps: int, seed: int, more: list[str]) ->
         # The window follows the machine's speed: about one new step an attempt.
         window *= 0.9 if after > before + 1 else 1.0 if after > before else 1.1
     Attempt(base, log).wait(patience=3600.0)
-    failures += _differences(directory, log)
+    failures += _differences(directory, log, exact)
     return {
         "kills": sum(by_phase.values()),
         "by_phase": {phase: by_phase[phase] for phase in PHASES},
@@ -233,7 +260,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=260)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path)
-    parser.add_argument("--served", action="store_true")
+    ways = ("adapter", "checkpoint", "torch_distributed")
+    parser.add_argument("--served", nargs="?", const="adapter", choices=ways)
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -243,8 +271,9 @@ def main() -> int:
         directory = arguments.directory or Path(temporary)
         directory.mkdir(parents=True, exist_ok=True)
         make_files(directory)
-        with _server(directory) if arguments.served else nullcontext([]) as more:
-            report = soak(directory, arguments.kills, arguments.steps, arguments.seed, more)
+        way, numbers = arguments.served, (arguments.kills, arguments.steps, arguments.seed)
+        with _server(directory, way) if way else nullcontext([]) as more:
+            report = soak(directory, *numbers, more, exact=way in (None, "adapter"))
     print(f"{'killed in':<12}times")
     for phase, count in report["by_phase"].items():
         print(f"{phase:<12}{count:>5}")

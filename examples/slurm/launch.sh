@@ -23,7 +23,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 processes=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 : "${processes:?"no GPUs in this job: ask with --gpus-per-node=N, or set PROCESSES_PER_NODE"}"
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes[0]}
 rendezvous=$head:$((20000 + SLURM_JOB_ID % 10000))
 container=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then
@@ -32,6 +33,7 @@ if [ -n "${CONTAINER_IMAGE:-}" ]; then
 fi
 read -ra inside <<<"${CONTAINER_COMMAND:-}"
 
+listed() { local IFS=,; echo "$*"; } # WORDS...: with commas between
 say() { echo "$(date +%T) $SLURM_JOB_NAME $SLURM_JOB_ID, life $((${SLURM_RESTART_COUNT:-0} + 1)): $*"; }
 
 once() { # COMMAND...: one process, on the first node, in the container
@@ -44,12 +46,13 @@ export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torchrun --signals-to-handl
 # Without this, ranks that torchrun starts again meet the addresses of their dead predecessors.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-launch() { # SCRIPT ARGUMENTS...: all ranks of the job
-    say "$SLURM_JOB_NUM_NODES node(s) x $processes rank(s), rendezvous $rendezvous, logs $LOGS"
-    srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+launch() { # SCRIPT ARGUMENTS...: all ranks, on the nodes of `nodes`
+    say "${#nodes[@]} node(s) x $processes rank(s), rendezvous $rendezvous, logs $LOGS"
+    srun --kill-on-bad-exit=1 --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+        --nodelist="$(listed "${nodes[@]}")" \
         "${container[@]}" "${inside[@]}" \
         bash -c 'trap "" USR1 TERM; eval "$SETUP"; exec torchrun --log-dir "$LOGS/$(hostname)" "$@"' \
-        torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$processes" \
+        torchrun --nnodes="${#nodes[@]}" --nproc-per-node="$processes" \
         --rdzv-backend=c10d --rdzv-endpoint="$rendezvous" \
         --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
         --max-restarts="${MAX_RESTARTS:-3}" --tee=3 "$@"

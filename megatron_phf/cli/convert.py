@@ -194,10 +194,7 @@ def megatron_to_hf(job: Job, arch: Architecture) -> None:
 def adapter_to_peft(job: Job, arch: Architecture) -> None:
     """Write the adapters of ``source`` as a PEFT directory; its base is ``hf_model``."""
     _export(
-        job,
-        arch,
-        None,
-        lambda chunks, config, _: save_peft_adapter(chunks, arch, config, job.target),
+        job, arch, None, lambda chunks, config, _: save_peft_adapter(chunks, config, job.target)
     )
 
 

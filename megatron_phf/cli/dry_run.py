@@ -49,7 +49,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--lengths", help="tokens PROMPT,RESPONSE or PROMPT,TEACHER_PROMPT,RESPONSE; the longest"
     )
     parser.add_argument("--decode", action="store_true", help="rollouts in process too")
-    parser.add_argument("--steps", type=int, default=2, help="the last one is shown")
+    parser.add_argument("--steps", type=int, default=1, help="the last one is shown")
     parser.add_argument("--jobs", type=int, default=1, help="ranks at a time")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB; more is an error")
     parser.add_argument(
@@ -119,15 +119,12 @@ def read_job(flags: list[str], world: int, lengths: str | None, **options: Any) 
         raise ValueError("the dry run needs --hf-config, or --hf-model in the job's flags")
     # Nothing is read, resumed or written: the simulation has a batch of its own, of full length.
     own: dict[str, Any] = dict.fromkeys(
-        ("load", "save", "lora_adapter", "replay_file", "eval_data")
+        ("load", "save", "lora_adapter", "eval_data", "vllm_api_key_file")
     )
     own["decode_cuda_graphs"] = "off"  # which cannot be simulated
     own |= {"save_interval": 0, "keep_last": 0, "async_save": False, "exact_checkpoint": False}
     names = ("max_prompt_length", "max_teacher_prompt_length", "max_new_tokens")
     own |= dict(zip(names, _lengths(lengths, config), strict=True))
-    engine = config.rollout.rollout_engine
-    if engine in ("replay", "vllm"):
-        own["rollout_engine"] = "megatron"
     config = config.replaced(**own, eval_interval=0, data=config.data.data or "none")
     models = read_models(config)
     if world < 1:
@@ -137,7 +134,8 @@ def read_job(flags: list[str], world: int, lengths: str | None, **options: Any) 
     preflight.check_fp8_model(config, models.student)
     check_models(models, config, tokenizers=False)
     preflight.check_world_size(config, world)
-    return Job(config, models, world, **options)
+    # Whatever the engine: rollouts are made here, and decoded in process where asked.
+    return Job(config.replaced(replay_file=None), models, world, **options)
 
 
 def _too_large(results: list[dict[str, Any]], gigabytes: float) -> list[str]:

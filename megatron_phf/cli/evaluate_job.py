@@ -126,7 +126,7 @@ class _Student:
             say(f"warning  {tests.unknown}")
         room = self._arch.max_position_embeddings - tests.longest_prompt
         sampling = evaluation_sampling(config, self._stop_ids, room)
-        store, parts = _open_store(name, _settings(config, file, sampling), config, tests)
+        stores, parts = _open_store(name, _settings(config, file, sampling), config, tests)
         k, total = config.evaluation.eval_samples, len(tests.problems)
         # As many at once as the ranks generate together.
         together = config.rollout.rollout_batch_size * parallel.data_parallel_size()
@@ -135,19 +135,17 @@ class _Student:
             end = min(start + size, total)
             part = TestSet(tests.problems[start:end], tests.prompts[start:end])
             parts.append(evaluate(self._engine, self._tokenizer, part, sampling, k, grader, start))
-            if store is not None:
-                store.add(parts[-1])
+            on_first_rank(lambda: stores[0].add(parts[-1]))
             say(f"{name}: {end}/{total} problems, {joined(parts).describe()}")
         whole = joined(parts)
-        if store is not None:
-            store.finish(whole)
+        on_first_rank(lambda: stores[0].finish(whole))
         return whole
 
 
 def _open_store(
     name: str, settings: dict[str, Any], config: Config, tests: TestSet
-) -> tuple[GenerationStore | None, list[Evaluation]]:
-    """Rank 0's store of the test set, and on every rank what is in it."""
+) -> tuple[list[GenerationStore], list[Evaluation]]:
+    """Rank 0's store of the test set, of which others have none; on every rank what is in it."""
     opened: list[GenerationStore] = []
 
     def done() -> list[Evaluation]:
@@ -157,7 +155,7 @@ def _open_store(
     parts = on_first_rank(done)
     if parts:
         say(f"{name}: {len(parts)} problems were done before")
-    return next(iter(opened), None), parts
+    return opened, parts
 
 
 def _settings(config: Config, file: str, sampling: SamplingParams) -> dict[str, Any]:

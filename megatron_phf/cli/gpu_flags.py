@@ -10,6 +10,7 @@ from megatron_phf.data.microbatches import round_up
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.rollout.engines import reads_data
 from megatron_phf.runtime.optional_packages import why_missing
+from megatron_phf.teacher.traits import traits_of
 
 
 def _needs_engine(config: Config) -> None:
@@ -55,10 +56,10 @@ def _check_fp8_weights(config: Config) -> None:
         raise ValueError("--fp8-param-gather does not work with --fp8-recipe mxfp8; leave it out")
     if config.lora.lora_rank:
         raise ValueError("--fp8-param-gather is for training all weights; leave out --lora-rank")
-    if config.method.teacher == "live":
+    if not traits_of(config).copy:
         raise ValueError(
-            "--fp8-param-gather: a --teacher live reads the student's weights, which must be bf16; "
-            "use frozen or ema"
+            f"--fp8-param-gather: a --teacher {config.method.teacher} reads the student's weights, "
+            "which must be bf16; use frozen or ema"
         )
 
 

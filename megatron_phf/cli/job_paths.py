@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_directories
 from megatron_phf.files.replace import PARTIAL, is_copy, not_ours
 from megatron_phf.rollout.vllm.flags import sync_directory, syncs_adapters, syncs_by_disk
 from megatron_phf.train.checkpoint_files import RELEASE, TRACKER
@@ -82,6 +83,7 @@ def read_paths(config: Config) -> list[JobPath]:
     """What a job reads."""
     data, rollout, tokenizer = config.data, config.rollout, config.tokenizer
     sentencepiece = tokenizer.tokenizer_type == "SentencePieceTokenizer"
+    teachers = teacher_directories(config).values()
     files = {
         "--data": data.data,
         "--eval-data": config.evaluation.eval_data,
@@ -93,13 +95,13 @@ def read_paths(config: Config) -> list[JobPath]:
     }
     models = {
         "--hf-model": config.model.hf_model,
-        "--teacher-hf-model": config.teacher.teacher_hf_model,
         "--lora-adapter": config.lora.lora_adapter,
         "--tokenizer-model": None if sentencepiece else tokenizer.tokenizer_model,
     }
     return [
         *_named(files, Role.READ),
         *_named(models, Role.MODEL),
+        *(JobPath("--teacher-hf-model", path, Role.MODEL) for path in teachers),
         *_named({"--load": config.checkpoint.load}, Role.CHECKPOINTS),
     ]
 

@@ -90,7 +90,8 @@ def _run(config: Config, job: Job, signals: StopSignals) -> None:
     from megatron_phf.runtime import device
 
     device.import_megatron()
-    from megatron_phf.runtime import out_of_memory, parallel
+    from megatron_phf.cli import out_of_memory
+    from megatron_phf.runtime import parallel
     from megatron_phf.runtime.heartbeat import Heartbeat
 
     device.setup()

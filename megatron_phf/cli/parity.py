@@ -26,6 +26,7 @@ from megatron_phf.cli import preflight
 from megatron_phf.cli.processes import model_parallel_size
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_directories, teacher_names
 from megatron_phf.console import program
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
@@ -183,12 +184,13 @@ def run(given: list[str], tolerance: float, directory: str) -> int:
     preflight.check_world_size(config, processes)
     assert config.model.hf_model is not None and config.rollout.replay_file is not None
     product = run_product(arguments, processes, directory)
+    teachers = teacher_directories(config)
     samples = reference.read_replay(config.rollout.replay_file)[: config.train.global_batch_size]
     expected = reference.compute(
         config.model.hf_model,
         samples,
         _reference_options(config),
-        teacher_directory=config.teacher.teacher_hf_model,
+        teacher_directory=teachers if teacher_names(config) else teachers.get(""),
         adapter=config.lora.lora_adapter,
     )
     rows = compare(product, expected)

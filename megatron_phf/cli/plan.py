@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_phf.config.flags import parse_args
+from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.config.settings import Config, flag_of
 from megatron_phf.console import print_anything
 from megatron_phf.estimate.flops import forward_flops, student_flops
@@ -35,7 +35,13 @@ _JOB = {
     "max_new_tokens": "of a rollout",
     "teacher": "frozen, ema or live",
     "lora_rank": "0: all weights are trained",
+    "lora_dropout": "of the adapters' input, whose masks are kept",
 }
+# Of the tool's own flags those that divide.
+_HARDWARE = (
+    *("gpus", "gpu_memory", "gpus_per_node", "gpu_tflops"),
+    *("node_gbytes", "network_gbytes", "memory_gbytes"),
+)
 _FRAMEWORK_GIB = 2.0  # CUDA context, NCCL's buffers, the allocator's fragments
 
 
@@ -237,14 +243,13 @@ def main(argv: list[str] | None = None) -> int:
     given = _arguments(argv)
     job = {name: getattr(given, name) for name in _JOB if getattr(given, name) is not None}
     try:
-        for name in ("gpus", "gpu_memory", "gpus_per_node", "gpu_tflops"):
+        for name in _HARDWARE:
             if getattr(given, name) <= 0:
                 raise ValueError(f"{flag_of(name)}: need more than 0")
         arch = parse_architecture(read_json_object(given.hf_config), given.hf_config)
         words = [word for name, value in job.items() for word in (flag_of(name), value)]
         base = parse_args(["--hf-model", given.hf_config, *words])
-        if base.train.global_batch_size <= 0:
-            raise ValueError("--global-batch-size: need more than 0")
+        check_fields(base)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ from megatron_phf.cli.replay_check import check_replay
 from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.config.schedule import check_schedule
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_directories
 from megatron_phf.console import program
 from megatron_phf.data.privileged import check_privileged
 from megatron_phf.data.problems import field_names, read_test_problems
@@ -32,10 +33,10 @@ from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.vllm.flags import check_vllm
 from megatron_phf.runtime.visible_gpus import visible_gpus
 from megatron_phf.teacher.architecture import (
-    TEACHER_FLAG,
     Models,
     check_models,
     check_teacher_flags,
+    flag_of_teacher,
     read_models,
 )
 from megatron_phf.weights.headers import check_hf_weights
@@ -135,9 +136,10 @@ def check_expert_flags(models: Models, config: Config) -> None:
 
 
 def _check_weights(models: Models, config: Config) -> None:
+    teachers = teacher_directories(config).items()
     for flag, path, arch in (
         ("--hf-model", config.model.hf_model, models.student),
-        (TEACHER_FLAG, config.teacher.teacher_hf_model, models.teacher),
+        *((flag_of_teacher(name), path, models.teacher) for name, path in teachers),
     ):
         if path is not None:
             try:

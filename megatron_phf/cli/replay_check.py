@@ -7,6 +7,7 @@ a recorded rollout.  No import of torch.
 from __future__ import annotations
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.microbatches import round_up
 from megatron_phf.data.rollouts import Rollout, read_rollouts
 from megatron_phf.model.architecture import Architecture
@@ -22,7 +23,7 @@ def check_replay(models: Models, config: Config) -> None:
     path = config.rollout.replay_file
     if path is None:
         return
-    rollouts = read_rollouts(path, models.vocab_size)
+    rollouts = read_rollouts(path, models.vocab_size, teacher_names(config))
     for number, rollout in enumerate(rollouts, start=1):
         name = f"--replay-file {path}: rollout {number}"
         _check_positions(rollout, models.student, models.teacher, name)

@@ -33,6 +33,7 @@ def flag(
     allowed: Range | tuple[str, ...] | None = None,
     needs: str | None = None,
     alias: str | None = None,
+    named: bool = False,
 ) -> Any:
     """A field that is a flag.
 
@@ -40,9 +41,11 @@ def flag(
         text: its help.
         allowed: a range of numbers (None is none of them, and good), or the choices.
         alias: an earlier name, whose flag stays accepted.
+        named: it may be given several times as NAME=VALUE, and all of them count.
         needs: the field without which this one has no meaning; for those that are off by default.
     """
     assert needs is None or not default
     kind = "choices" if isinstance(allowed, tuple) else "range"
-    known = {"help": text, "choices": None, "range": None, "needs": needs, "alias": alias}
+    known: dict[str, Any] = {"help": text, "needs": needs, "alias": alias, "named": named}
+    known |= {"choices": None, "range": None}
     return field(default=default, metadata=known | {kind: allowed})

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from megatron_phf.config.presets import preset_flags
 from megatron_phf.config.settings import Config, config_groups, flag_of
+from megatron_phf.config.teachers import joined
 from megatron_phf.console import print_anything
 
 # The tiny model learns from scratch-sized steps; found in docs/experiments.md.
@@ -60,6 +61,16 @@ _NO_RECIPE = frozenset(
 )
 
 
+class _Named(argparse.Action):
+    """See ``field.flag``."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, joined(before, values))
+
+
 def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
     allowed, needs = f.metadata["range"], f.metadata["needs"]
@@ -72,6 +83,7 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
     else:
         options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
         options["choices"] = f.metadata["choices"]
+        options["action"] = _Named if f.metadata["named"] else "store"
         options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
     names = [f.name, f.metadata["alias"]]
     group.add_argument(*(flag_of(name) for name in names if name), **options)

@@ -106,7 +106,11 @@ class TeacherConfig:
     """A teacher that is another model, and where a teacher's own weights are kept."""
 
     teacher_hf_model: str | None = flag(
-        None, "frozen teacher from another model directory of the same vocabulary", needs="hf_model"
+        None,
+        "frozen teacher from another model directory of the same vocabulary; NAME=DIR, once for "
+        "each of several of one architecture: a problem's 'teacher' says whose it is",
+        needs="hf_model",
+        named=True,
     )
     teacher_layer_map: str | None = flag(
         None,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.problems import Problem, field_names, read_problems
 from megatron_phf.data.tokenizer import Tokenizer
 
@@ -232,6 +233,7 @@ def training_problems(config: Config) -> list[Problem]:
         field_names(config.data),
         needs_solution="solution" in fields or config.rollout.rollout_engine == "reference",
         needs_answer="answer" in fields or config.rollout.keep_rollouts != "all",
+        teachers=teacher_names(config),
     )
 
 

@@ -7,23 +7,28 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from megatron_phf.config.settings import DataConfig
+from megatron_phf.config.teachers import named_teacher
 from megatron_phf.files.foreign import RefusedJson, parse_json, shown
 from megatron_phf.files.replace import free_number, new_file
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem; ``index`` counts the problems of its file from 0."""
+    """One problem; ``index`` counts the problems of its file from 0.
+
+    ``teacher``: which one reads it, where several have names.
+    """
 
     problem: str
     solution: str
     answer: str | None
     index: int
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,11 +147,13 @@ def read_problems(
     flag: str = "--data",
     needs_solution: bool = True,
     needs_answer: bool = False,
+    teachers: Sequence[str] = (),
 ) -> list[Problem]:
     """All problems of a JSONL file (UTF-8, blank lines skipped); the answer is optional.
 
     ``needs_solution`` False: a line without one gets an empty text.  ``needs_answer``: a line
-    without one, or with an empty one, is a mistake.
+    without one, or with an empty one, is a mistake.  ``teachers``: the names that the field
+    ``teacher`` may have; without names it is not read.
 
     Raises:
         ValueError: names the file and line of the first mistake, and the remedy.
@@ -169,6 +176,7 @@ def read_problems(
                 solution=_text(content, "solution", name, where) if given else "",
                 answer=answer,
                 index=len(problems),
+                teacher=named_teacher(content.get("teacher"), teachers, where),
             )
         )
     if not problems:

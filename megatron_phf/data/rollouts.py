@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_phf.config.teachers import named_teacher
 from megatron_phf.data.problems import read_jsonl
 
 _FIELDS = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
-_MASK, _LOGS, _KEPT = "response_mask", "log_probs", "kept"
-_UNRECORDED = ("policy_version", "policy_version_end", "reference")
+_MASK, _LOGS, _KEPT, _TEACHER = "response_mask", "log_probs", "kept", "teacher"
+_UNRECORDED = ("policy_version", "policy_version_end", "reference", _TEACHER)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Rollout:
     read by both models and not scored; None: all are.  ``policy_version``: the step whose weights
     sampled it, where known, and ``policy_version_end`` that of its last token, where newer weights
     came amid it.  ``kept`` False: sampled, and not trained on (``--keep-rollouts``).
-    ``reference``: the problem's solution, where known; not recorded.
+    ``reference``: the problem's solution, where known; not recorded.  ``teacher``: which one reads
+    it, where several have names.
     """
 
     student_prompt_ids: tuple[int, ...]
@@ -40,6 +42,7 @@ class Rollout:
     policy_version_end: int | None = None
     kept: bool = True
     reference: str | None = None
+    teacher: str | None = None
 
     def trained(self) -> Rollout:
         """What a step reads of it: of one that is not kept, the prompts alone."""
@@ -111,21 +114,24 @@ def _log_probs(content: dict[str, Any], count: int, where: str) -> tuple[float, 
     return tuple(map(float, logs))
 
 
-def _rollout(content: dict[str, Any], vocab_size: int | None, where: str) -> Rollout:
+def _rollout(
+    content: dict[str, Any], vocab_size: int | None, where: str, teachers: Sequence[str] = ()
+) -> Rollout:
     student, teacher, response = (_ids(content, name, vocab_size, where) for name in _FIELDS)
     mask = _mask(content, len(response), where)
     logs = _log_probs(content, len(response), where)
     kept = content.get(_KEPT, True)
     if not isinstance(kept, bool):
         raise ValueError(f"{where}: {_KEPT!r} is neither true nor false")
-    return Rollout(student, teacher, response, logs, mask, kept=kept)
+    name = named_teacher(content.get(_TEACHER), teachers, where)
+    return Rollout(student, teacher, response, logs, mask, kept=kept, teacher=name)
 
 
-def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
+def read_rollouts(path: str, vocab_size: int | None, teachers: Sequence[str] = ()) -> list[Rollout]:
     """All rollouts of a replay file, in file order.
 
-    The three lists of ids, and ``response_mask``, ``log_probs`` and ``kept`` where there are such;
-    other fields are ignored.
+    The three lists of ids, and ``response_mask``, ``log_probs`` and ``kept`` where there are such,
+    and, where ``teachers`` have names, ``teacher``; other fields are ignored.
 
     Raises:
         ValueError: names the file and line of the first mistake.
@@ -134,14 +140,16 @@ def read_rollouts(path: str, vocab_size: int | None) -> list[Rollout]:
     with contextlib.suppress(OSError, ValueError):  # read_jsonl says what is wrong
         found = os.stat(path)
         stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
-    return [*_parsed(path, vocab_size, stamp)]
+    return [*_parsed(path, vocab_size, tuple(teachers), stamp)]
 
 
 @functools.lru_cache(maxsize=1)
-def _parsed(path: str, vocab_size: int | None, stamp: object) -> tuple[Rollout, ...]:
+def _parsed(
+    path: str, vocab_size: int | None, teachers: tuple[str, ...], stamp: object
+) -> tuple[Rollout, ...]:
     """Once for the check before launch and the run; ``stamp``: which state of the file."""
     rollouts = tuple(
-        _rollout(content, vocab_size, f"{path}:{number}")
+        _rollout(content, vocab_size, f"{path}:{number}", teachers)
         for number, content in read_jsonl(path, "--replay-file")
     )
     if not rollouts:
@@ -156,6 +164,8 @@ def rollout_to_json(rollout: Rollout, log_probs: bool = False) -> dict[str, Any]
         line[_MASK] = [int(scored) for scored in rollout.response_mask]
     if not rollout.kept:
         line[_KEPT] = False
+    if rollout.teacher is not None:
+        line[_TEACHER] = rollout.teacher
     if log_probs and rollout.log_probs is not None:
         line[_LOGS] = list(rollout.log_probs)
     return line

@@ -8,9 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
+from megatron_phf.estimate.layer import (
+    Machine,
+    context_numbers,
+    layer_numbers,
+    momentary_numbers,
+    widths,
+)
 from megatron_phf.estimate.stage import layers_of_stages
 from megatron_phf.hidden.spec import flow_spec, terms_of
-from megatron_phf.lora.config import target_modules
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.teacher.architecture import Models
 
@@ -20,20 +26,6 @@ _BLOCK_ENTRIES = {True: 2**25, False: 2**20}
 _BLOCKS, _BLOCKS_SPLIT = 8, 6
 # Tensors of [transitions, hidden] in fp32 that the flow loss keeps of a layer for its backward.
 _FLOW_TENSORS = 3
-# Copies of what is routed to experts, one after the other on the way there and back.
-_ROUTED_COPIES = 6
-
-
-@dataclass(frozen=True)
-class Machine:
-    """``width``: bytes of a weight; ``replicas``: data-parallel ranks.
-
-    Without ``cuda`` norms and SwiGLU are not fused and keep more.
-    """
-
-    width: int
-    replicas: int
-    cuda: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,64 +43,7 @@ def microbatch(config: Config, tokens: int) -> Microbatch:
     data, new = config.data, config.rollout.max_new_tokens
     student, teacher = data.max_prompt_length + new, data.max_teacher_prompt_length + new
     sequences = max(1, round(tokens / student))
-    budget = config.batching.max_tokens_per_microbatch
-    theirs = max(tokens, sequences * teacher) if budget == 0 else max(tokens, min(budget, teacher))
-    return Microbatch(tokens, theirs, sequences, sequences * new)
-
-
-def _widths(arch: Architecture, config: Config) -> tuple[float, float, float]:
-    """Numbers a token and rank of the residual stream, the queries, the keys."""
-    p = config.parallel
-    tp = p.tensor_model_parallel_size
-    groups = arch.padded_groups(tp)
-    heads = groups * (arch.num_attention_heads // arch.num_query_groups)
-    stream = arch.hidden_size / (tp if p.sequence_parallel else 1)
-    return stream, heads * arch.kv_channels / tp, groups * arch.kv_channels / tp
-
-
-def layer_numbers(arch: Architecture, config: Config, cuda: bool) -> float:
-    """Numbers a token that one layer keeps for backward."""
-    tp = config.parallel.tensor_model_parallel_size
-    stream, queries, keys = _widths(arch, config)
-    # A norm's input and output; where it is not one kernel, the scaled input in between too.
-    norm = 2 * stream if cuda else 3 * stream
-    # q, k, v as one tensor; rotated q and k; the attention's output.
-    attention = (queries + 2 * keys) + (queries + keys) + queries
-    if arch.qk_layernorm:  # reads q from a tensor of its own
-        attention += queries if cuda else 2 * queries + keys
-    # gate and up as one tensor, their product; without a fused kernel silu(gate) and a copy of up.
-    ffn = 3 if cuda else 5
-    if arch.experts is None:
-        mlp = ffn * arch.ffn_hidden_size / tp
-    else:
-        expert = (ffn + 1) * arch.experts.ffn_hidden_size / tp + 2 * arch.hidden_size / tp
-        mlp = arch.experts.per_token * expert
-    lora = 2 * config.lora.lora_rank * len(target_modules(config.lora))
-    return 2 * norm + attention + mlp + (lora if config.lora.lora_rank else 0)
-
-
-def momentary_numbers(arch: Architecture, config: Config) -> float:
-    """Numbers a token that a layer needs beside what it keeps: in a forward pass, or backward."""
-    tp = config.parallel.tensor_model_parallel_size
-    stream = 2 * _widths(arch, config)[0]
-    if arch.experts is None:
-        return stream + 4 * arch.ffn_hidden_size / tp
-    routed = _ROUTED_COPIES * arch.hidden_size + 3 * arch.experts.ffn_hidden_size / tp
-    return stream + arch.experts.per_token * routed
-
-
-def _context_numbers(arch: Architecture, config: Config) -> float:
-    """Numbers a token more under context parallelism without Transformer Engine.
-
-    Keys and values of the whole row, one for each query's head, and what each query may see of
-    its own sequence (model/attention.py); of packed ones the outputs, joined.
-    """
-    size = config.parallel.context_parallel_size
-    if size == 1 or config.model.transformer_impl == "transformer_engine":
-        return 0.0
-    _, queries, _ = _widths(arch, config)
-    row = config.data.max_prompt_length + config.rollout.max_new_tokens
-    return 2 * queries * size + row + queries * config.batching.pack_sequences
+    return Microbatch(tokens, max(tokens, sequences * teacher), sequences, sequences * new)
 
 
 def flow_bytes(arch: Architecture, config: Config, layers: int, sequences: int) -> float:
@@ -130,8 +65,8 @@ def activation_bytes(
     attention keeps no scores (fused).
     """
     p = config.parallel
-    everything = layer_numbers(arch, config, machine.cuda) + _context_numbers(arch, config)
-    stream = _widths(arch, config)[0]
+    everything = layer_numbers(arch, config, machine, batch.sequences)
+    stream = widths(arch, config)[0]
     layers = layers_of_stages(arch.num_layers, p)[stage]
     under_way = _under_way(config, machine, batch, stage)
     part = batch.student / p.context_parallel_size * machine.width
@@ -188,7 +123,7 @@ def teacher_pass_bytes(
     """What a layer of the teacher's pass needs for a moment: nothing is kept."""
     teacher = models.teacher
     part = batch.teacher / config.parallel.context_parallel_size * machine.width
-    more = 2 * _widths(teacher, config)[0] + _context_numbers(teacher, config)
+    more = 2 * widths(teacher, config)[0] + context_numbers(teacher, config)
     return (momentary_numbers(teacher, config) + more) * part
 
 
@@ -227,24 +162,3 @@ def last_layer_bytes(models: Models, config: Config, sequences: float) -> float:
     kinds = {term.states for term in terms if term.against == "last"}
     rows = min(method.phf_window_size, config.rollout.max_new_tokens)
     return len(kinds) * sequences * rows * width * 4.0
-
-
-def kv_cache_bytes(arch: Architecture, config: Config, machine: Machine, stage: int = 0) -> float:
-    """Keys and values of one batch of rollouts on a rank."""
-    r = config.rollout
-    keys = _widths(arch, config)[2]
-    length = config.data.max_prompt_length + r.max_new_tokens
-    layers = layers_of_stages(arch.num_layers, config.parallel)[stage]
-    return _decoded_rows(config, machine) * length * layers * 2 * keys * machine.width
-
-
-def _decoded_rows(config: Config, machine: Machine) -> float:
-    rollouts = config.train.global_batch_size / machine.replicas
-    return min(config.rollout.rollout_batch_size, rollouts)
-
-
-def prefill_bytes(arch: Architecture, config: Config, machine: Machine) -> float:
-    """What a layer needs for a moment where the prompts of a batch of rollouts are read."""
-    tokens = _decoded_rows(config, machine) * config.data.max_prompt_length
-    whole = config.replaced(sequence_parallel=False)  # as decoding is
-    return tokens * (momentary_numbers(arch, whole) + 2 * arch.hidden_size) * machine.width

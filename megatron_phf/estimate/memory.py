@@ -9,24 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.estimate.activations import (
-    Machine,
     Microbatch,
     activation_bytes,
-    kv_cache_bytes,
     last_layer_bytes,
     microbatch,
     output_loss_bytes,
-    prefill_bytes,
     target_bytes,
     teacher_pass_bytes,
 )
+from megatron_phf.estimate.decoding import kv_cache_bytes, prefill_bytes
+from megatron_phf.estimate.layer import Machine
 from megatron_phf.estimate.stage import (
     StageParameters,
     adapter_parameters,
     stage_parameters,
 )
 from megatron_phf.teacher.architecture import Models, teacher_config
+from megatron_phf.teacher.traits import traits_of
 
 __all__ = [
     "Machine",
@@ -46,9 +47,9 @@ class _Held:
     """Bytes of one rank from step to step.
 
     ``weights``, ``gradients`` and ``optimizer`` of the student; the teacher's ``copy`` and fp32
-    ``average``; ``masters``: the part of the optimizer that its start makes; ``roots``:
-    parameters whose optimizer state is here, of one optimizer (experts have their own);
-    ``trained``: all that are;
+    ``average``; ``placed``: the average as weights, in the teacher's pass; ``masters``: the part
+    of the optimizer that its start makes; ``roots``: parameters whose optimizer state is here, of
+    one optimizer (experts have their own); ``trained``: all that are, and ``experts`` of them;
     ``head``: bytes of the head, or of the embedding where the stage has no other.
     """
 
@@ -57,9 +58,11 @@ class _Held:
     optimizer: float
     copy: float
     average: float
+    placed: float
     masters: float
     roots: float
     trained: float
+    experts: float
     head: float
 
 
@@ -81,15 +84,14 @@ def _teacher_sizes(
     models: Models, config: Config, machine: Machine, stage: int, adapters: float
 ) -> tuple[float, float]:
     """Bytes of the teacher's (own weights, fp32 average)."""
-    width, ema = machine.width, config.method.teacher == "ema"
+    width, traits = machine.width, traits_of(config)
     if models.other is not None:
         return stage_parameters(models.other, teacher_config(config), stage).total * width, 0.0
-    if config.method.teacher == "live":
-        return 0.0, 0.0
-    if config.lora.lora_rank:
-        return 0.0, adapters * 4 if ema else 0.0
+    if adapters:
+        return 0.0, adapters * 4 * traits.average
     whole = stage_parameters(models.student, config, stage).total
-    return whole * width, whole * 4 if ema and width != 4 else 0.0  # fp32 is its own average
+    # An fp32 copy is its own average.
+    return whole * width * traits.copy, whole * 4 * (traits.average and width != 4)
 
 
 def _held(models: Models, config: Config, machine: Machine, stage: int) -> _Held:
@@ -108,9 +110,11 @@ def _held(models: Models, config: Config, machine: Machine, stage: int) -> _Held
         optimizer=optimized * (8 + masters),
         copy=copy,
         average=average,
+        placed=0.0 if copy or masters == 0 else average * width / 4,
         masters=optimized * masters,
         roots=max(optimized - of_experts, of_experts),
         trained=trained,
+        experts=0.0 if adapters else found.experts,
         head=(found.head or found.embedding) * width,
     )
 
@@ -119,7 +123,10 @@ def _build(held: _Held, config: Config, machine: Machine) -> Parts:
     """The model twice, where DDP takes it into its buffers; or with the optimizer's weights."""
     away = config.teacher.teacher_offload
     teacher = 0.0 if away else held.copy + held.average
-    buffer = held.trained * machine.width if config.parallel.use_distributed_optimizer else 0.0
+    # Experts have a buffer of their own, which comes last.
+    buffer = (held.experts or held.trained) * machine.width
+    if not config.parallel.use_distributed_optimizer:
+        buffer = 0.0
     moments = [
         {"weights": held.weights, "teacher": held.copy + (0.0 if away else held.average)},
         {"weights": held.weights + buffer, "teacher": teacher, "gradients": held.gradients},
@@ -144,6 +151,14 @@ def _steady(held: _Held, config: Config) -> Parts:
     }
 
 
+def _heads(held: _Held, models: Models, config: Config, stage: int, more: int) -> float:
+    """Output heads of teachers whose turn is over, and ``more``; the student's pass reads them."""
+    if stage < config.parallel.pipeline_model_parallel_size - 1:
+        return 0.0
+    head = held.head * models.teacher.hidden_size / models.student.hidden_size
+    return head * (max(0, len(teacher_names(config)) - 1) + more)
+
+
 def _student(
     there: Parts, held: _Held, models: Models, config: Config, machine: Machine, batch: Microbatch,
     stage: int,
@@ -153,9 +168,8 @@ def _student(
     loss = 0.0
     if stage == config.parallel.pipeline_model_parallel_size - 1:
         loss = output_loss_bytes(models.student, config, machine, batch)
-    teacher = there["teacher"]
-    if config.teacher.teacher_offload and loss:
-        teacher += held.head  # stays until the pass is over
+    # An offloaded teacher's stays too, until the pass is over.
+    teacher = there["teacher"] + _heads(held, models, config, stage, config.teacher.teacher_offload)
     return {
         **there,
         "teacher": teacher,
@@ -177,12 +191,15 @@ def phase_estimates(
     away = config.teacher.teacher_offload
     both = {**steady, "targets": target_bytes(models, config, machine, batch, stage)}
     # torch's Adam on lists makes a root of every second moment; on a CPU of one at a time.
-    roots = held.roots * 4 if machine.cuda else 0.0
+    roots = held.roots * 4 if machine.cuda and not machine.fused_adam else 0.0
     phases = {
         "build": _build(held, config, machine),
         "teacher": {
             **both,
-            "teacher": steady["teacher"] + (held.copy if away else 0.0),
+            "teacher": steady["teacher"]
+            + held.placed
+            + (held.copy if away else 0.0)
+            + _heads(held, models, config, stage, 0),
             "activations": teacher_pass_bytes(models, config, machine, batch),
         },
         "student": _student(both, held, models, config, machine, batch, stage),
@@ -194,7 +211,7 @@ def phase_estimates(
         },
     }
     if held.average and not away:  # weight by weight: an fp32 copy of the largest
-        copy = held.head * 4 / machine.width
+        copy = held.head * 4 / machine.width if held.copy else 0.0
         phases["teacher update"] = {**steady, "teacher": steady["teacher"] + copy}
     return {
         phase: {name: size / _GIB for name, size in parts.items()}

@@ -12,7 +12,7 @@ from megatron_phf.lora.config import num_adapter_parameters
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.teacher.architecture import Models
 
-_WIDTH, _GRADIENT = 2, 4  # bytes: bf16, fp32
+_WIDTH, _GRADIENT = 2, 4  # bytes: bf16, fp32 (gradients, sums over ETP)
 
 
 def _ring(size: int) -> float:
@@ -42,7 +42,7 @@ def expert_bytes(arch: Architecture, config: Config, activation: float) -> tuple
     """(EP's all-to-all, ETP's gathers and scatters) of the tokens that are routed.
 
     To the experts and back, forward and backward; between the two ETP gathers what its ranks
-    received, and scatters their sums.
+    received, and scatters their sums, these in the fp32 of the routing weights.
     """
     p = config.parallel
     if arch.experts is None:
@@ -50,7 +50,8 @@ def expert_bytes(arch: Architecture, config: Config, activation: float) -> tuple
     routed = arch.experts.per_token * activation / p.tensor_model_parallel_size
     layers = arch.num_layers / p.pipeline_model_parallel_size
     both_ways = 2 * (_forwards(config) + 1) * layers * routed
-    return both_ways * _ring(p.expert_model_parallel_size), both_ways * (p.expert_tensor_size - 1)
+    gathered = (_WIDTH + _GRADIENT) / (2 * _WIDTH) * both_ways * (p.expert_tensor_size - 1)
+    return both_ways * _ring(p.expert_model_parallel_size), gathered
 
 
 def data_bytes(arch: Architecture, config: Config, replicas: int) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_phf.config.settings import Config
 from megatron_phf.files.directories import write_directory
 from megatron_phf.files.replace import write_json
+from megatron_phf.lora.adapter import LowRankAdapter
 from megatron_phf.lora.config import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -21,7 +22,7 @@ from megatron_phf.lora.config import (
     target_modules,
     tensor_name,
 )
-from megatron_phf.lora.linears import LowRankAdapter, adapted_linears
+from megatron_phf.lora.linears import adapted_linears
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.runtime import parallel
@@ -89,11 +90,7 @@ def merge_adapter(
 
 
 def save_peft_adapter(
-    chunks: list[FlowGPTModel],
-    arch: Architecture,
-    config: Config,
-    target: str,
-    flag: str = "--save-adapter",
+    chunks: list[FlowGPTModel], config: Config, target: str, flag: str = "--save-adapter"
 ) -> None:
     """Write the adapters to ``target``, which ``flag`` named, for ``peft`` and vLLM.
 

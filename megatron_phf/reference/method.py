@@ -35,6 +35,8 @@ def sequence_terms(
 ) -> tuple[list, dict[str, list[Tensor] | None], list[Tensor]]:
     """(list of (loss, clipped, entropies, agreement, ratio, its clip), flow, routers) of a line."""
     response = sample["response_ids"]
+    if isinstance(teacher, dict):
+        teacher = teacher[_name(sample, teacher)]
     prompt, privileged = sample["student_prompt_ids"], sample["teacher_prompt_ids"]
     logits, hidden, routers = run(student, prompt + response)
     with torch.no_grad():
@@ -72,6 +74,21 @@ def sequence_terms(
     return tokens, weighted_terms(*sides, here, o), routers
 
 
+def _name(sample: dict, teachers: dict) -> str:
+    """Of the teacher of a line: the first where it names none."""
+    return sample.get("teacher") or next(iter(teachers))
+
+
+def _by_teacher(samples: list[dict], losses: list[list[float]], teachers: dict) -> dict:
+    """Mean divergence of the tokens that each teacher has read, and their number."""
+    means, counts = {}, {}
+    for name in teachers:
+        own = [x for s, of in zip(samples, losses, strict=True) for x in of
+               if _name(s, teachers) == name]  # fmt: skip
+        means[name], counts[name] = (sum(own) / len(own) if own else None), len(own)
+    return {"opsd_by_teacher": means, "rollout_tokens_by_teacher": counts}
+
+
 def _mean(lists: list[list[Tensor] | None]) -> list[Tensor] | None:
     """Of one term over the samples, entry by entry."""
     known = [values for values in lists if values is not None]
@@ -81,11 +98,15 @@ def _mean(lists: list[list[Tensor] | None]) -> list[Tensor] | None:
 
 
 def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tuple[Tensor, dict]:
-    """The total loss of a global batch, with graph, and its metrics."""
-    tokens, flows, routers = [], [], []
+    """The total loss of a global batch, with graph, and its metrics.
+
+    ``teacher``: a model, or several by the names that lines have in ``teacher``.
+    """
+    tokens, flows, routers, losses = [], [], [], []
     for sample in samples:
         more, flow, logits = sequence_terms(student, teacher, sample, o)
         tokens += more
+        losses.append([t[0].item() for t in more])
         flows.append(flow)
         routers.append(logits)
     opsd = sum(t[0] for t in tokens) / len(tokens)
@@ -102,6 +123,8 @@ def objective(student: Any, teacher: Any, samples: list[dict], o: Options) -> tu
         "teacher_agreement": sum(t[4] for t in tokens) / len(tokens),
         "rollout_tokens": len(tokens),
     }
+    if isinstance(teacher, dict):
+        metrics |= _by_teacher(samples, losses, teacher)
     if o.ratio_cap is not None:
         metrics["importance_weight"] = sum(t[5] for t in tokens) / len(tokens)
         metrics["importance_clipped_fraction"] = sum(t[6] for t in tokens) / len(tokens)
@@ -128,16 +151,19 @@ def compute(
     samples: list[dict],
     o: Options,
     dtype: torch.dtype = torch.float32,
-    teacher_directory: str | None = None,
+    teacher_directory: str | dict[str, str] | None = None,
     adapter: str | None = None,
 ) -> Result:
     """Value of every metric and gradient of every trained parameter.
 
     The teacher has the same weights without the adapter, or is the model in
-    ``teacher_directory``.
+    ``teacher_directory``, or each line's of several there by name.
     """
     student = load_model(directory, dtype, adapter)
-    teacher = load_model(teacher_directory or directory, dtype)
+    if isinstance(teacher_directory, dict):
+        teacher: Any = {name: load_model(d, dtype) for name, d in teacher_directory.items()}
+    else:
+        teacher = load_model(teacher_directory or directory, dtype)
     loss, metrics = objective(student, teacher, samples, o)
     loss.backward()
     gradients = by_file_name({n: p.grad for n, p in trainable(student).items()})

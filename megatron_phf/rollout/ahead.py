@@ -7,6 +7,7 @@ when the weights are replaced, and a step takes as long as the longer of the two
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.rollout.engines import FLAG
 from megatron_phf.rollout.order import ProblemOrder, ResponseRoom, as_rollout, asked
-from megatron_phf.rollout.protocol import EngineBeside, Response
+from megatron_phf.rollout.protocol import EngineBeside, Response, WeightsLost
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.shared import asked_once
 from megatron_phf.rollout.workers import Workers
@@ -27,6 +28,8 @@ from megatron_phf.runtime import parallel
 AHEAD = "--max-off-policy-steps"
 # Of --distributed-timeout-minutes: what one process may wait while the others wait for it.
 _PATIENCE = 0.9
+# So often a step is sampled anew because a server was, each time, in the midst of it.
+_TIMES_LOST = 5
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class AheadSource:
         # By step: what is being sampled (None on processes that do not ask), or is there.
         self._pending: dict[int, Future[list[Response]] | None] = {}
         self._there: dict[int, list[Rollout]] = {}
-        self._waited = 0.0
+        self._waited, self._trained = 0.0, 0
 
     def rollouts(self, iteration: int) -> list[Rollout]:
         """See ``RolloutSource``.
@@ -102,9 +105,10 @@ class AheadSource:
         known = iteration in self._pending or iteration in self._there
         if not known:  # the first step of a run
             self._hand_over(iteration, iteration)
-        self._collect(iteration)
+        self._collect(iteration, iteration)
         if known:
             self._hand_over(iteration + 1, iteration)
+        self._trained = iteration
         return self._there.pop(iteration)
 
     def beside(self) -> Beside:
@@ -122,23 +126,41 @@ class AheadSource:
             return
         self._engine.prepare(version)
         for step in steps_left:
-            self._pending[step] = self._sampled(step) if parallel.decides_for_model() else None
+            self._submit(step)
+
+    def _submit(self, step: int) -> None:
+        self._pending[step] = self._sampled(step) if parallel.decides_for_model() else None
 
     def _sampled(self, step: int) -> Future[list[Response]]:
         sample_ids, pairs = self._order.share(step)
         sampler = self._engine.sampler(*asked(pairs, self._room, self._sampling, sample_ids))
         return self._workers.submit(lambda: self._clock.timed(sampler))
 
-    def _collect(self, step: int) -> None:
-        """Wait for the rollouts of ``step``."""
+    def _collect(self, step: int, version: int) -> None:
+        """Wait for the rollouts of ``step``; ``version``: of the weights that the student has."""
         if step in self._there:
             return
-        future, start = self._pending[step], time.perf_counter()
-        responses = asked_once(lambda: self._result(future, step))
+        start = time.perf_counter()
+        responses = self._answers(step, version)
         self._waited += time.perf_counter() - start
         pairs = self._order.share(step)[1]
         self._there[step] = [as_rollout(*each) for each in zip(pairs, responses, strict=True)]
         del self._pending[step]
+
+    def _answers(self, step: int, version: int) -> list[Response]:
+        """Those of all that asked; where weights were lost amid them, all anew by ``version``'s."""
+        for _ in range(_TIMES_LOST):
+            future = self._pending[step]
+            try:
+                return asked_once(functools.partial(self._result, future, step))
+            except WeightsLost as error:
+                lost = error
+            self._engine.prepare(version)
+            self._submit(step)
+        raise ValueError(
+            f"{FLAG} {self._spec}: the rollouts of step {step} were lost {_TIMES_LOST} times, at "
+            f"last with: {lost}"
+        )
 
     def _result(self, future: Future[list[Response]] | None, step: int) -> list[Response]:
         assert future is not None, "this process asks"
@@ -149,7 +171,7 @@ class AheadSource:
                 f"{FLAG} {self._spec}: the rollouts of step {step} are not there after waiting for "
                 f"{self._patience:.0f} s; raise --distributed-timeout-minutes"
             ) from None
-        if isinstance(error, ValueError):
+        if isinstance(error, ValueError | WeightsLost):
             raise error
         if error is not None:
             name = type(error).__name__
@@ -174,7 +196,7 @@ class AheadSource:
         steps = {}
         for step in sorted({*self._pending, *self._there}):
             try:
-                self._collect(step)
+                self._collect(step, self._trained + 1)
             except ValueError:
                 break
             shares = parallel.gather_over_data_parallel(self._there[step])

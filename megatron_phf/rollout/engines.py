@@ -27,16 +27,20 @@ class EngineRow:
 
     ``reads_data``: it needs the problems of --data; else its prompts are its own.  ``beside``: it
     can sample while the student trains (is an ``EngineBeside``); one's own has ``sampler`` then.
+    ``in_process``: the student itself decodes.
     """
 
     factory: str
     samples: bool = True
     reads_data: bool = True
     beside: bool = True
+    in_process: bool = False
 
 
 ENGINES = {
-    "megatron": EngineRow("megatron_phf.rollout.megatron.engine:make_engine", beside=False),
+    "megatron": EngineRow(
+        "megatron_phf.rollout.megatron.engine:make_engine", beside=False, in_process=True
+    ),
     "vllm": EngineRow("megatron_phf.rollout.vllm.engine:make_engine"),
     "reference": EngineRow(
         "megatron_phf.rollout.sources:reference_source", samples=False, beside=False

@@ -107,4 +107,5 @@ def as_rollout(pair: PromptPair, response: Response) -> Rollout:
         response.policy_version,
         response.policy_version_end,
         reference=pair.problem.solution or None,
+        teacher=pair.problem.teacher,
     )

@@ -34,6 +34,14 @@ class Response:
     policy_version_end: int | None = None
 
 
+class WeightsLost(Exception):
+    """What samples no longer has the weights that ``prepare`` brought: a server was started anew.
+
+    A sampler raises it (see ``EngineBeside``): another ``prepare`` follows, and the step is sampled
+    again.
+    """
+
+
 class RolloutEngine(Protocol):
     """Continues prompts of this data-parallel rank; every rank calls each method, in step."""
 
@@ -81,6 +89,6 @@ class EngineBeside(RolloutEngine, Protocol):
         On one process of each copy of the model: no collectives, and nothing of the student, which
         trains meanwhile.  The weights are those of the last ``prepare`` before; should a later one
         replace them amid a response, that says so (``policy_version_end``).  Several may run at
-        once, those of earlier steps first.
+        once, those of earlier steps first.  May raise ``WeightsLost``.
         """
         ...

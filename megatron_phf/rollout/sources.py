@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.problems import append_jsonl, keep_lines
 from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
 from megatron_phf.rollout.ahead import AheadSource
@@ -95,7 +96,7 @@ class ReplaySource:
     """Recorded rollouts, in file order: step i trains on the i-th global batch of the file."""
 
     def __init__(self, path: str, vocab_size: int, config: Config) -> None:
-        self._rollouts = read_rollouts(path, vocab_size)
+        self._rollouts = read_rollouts(path, vocab_size, teacher_names(config))
         self._batch = config.train.global_batch_size
         steps = len(self._rollouts) // self._batch
         if config.train.train_iters > steps:

@@ -19,7 +19,6 @@ from megatron_phf.simulate.torch_names import (
     finished_work,
     number_of_results,
     process_group,
-    tree_flatten,
 )
 
 _POINT_TO_POINT = ("send", "recv_")
@@ -43,7 +42,7 @@ def communicate(sim: FakeCuda, call: Call) -> Any:
     if group.size() > 1 and call.tensors:
         _log(sim, call, group)
     if name in _UNKNOWN:
-        for t in tree_flatten(call.args[0])[0]:
+        for t in values.leaves(call.args[0]):
             _put(t, None)
     elif name in _ANSWERS:
         _ANSWERS[name](call, group)
@@ -53,7 +52,7 @@ def communicate(sim: FakeCuda, call: Call) -> Any:
 
 def _log(sim: FakeCuda, call: Call, group: Any) -> None:
     name, ranks = call.name.strip("_"), tuple(dist.get_process_group_ranks(group))
-    own = [t for t in tree_flatten(call.args[0])[0] if isinstance(t, Tensor)]
+    own = [t for t in values.leaves(call.args[0]) if isinstance(t, Tensor)]
     devices = {is_on_device(t) for t in call.tensors}
     if len(devices) > 1:
         sim.events.refuse(f"{name} of tensors on the device and on the host")

@@ -21,5 +21,5 @@ class Job:
     models: Models
     world: int
     decode: bool = False
-    steps: int = 2
+    steps: int = 1
     engine_stub: bool = False

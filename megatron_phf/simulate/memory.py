@@ -15,10 +15,6 @@ from torch import Tensor
 from megatron_phf.simulate.events import Events, call_site, short_name
 from megatron_phf.simulate.torch_names import storage_key
 
-HOLDERS = (
-    "weights", "gradients", "optimizer", "teacher", "targets", "activations", "output loss",
-    "KV cache",
-)  # fmt: skip
 _BLOCK = 512  # bytes that CUDA's caching allocator rounds to
 _NAMED = 2**20  # bytes from which on an allocation's line is kept
 # Who holds what is allocated under a function: (start of its file's name, of its own, holder).

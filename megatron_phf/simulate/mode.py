@@ -17,7 +17,6 @@ from megatron_phf.simulate.torch_names import (
     FakeTensorMode,
     TorchDispatchMode,
     operator_name,
-    tree_flatten,
 )
 
 CUDA = torch.device("cuda", 0)
@@ -76,8 +75,8 @@ class FakeCuda(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        flat = tree_flatten((args, kwargs))[0]
-        call = Call(func, args, kwargs, [x for x in flat if isinstance(x, Tensor)])
+        tensors = [x for x in values.leaves((args, kwargs)) if isinstance(x, Tensor)]
+        call = Call(func, args, kwargs, tensors)
         if func.namespace == "c10d":
             return self._communicate(self, call)
         if not call.on_device():
@@ -96,7 +95,7 @@ class FakeCuda(TorchDispatchMode):
         self._check_devices(call)
         with self._fake:
             out = call.func(*call.args, **call.kwargs)
-        for t in tree_flatten(out)[0]:
+        for t in values.leaves(out):
             if isinstance(t, FakeTensor) and t.fake_device.type == "cuda":
                 self.memory.track(t)
         values.propagate(call.func, call.args, call.kwargs, out)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.rollout.megatron.engine import student_engine
 from megatron_phf.rollout.sampling import SamplingParams
@@ -78,17 +80,18 @@ class _Timer(PhaseTimer):
 class _Forward:
     """An engine's forward that knows how often it was called.
 
-    Behind the prompts the cache is as long as it is for the last token of ``columns``.
+    Behind prompts of ``prompt`` tokens the cache grows to what the last of ``new`` needs.
     """
 
-    def __init__(self, function: Callable[..., Any], columns: int) -> None:
-        self._function, self._columns, self.calls = function, columns, 0
+    def __init__(self, function: Callable[..., Any], prompt: int, new: int) -> None:
+        self._function, self.calls = function, 0
+        self._columns = range(prompt + 1, prompt + new)
 
     def __call__(self, tokens: Any, positions: Any, caches: Any) -> Any:
         self.calls += 1
         if self.calls == 2:
-            for cache in caches:
-                cache.reserve(self._columns)
+            for cache, columns in itertools.product(caches, self._columns):
+                cache.reserve(columns)
         return self._function(tokens, positions, caches)
 
 
@@ -128,9 +131,12 @@ class _Rank:
                 distiller = build.make_distiller(job.models, config, student)
             self._name_holders(distiller)
             self.result["memory after build"] = self.sim.memory.bytes
+            self.result["memory"] = results.peaks(self.sim.memory)
+            distiller.optimizer.make_state()  # every step is like the later ones
             self._follow_updates(distiller.teacher)
             for step in range(1, job.steps + 1):
-                self._forget()
+                self.sim.events.forget()
+                self.sim.memory.forget()
                 if job.decode:
                     self._decode(student)
                 with self.phase("between phases"):
@@ -138,18 +144,13 @@ class _Rank:
                 self._name_holders(distiller)
         self._check_steps(distiller)
 
-    def _forget(self) -> None:
-        """The build's peak stays; of the steps the last is reported."""
-        memory = self.sim.memory
-        self.result.setdefault("memory", results.peaks(memory))
-        self.sim.events.forget()
-        memory.forget()
-
     def _rollouts(self) -> list[Rollout]:
         count = self.job.config.train.global_batch_size // parallel.data_parallel_size()
         data, new = self.job.config.data, self.job.config.rollout.max_new_tokens
         student, teacher = (1,) * data.max_prompt_length, (1,) * data.max_teacher_prompt_length
-        return [Rollout(student, teacher, (1,) * new)] * count
+        names = teacher_names(self.job.config) or (None,)
+        turns = itertools.islice(itertools.cycle(names), count)
+        return [Rollout(student, teacher, (1,) * new, teacher=name) for name in turns]
 
     def _decode(self, student: list[Any]) -> None:
         """A few tokens of a batch of rollouts, in a cache as long as theirs."""
@@ -161,8 +162,7 @@ class _Rank:
         )
         engine: Any = student_engine(config, self.job.models, student)
         engine.prepare(1)
-        columns = prompt + r.max_new_tokens
-        engine.forward = forward = _Forward(engine.forward, columns)
+        engine.forward = forward = _Forward(engine.forward, prompt, r.max_new_tokens)
         # What the host asks for is whether any row goes on.
         self.sim.made_up = lambda: int(forward.calls < _DECODED)
         with self.phase("decode"):

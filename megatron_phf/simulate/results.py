@@ -52,7 +52,8 @@ def peaks(memory: DeviceMemory) -> dict[str, Any]:
 
 def _formula(job: Job, tokens: int) -> dict[str, dict[str, float]]:
     """By phase and holder, GiB; of the phases that were simulated."""
-    machine, stage = Machine(2, parallel.data_parallel_size()), parallel.pipeline_rank()
+    stage = parallel.pipeline_rank()
+    machine = Machine(2, parallel.data_parallel_size(), fused_adam=job.engine_stub)
     phases = phase_estimates(job.models, job.config, machine, tokens, stage)
     return {phase: parts for phase, parts in phases.items() if job.decode or phase != "decode"}
 

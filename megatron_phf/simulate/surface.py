@@ -49,6 +49,9 @@ def _install_cuda(sim: FakeCuda) -> None:
         def synchronize(self) -> None:
             sim.events.sync("wait for a stream or an event")
 
+        def record_event(self, event: Stream | None = None) -> Stream:
+            return event or Waiting()
+
     replaced: dict[str, Any] = dict.fromkeys(_NOTHING, _nothing)
     replaced |= {
         "is_available": lambda: True,

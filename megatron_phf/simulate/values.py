@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_phf.simulate.torch_names import (
     FakeTensor,
     operator_name,
-    tree_flatten,
     tree_map,
     written_arguments,
 )
@@ -43,6 +42,24 @@ class _Storage:
     """Whether the real copies of one memory are still what the device would hold."""
 
     valid: bool = True
+
+
+def leaves(value: Any) -> list[Any]:
+    """What lists, tuples and dictionaries hold, in order; much faster than torch's own for any."""
+    found: list[Any] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    if isinstance(value, list | tuple):
+        for each in value:
+            _collect(each, found)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _collect(each, found)
+    else:
+        found.append(value)
 
 
 def known(tensor: Any) -> Tensor | None:
@@ -72,15 +89,15 @@ def forget(tensor: Any) -> None:
 
 def propagate(func: Any, args: tuple, kwargs: dict, out: Any) -> None:
     """After ``func`` ran without values: what its results are, where that can be known."""
-    outs = [t for t in tree_flatten(out)[0] if isinstance(t, FakeTensor)]
-    inputs = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    outs = [t for t in leaves(out) if isinstance(t, FakeTensor)]
+    inputs = [t for t in leaves((args, kwargs)) if isinstance(t, Tensor)]
     name = operator_name(func)
     if not outs or _from_shapes(name, args, inputs, outs):
         return
     if not _computable(name, inputs, outs):
         for position, argument in written_arguments(func):
             written = args[position] if position < len(args) else kwargs.get(argument)
-            for t in tree_flatten(written)[0]:
+            for t in leaves(written):
                 forget(t)
         return
     storages = {
@@ -89,7 +106,7 @@ def propagate(func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if isinstance(t, FakeTensor) and (value := known(t)) is not None
     }
     result = func(*tree_map(_real, args), **tree_map(_real, kwargs))
-    results = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+    results = [t for t in leaves(result) if isinstance(t, Tensor)]
     for fake, value in zip(outs, results, strict=False):
         if known(fake) is not value and fake.shape == value.shape:
             give(fake, value, storages.get(value.untyped_storage().data_ptr()))

@@ -7,26 +7,38 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_directories
 from megatron_phf.files.foreign import parse_json
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.hidden.spec import flow_spec, flow_weights
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
+from megatron_phf.teacher.traits import traits_of
 
 TEACHER_FLAG = "--teacher-hf-model"
 # Whatever both directories have of these is compared; the first decides.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Teachers that take turns may differ in how far they read, and in how they were made.
+_FREE = ("max_position_embeddings", "initializer_range")
+
+
+def flag_of_teacher(name: str) -> str:
+    """What an error calls the flag that a teacher's directory was given with."""
+    return f"{TEACHER_FLAG} {name}".rstrip()
 
 
 def teacher_config(config: Config) -> Config:
-    """The settings that the other model is built with: the run's, with its own split."""
+    """The settings that the other model is built with: the run's, with its own split.
+
+    Of several teachers: the first one's.
+    """
     teacher = config.teacher
-    assert teacher.teacher_hf_model is not None
     return config.replaced(
-        hf_model=teacher.teacher_hf_model,
+        hf_model=next(iter(teacher_directories(config).values())),
         num_layers_in_first_pipeline_stage=teacher.teacher_num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=teacher.teacher_num_layers_in_last_pipeline_stage,
         account_for_embedding_in_pipeline_split=False,
@@ -43,8 +55,9 @@ def teacher_config(config: Config) -> Config:
 class Models:
     """The architectures of a run, read once (:func:`read_models`).
 
-    ``other``: that of ``--teacher-hf-model``, its vocabulary cut or padded to the student's: with
-    equal rows, tensor-parallel ranks hold the same tokens of both heads.
+    ``other``: that of ``--teacher-hf-model`` (of all, where it names several), its vocabulary cut
+    or padded to the student's: with equal rows, tensor-parallel ranks hold the same tokens of both
+    heads.
     """
 
     student: Architecture
@@ -66,18 +79,38 @@ def read_models(config: Config, student: Architecture | None = None) -> Models:
     """From the ``config.json`` of each model that the flags name; ``student``: where known.
 
     Raises:
-        ValueError: as ``read_architecture``; names the flag.
+        ValueError: as ``read_architecture``; names the flag.  Two teachers differ.
     """
     if student is None:
         assert config.model.hf_model is not None
         student = read_architecture(config.model.hf_model)
-    directory = config.teacher.teacher_hf_model
-    if directory is None:
+    directories = teacher_directories(config)
+    if not directories:
         return Models(student)
-    own, rows = read_architecture(directory, TEACHER_FLAG), student.vocab_size
+    own, rows = _common_architecture(directories), student.vocab_size
     return Models(
         student, dataclasses.replace(own, vocab_size=rows, stored_vocab_size=own.vocab_size)
     )
+
+
+def _common_architecture(directories: Mapping[str, str]) -> Architecture:
+    """That of all teachers, which take one another's place in one model; the fewest positions."""
+    found = {n: read_architecture(d, flag_of_teacher(n)) for n, d in directories.items()}
+    (first, own), *others = found.items()
+    positions = min(arch.max_position_embeddings for arch in found.values())
+    for name, arch in others:
+        differing = [
+            f"{field} {value}, not {vars(own)[field]}"
+            for field, value in vars(arch).items()
+            if field not in _FREE and value != vars(own)[field]
+        ]
+        if differing:
+            raise ValueError(
+                f"{flag_of_teacher(name)} {directories[name]}: not the architecture of {first} "
+                f"({'; '.join(differing)}), and teachers take turns in one model; name teachers of "
+                "one architecture"
+            )
+    return dataclasses.replace(own, max_position_embeddings=positions)
 
 
 def layer_map(config: Config, student_layers: int, teacher_layers: int) -> tuple[int, ...]:
@@ -167,10 +200,13 @@ def check_tokenizers(student: str, teacher: str, common: int, required: bool) ->
 def check_teacher_flags(config: Config) -> None:
     """Raise ValueError for flags of a teacher that exclude each other, or need one another."""
     teacher = config.teacher
-    if teacher.teacher_offload and config.method.teacher == "live":
+    kind, traits = config.method.teacher, traits_of(config)
+    if teacher.teacher_offload and not traits.copy:
         raise ValueError(
-            "--teacher-offload: a live teacher has no weights of its own; leave it out"
+            f"--teacher-offload: a {kind} teacher has no weights of its own; leave it out"
         )
+    if config.lora.lora_rank and not traits.adapters:
+        raise ValueError(f"--teacher {kind} has no form for adapters; leave out --lora-rank")
     if teacher.teacher_offload and config.lora.lora_rank and teacher.teacher_hf_model is None:
         raise ValueError(
             "--teacher-offload: with --lora-rank the teacher shares the student's weights; leave "
@@ -178,10 +214,16 @@ def check_teacher_flags(config: Config) -> None:
         )
     if teacher.teacher_hf_model is None:
         return
-    if config.method.teacher != "frozen":
+    if traits.follows:
         raise ValueError(
-            f"--teacher {config.method.teacher} follows the student's weights; {TEACHER_FLAG} is "
+            f"--teacher {kind} follows the student's weights; {TEACHER_FLAG} is "
             "another model: use --teacher frozen, or leave one of the two out"
+        )
+    several = len(teacher_directories(config)) > 1
+    if several and config.train.micro_batch_size > 1:
+        raise ValueError(
+            f"--micro-batch-size {config.train.micro_batch_size}: a microbatch has one teacher, "
+            f"and {TEACHER_FLAG} names several; use 1, or --max-tokens-per-microbatch"
         )
 
 
@@ -206,14 +248,21 @@ def _check_teacher(models: Models, config: Config, tokenizers: bool) -> None:
     """Raise ValueError where the other model does not fit the student or the layout."""
     if models.other is None:
         return
-    directory = config.teacher.teacher_hf_model
-    assert directory is not None and config.model.hf_model is not None
+    directories = teacher_directories(config)
+    experts = config.parallel.expert_model_parallel_size
+    assert config.model.hf_model is not None
+    if len(directories) > 1 and models.other.experts and experts > 1:
+        raise ValueError(
+            f"{TEACHER_FLAG}: several teachers with experts need --expert-model-parallel-size 1: "
+            "ranks that share out experts would have other teachers at the same time"
+        )
     try:
         check_split(models.other, teacher_config(config))
     except ValueError as error:
         raise ValueError(
-            f"{TEACHER_FLAG} {directory}: {error} (of the teacher: "
+            f"{TEACHER_FLAG} {config.teacher.teacher_hf_model}: {error} (of the teacher: "
             "--teacher-num-layers-in-first-pipeline-stage and its sibling)"
         ) from error
     layer_map(config, models.student.num_layers, models.other.num_layers)
-    check_tokenizers(config.model.hf_model, directory, models.vocab_size, tokenizers)
+    for directory in directories.values():
+        check_tokenizers(config.model.hf_model, directory, models.vocab_size, tokenizers)

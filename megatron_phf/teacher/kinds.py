@@ -10,18 +10,19 @@ from typing import Any, Protocol
 import torch
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_directories
 from megatron_phf.lora.linears import adapters_off
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.fp8 import never_trained
 from megatron_phf.model.gpt import FlowGPTModel, build_model, frozen_copy
 from megatron_phf.teacher.adapters import AdapterEmaTeacher
-from megatron_phf.teacher.architecture import TEACHER_FLAG, Models, teacher_config
+from megatron_phf.teacher.architecture import Models, flag_of_teacher, teacher_config
 from megatron_phf.teacher.average import WeightAverage
-from megatron_phf.teacher.offload import HostWeights
+from megatron_phf.teacher.offload import HostWeights, Switch, TakingTurns
 from megatron_phf.weights.huggingface import load_hf_weights
 
-# Where a teacher's weights are during its passes.
-Resident = Callable[[], contextlib.AbstractContextManager[None]]
+# Where a teacher's weights are during its passes; of several teachers, how they take turns there.
+Resident = Callable[[], contextlib.AbstractContextManager[Switch | None]]
 _always: Resident = contextlib.nullcontext
 
 
@@ -30,8 +31,11 @@ class Teacher(Protocol):
 
     chunks: list[FlowGPTModel]
 
-    def active(self) -> contextlib.AbstractContextManager[None]:
-        """Within, ``chunks`` compute with the teacher's weights; every teacher pass runs there."""
+    def active(self) -> contextlib.AbstractContextManager[Switch | None]:
+        """Within, ``chunks`` compute with the teacher's weights; every teacher pass runs there.
+
+        Of several teachers, with those that each chunk is switched to.
+        """
         ...
 
     def update(self, student: list[FlowGPTModel]) -> None:
@@ -53,7 +57,7 @@ class StatelessTeacher:
     def __init__(self, chunks: list[FlowGPTModel], resident: Resident = _always) -> None:
         self.chunks, self._resident = chunks, resident
 
-    def active(self) -> contextlib.AbstractContextManager[None]:
+    def active(self) -> contextlib.AbstractContextManager[Switch | None]:
         """The weights are in place, or come from the host."""
         return self._resident()
 
@@ -77,7 +81,7 @@ class EmaTeacher:
         self.chunks, self._resident = chunks, resident
         self.average = WeightAverage(chunks, decay, copy=False)
 
-    def active(self) -> contextlib.AbstractContextManager[None]:
+    def active(self) -> contextlib.AbstractContextManager[Switch | None]:
         """The weights are in place, or come from the host."""
         return self._resident()
 
@@ -102,20 +106,30 @@ class EmaTeacher:
         self._apply()
 
 
-def _other_model(teacher: Architecture, config: Config) -> list[FlowGPTModel]:
+def _resident(chunks: list[FlowGPTModel], config: Config) -> Resident:
+    return HostWeights(chunks).on_device if config.teacher.teacher_offload else _always
+
+
+def _other_model(teacher: Architecture, config: Config) -> tuple[list[FlowGPTModel], Resident]:
     """The model of ``--teacher-hf-model``, in the student's layout and with its vocabulary rows."""
-    settings = never_trained(teacher_config(config))
-    assert settings.model.hf_model is not None
+    settings, directories = never_trained(teacher_config(config)), teacher_directories(config)
     chunks = build_model(teacher, settings)
-    load_hf_weights(chunks, teacher, settings, settings.model.hf_model, TEACHER_FLAG)
     for chunk in chunks:
         chunk.eval().requires_grad_(False)
-    return chunks
+
+    def load(name: str) -> None:
+        load_hf_weights(chunks, teacher, settings, directories[name], flag_of_teacher(name))
+
+    if len(directories) > 1:
+        stay = not config.teacher.teacher_offload
+        return chunks, TakingTurns(chunks, tuple(directories), load, stay).on_device
+    load(*directories)
+    return chunks, _resident(chunks, config)
 
 
 @dataclass(frozen=True)
 class TeacherKind:
-    """How a kind of teacher is made.
+    """How a kind of teacher is made; what it has stands in :mod:`.traits`.
 
     ``on_weights``: of chunks with weights of its own and where these are kept; ``on_adapters``: of
     a student that trains adapters alone, whose base weights it shares; each None where the kind
@@ -155,8 +169,8 @@ def make_teacher(student: list[FlowGPTModel], models: Models, config: Config) ->
         return kind.on_adapters(student, config)
     if models.other is None:
         chunks = frozen_copy(student, models.student, config)
+        resident = _resident(chunks, config)
     else:
-        chunks = _other_model(models.other, config)
-    resident = HostWeights(chunks).on_device if config.teacher.teacher_offload else _always
+        chunks, resident = _other_model(models.other, config)
     assert kind.on_weights is not None
     return kind.on_weights(chunks, config, resident)

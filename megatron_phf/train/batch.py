@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.batch import SequenceBatch, flow_window, make_local_batch
 from megatron_phf.data.microbatches import (
     groups_under_budget,
@@ -26,6 +28,7 @@ from megatron_phf.hidden.rows import RowPlaces, SequenceShards
 from megatron_phf.hidden.tap import FlowWindow
 from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.runtime import device, parallel
+from megatron_phf.train.by_teacher import numbers_by_teacher
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,18 @@ class PlacedMicrobatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This data-parallel rank's microbatches of one step; the rest as in ``LocalBatch``."""
+    """This data-parallel rank's microbatches of one step; the rest as in ``LocalBatch``.
+
+    ``teachers``: the name of each microbatch's, where teachers have names; those of one follow one
+    another.
+    """
 
     microbatches: list[PlacedMicrobatch]
     num_tokens: int
     num_sequences: int
     order: list[list[int]]
     token_counts: tuple[int, int]
+    teachers: list[str]
 
 
 def place(batch: SequenceBatch, shards: SequenceShards) -> PlacedBatch:
@@ -114,14 +122,17 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
 
     ``shards``: how this process's layers see a sequence.
     """
-    method, rollouts = config.method, [rollout.trained() for rollout in rollouts]
+    method, names = config.method, teacher_names(config)
+    groups = numbers_by_teacher(rollouts, names)
+    places = [i for group in groups for i in group]
+    rollouts = [rollouts[i].trained() for i in places]
     batch = make_local_batch(
         [r.skipping(method.skip_first_tokens) for r in rollouts],
         config.train.micro_batch_size,
         flow_window(method.phf_window_size, method.phf_window_rule),
         length_multiple=_row_multiple(config, shards),
         sequence_multiple=shards.chunks,
-        groups=_groups(rollouts, config, shards),
+        groups=_groups(rollouts, [len(group) for group in groups], config, shards),
         packed=config.batching.pack_sequences,
         row_length=fixed_row_length(config, shards.length_multiple),
     )
@@ -132,8 +143,9 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
         ],
         batch.num_tokens,
         batch.num_sequences,
-        batch.order,
+        [[places[i] for i in rows] for rows in batch.order],
         batch.token_counts(),
+        [rollouts[rows[0]].teacher or names[0] for rows in batch.order] if names else [],
     )
 
 
@@ -159,9 +171,9 @@ def _row_multiple(config: Config, shards: SequenceShards) -> int:
 
 
 def _groups(
-    rollouts: Sequence[Rollout], config: Config, shards: SequenceShards
+    rollouts: Sequence[Rollout], runs: Sequence[int], config: Config, shards: SequenceShards
 ) -> list[list[int]] | None:
-    """The microbatches under --max-tokens-per-microbatch.
+    """The microbatches under --max-tokens-per-microbatch, none over the end of a run of ``runs``.
 
     As many on every data-parallel rank: experts wait for tokens of all of them.
     """
@@ -179,6 +191,9 @@ def _groups(
         (padded(r.student_prompt_ids, r.response_ids), padded(r.teacher_prompt_ids, r.response_ids))
         for r in rollouts
     ]
-    groups = groups_under_budget(lengths, budget, tokens)
+    groups: list[list[int]] = []
+    for end, run in zip(accumulate(runs), runs, strict=True):
+        own = groups_under_budget(lengths[end - run : end], budget, tokens)
+        groups += [[end - run + i for i in group] for group in own]
     number = max(parallel.gather_over_data_parallel(len(groups)))
     return split_into(groups, number, lengths, tokens)

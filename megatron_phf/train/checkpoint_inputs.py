@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from megatron_phf.config.settings import Config, flag_of
+from megatron_phf.config.teachers import teacher_directories
 from megatron_phf.files.replace import MARKER
 from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.train.checkpoint_files import fingerprint
@@ -28,6 +29,7 @@ _MODELS = ("hf_model", "teacher_hf_model")
 _SMALL = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 _NOT_READ = re.compile(r"(readme|licen[cs]e|notice|use_policy).*", re.IGNORECASE)
 _SAMPLES, _SAMPLE_BYTES = 64, 2**20
+_SHOWN = 3  # files that an error names
 
 
 def _sampled(path: str) -> dict[str, Any]:
@@ -53,6 +55,22 @@ def _small_files(directory: str) -> dict[str, Any]:
     return {n: fingerprint(p) for n, p in paths.items() if os.path.isfile(p) and n != MARKER}
 
 
+def _model_files(directory: str) -> dict[str, Any]:
+    """Of what is read of a model."""
+    weights = sorted(n for n in os.listdir(directory) if n.endswith(".safetensors"))
+    sampled = {part: _sampled(os.path.join(directory, part)) for part in ["config.json", *weights]}
+    return _small_files(directory) | sampled
+
+
+def _teacher_files(config: Config) -> dict[str, Any]:
+    """Of all teachers; of those with a name behind their place and name, which decide too."""
+    found: dict[str, Any] = {}
+    for number, (name, directory) in enumerate(teacher_directories(config).items(), start=1):
+        where = f"{number}:{name}/" if name else ""
+        found |= {where + file: known for file, known in _model_files(directory).items()}
+    return found
+
+
 def inputs(config: Config) -> dict[str, Any]:
     """Field -> fingerprint of the file, or of each file in a directory that is read."""
     found: dict[str, Any] = {}
@@ -61,13 +79,10 @@ def inputs(config: Config) -> dict[str, Any]:
         if values[name] is not None:
             read = _small_files if os.path.isdir(values[name]) else fingerprint
             found[name] = read(values[name])
-    for name in _MODELS:
-        directory = values[name]
-        if directory is not None:
-            weights = sorted(n for n in os.listdir(directory) if n.endswith(".safetensors"))
-            parts = ["config.json", *weights]
-            sampled = {part: _sampled(os.path.join(directory, part)) for part in parts}
-            found[name] = _small_files(directory) | sampled
+    if config.model.hf_model is not None:
+        found["hf_model"] = _model_files(config.model.hf_model)
+    if config.teacher.teacher_hf_model is not None:
+        found["teacher_hf_model"] = _teacher_files(config)
     return found
 
 
@@ -137,7 +152,8 @@ def _changed(field: str, old: Any, new: Any) -> str | None:
     few = all(n == "config.json" or n.endswith(".safetensors") for n in old)
     names = old.keys() if few and field in _MODELS else old.keys() | new.keys()
     changed = sorted(n for n in names if old.get(n) != new.get(n))
-    return f"its {', '.join(changed)} is " if changed else None
+    more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return f"its {', '.join(changed[:_SHOWN])}{more} is " if changed else None
 
 
 def _sizes(old: Any, new: Any) -> str:

@@ -114,7 +114,7 @@ class Export(RunHook):
         return "; ".join(filter(None, problems.values())) or None
 
     def _save_adapter(self, target: str, flag: str) -> None:
-        save_peft_adapter(self._student, self._arch, self._config, target, flag)
+        save_peft_adapter(self._student, self._config, target, flag)
 
     def _save_model(self, target: str, flag: str) -> None:
         source = self._config.model.hf_model

@@ -77,6 +77,11 @@ class StudentOptimizer:
         self.lr_decay_iters = decay_iters(train)
         self._schedule = _schedule(self.optimizer, train, self.lr_decay_iters)
 
+    def make_state(self) -> None:
+        """Zero moments, which the first step makes otherwise."""
+        for each in self.optimizer.chained_optimizers:
+            adam_state.allocate(each.optimizer)
+
     def zero_grad(self) -> None:
         """Before the first microbatch of a step."""
         wait_for_weights(self._chunks)
@@ -143,8 +148,7 @@ class StudentOptimizer:
             "distrib_optim_sharding_type": "fully_reshardable",
             "chained_optim_avoid_prefix": True,
         }
-        for each in self.optimizer.chained_optimizers:
-            adam_state.allocate(each.optimizer)
+        self.make_state()
         with device.cuda_type_names():
             return self.optimizer.sharded_state_dict(weights, loading, metadata=metadata)
 

@@ -19,6 +19,8 @@ from megatron_phf.train.batch import PlacedBatch
 
 # (microbatch number, final hidden states [s, b, h]) -> (loss [], what to report)
 LossFunction = Callable[[int, Tensor], tuple[Tensor, Any]]
+# (model chunk, microbatch number): what comes before that chunk reads it.
+Preparation = Callable[[Any, int], None]
 
 
 def packed_seq_params(
@@ -88,6 +90,7 @@ def run_pipeline(
     shards: SequenceShards,
     *,
     forward_only: bool,
+    prepare: Preparation | None = None,
 ) -> list[Any]:
     """Forward (and backward) of every microbatch; what ``loss`` reported, on the last stage.
 
@@ -103,6 +106,8 @@ def run_pipeline(
         iterator: Iterator[tuple[int, PlacedBatch]], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Any]]]:
         index, batch = next(iterator)
+        if prepare is not None:
+            prepare(model, index)
         # The microbatch's number rides along to the layers (see FlowTransformerLayer).
         extra = {"context_mask": torch.tensor(index)}
         hidden = model(

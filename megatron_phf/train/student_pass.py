@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_phf.config.settings import Config
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
@@ -18,6 +19,7 @@ from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import Models
 from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
+from megatron_phf.train.by_teacher import metrics_by_teacher
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.importance import ImportanceWeights
 from megatron_phf.train.metrics import OutputLoss
@@ -99,6 +101,7 @@ class StudentPass:
         weights = self._weigh(batches, teacher)
         outputs = self._run(batches, teacher, token_weight, flow_scale, weights)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
+        extra |= metrics_by_teacher(outputs, batch.teachers, teacher_names(self._config))
         balance = mean_aux_loss(self._arch, self._config, len(batches))
         extra |= {} if balance is None else {"moe_aux_loss": balance}
         extra |= self._drift.take() if measured > 0 else {}
@@ -114,7 +117,9 @@ class StudentPass:
         weights: list[TokenWeights] | None,
     ) -> list[OutputLoss]:
         def loss(index: int, hidden: Tensor) -> tuple[Tensor, OutputLoss]:
-            target = None if teacher.head is None else (teacher.rows.pop(index), teacher.head)
+            target = None
+            if index in teacher.rows:
+                target = teacher.rows.pop(index), teacher.heads.pop(index)
             weight = None if weights is None else weights[index].own
             return self._output_loss(batches[index], hidden, target, token_weight, weight)
 

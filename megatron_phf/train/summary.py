@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_phf.config.flags import departures
 from megatron_phf.config.schedule import decay_iters
 from megatron_phf.config.settings import Config, TrainConfig
+from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.estimate.memory import Machine, memory_estimate
@@ -25,10 +26,13 @@ def _teacher_lines(models: Models, config: Config) -> list[str]:
         return []
     layers = layer_map(config, arch.num_layers, teacher.num_layers)
     flow = "" if teacher.hidden_size == arch.hidden_size else ", no direction term"
+    names = teacher_names(config)
+    several = [f"teachers {', '.join(names)}: one at a time"] if len(names) > 1 else []
     return [
         f"teacher  {teacher.model_type}, {teacher.num_layers} layers, hidden "
         f"{teacher.hidden_size}, {teacher.num_parameters() / 1e6:.1f} M parameters{flow}; its "
-        f"layers for the student's: {','.join(str(layer) for layer in layers)}"
+        f"layers for the student's: {','.join(str(layer) for layer in layers)}",
+        *several,
     ]
 
 

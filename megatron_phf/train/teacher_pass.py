@@ -18,12 +18,13 @@ from megatron_phf.train.pipeline import run_pipeline
 class TeacherOutput:
     """What the output loss needs of the teacher on the last stage, elsewhere empty.
 
-    ``rows``: final hidden states [n, h] of each microbatch; ``head``: its output weight, which an
-    offloaded teacher leaves on the device until the student's pass is over.
+    ``rows``: final hidden states [n, h] of each microbatch; ``heads``: its teacher's output weight,
+    one tensor for all of a teacher.  What is not on the device always (an offloaded teacher's, that
+    of a teacher whose turn is over) stays there until the student's pass has read it.
     """
 
     rows: dict[int, Tensor]
-    head: Tensor | None
+    heads: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,22 @@ class TeacherPass:
         Never its logits.
         """
         batches = [m.teacher for m in batch.microbatches]
-        rows: dict[int, Tensor] = {}
+        output = TeacherOutput({}, {})
         if self.tap is None and not self.scores:
-            return TeacherOutput(rows, None)
+            return output
+        chunks = self.teacher.chunks
 
         def keep(index: int, hidden: Tensor) -> tuple[Tensor, None]:
             # All of them on every context rank: the student's row may be elsewhere.
-            rows[index] = gather_rows(hidden, batches[index].scored, self.shards)
+            output.rows[index] = gather_rows(hidden, batches[index].scored, self.shards)
+            output.heads[index] = chunks[-1].output_weight().detach()
             return hidden.new_zeros(()), None
 
         if self.tap is not None:
             self.tap.start_recording(flow_windows(batches))
-        with self.teacher.active(), evaluating(self.teacher.chunks):
-            run_pipeline(self.teacher.chunks, batches, keep, self.shards, forward_only=True)
-            last = self.teacher.chunks[-1]
-            head = last.output_weight().detach() if last.post_process else None
+        with self.teacher.active() as switch, evaluating(chunks):
+            turn = None if switch is None else lambda c, index: switch(c, batch.teachers[index])
+            run_pipeline(chunks, batches, keep, self.shards, forward_only=True, prepare=turn)
         if self.tap is not None:
             self.tap.finish_recording()
-        return TeacherOutput(rows, head)
+        return output

@@ -121,10 +121,10 @@ class TokenWeigher:
         found: dict[int, Tensor] = {}
         share = slice(parallel.context_parallel_rank(), None, parallel.context_parallel_size())
         for index, rows in teacher.rows.items():
-            assert teacher.head is not None, "the last stage has it"
+            weight = teacher.heads[index]
             found[index] = rows.new_zeros(len(rows), dtype=torch.float32)
             found[index][share] = chunked_entropy(
-                rows[share], teacher.head, self._spec.temperature, **self._head.split(teacher.head)
+                rows[share], weight, self._spec.temperature, **self._head.split(weight)
             ).float()
         return found
 
@@ -141,13 +141,12 @@ class TokenWeigher:
             if statistic == "student_entropy":
                 values = chunked_entropy(rows, weight, self._spec.temperature, **head)
             else:
-                assert teacher.head is not None, "the last stage has it"
                 read = teacher.rows[index]
                 values = chunked_divergence(
                     rows,
                     read if kept is None else read.index_select(0, kept),
                     weight,
-                    teacher.head,
+                    teacher.heads[index],
                     rows.new_ones(len(rows), dtype=torch.float32),
                     self._spec,
                     **head,

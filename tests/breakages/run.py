@@ -6,6 +6,7 @@ from tests.breakages.breakage import Breakage
 
 RESUME = "tests/parallel/test_resume.py"
 EVALUATE = "tests/end_to_end/test_evaluate.py"
+AHEAD = "tests/unit/rollout/test_ahead.py"
 VLLM = "tests/unit/rollout/test_vllm_server.py"
 VLLM_JOB = "tests/end_to_end/test_vllm_job.py"
 GRADING = "tests/unit/evaluation/test_grading.py"
@@ -69,6 +70,34 @@ RUN = (
         "digest = None if problem else _digest(responses)",
         "digest = None",
         ("tests/unit/rollout/test_engines.py", "-k", "differ_between"),
+    ),
+    Breakage(
+        "a rollout may be a step older than --max-off-policy-steps",
+        "megatron_phf/rollout/ahead.py",
+        "step - oldest > self._steps",
+        "step - oldest > self._steps + 1",
+        (AHEAD, "-k", "too_old"),
+    ),
+    Breakage(
+        "a checkpoint is without the rollouts that are being sampled",
+        "megatron_phf/rollout/ahead.py",
+        "sorted({*self._pending, *self._there})",
+        "sorted(self._there)",
+        (AHEAD, "-k", "resumed_run"),
+    ),
+    Breakage(
+        "a server that lost its weights beside training is asked again without them",
+        "megatron_phf/rollout/ahead.py",
+        "            self._engine.prepare(version)\n            self._submit(step)\n",
+        "            self._submit(step)\n",
+        (AHEAD, "-k", "lost"),
+    ),
+    Breakage(
+        "the weights that ended a rollout are taken for those that began it",
+        "megatron_phf/train/metrics.py",
+        "iteration - (r.policy_version_end or r.policy_version))",
+        "iteration - r.policy_version)",
+        (AHEAD, "-k", "staleness"),
     ),
     Breakage(
         "vLLM samples with the weights of the first step for ever",

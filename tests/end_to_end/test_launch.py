@@ -202,6 +202,43 @@ def test_export_computes_what_the_student_computed(recorded: Path, embedded_mode
     assert any(not torch.equal(trained[k], start[k]) for k in start)
 
 
+def test_two_teachers(recorded: Path, embedded_model: str, tmp_path: Path) -> None:
+    """Each problem's own, or the first; and the numbers of each."""
+    words = []
+    for seed, name in enumerate(("plus", "minus")):
+        make_model(str(tmp_path / name), vocab_size=32, num_hidden_layers=2, seed=seed)
+        shutil.copy(Path(embedded_model) / "tokenizer.json", tmp_path / name)
+        words += ["--teacher-hf-model", f"{name}={tmp_path / name}"]
+    problems = metrics(recorded / "data.jsonl")
+    for problem, name in zip(problems, ["minus", None, "plus"] * 2, strict=True):
+        problem["teacher"] = name
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    done = torchrun(
+        1, SCRIPT, "--hf-model", embedded_model, "--data", str(tmp_path / "data.jsonl"), *REAL,
+        "--student-template", str(recorded / "student.txt"),
+        "--teacher-template", str(recorded / "teacher.txt"), *words,
+        "--output-dir", str(tmp_path / "run"), "--save", str(tmp_path / "checkpoints"),
+        "--record-rollouts", str(tmp_path / "rollouts.jsonl"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "teachers plus, minus: one at a time" in done.stdout
+    given = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["teacher"]
+    assert given["teacher_hf_model"] == f"plus={tmp_path}/plus,minus={tmp_path}/minus"
+    rollouts, steps = metrics(tmp_path / "rollouts.jsonl"), metrics(tmp_path / "run/metrics.jsonl")
+    # The order of the data is that of the run without teachers.
+    prompts = [r["student_prompt_ids"] for r in metrics(recorded / "rollouts.jsonl")]
+    assert [r["student_prompt_ids"] for r in rollouts] == prompts
+    assert [r["teacher"] for r in rollouts].count("minus") == 4  # two problems, two epochs
+    for i, step in enumerate(steps):
+        own = {"plus": 0, "minus": 0}
+        for rollout in rollouts[4 * i : 4 * i + 4]:
+            own[rollout["teacher"]] += len(rollout["response_ids"])
+        assert step["rollout_tokens_by_teacher"] == own
+        parts = [(step["opsd_by_teacher"][name] or 0.0) * n for name, n in own.items()]
+        assert sum(parts) == pytest.approx(step["opsd"] * step["rollout_tokens"])
+    assert len(steps) == 3
+
+
 def test_a_larger_teacher_on_policy(recorded: Path, embedded_model: str, tmp_path: Path) -> None:
     """Another width and depth, split over two stages, offloaded, and with fewer positions."""
     teacher, positions = tmp_path / "teacher", 56

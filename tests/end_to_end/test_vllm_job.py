@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from megatron_phf.data.rollouts import read_sampled
 from megatron_phf.demo.task import make_hf_directory, make_problems
 from megatron_phf.runtime import parallel
 from tests.end_to_end.test_bad_input import fails_once
-from tests.fake_vllm import SHIFT, FakeVllm, sample
+from tests.fake_vllm import SHIFT, FakeVllm, load_model, sample
 from tests.launch import torchrun, unmeasured
 from tests.parallel.cases import launch
 
@@ -154,6 +155,7 @@ def test_checkpoints_are_reloaded_every_second_step(results: dict) -> None:
 
 
 LONG, AHEAD = 6, 2
+TRANSFER = ["--vllm-weight-sync", "torch_distributed", "--lr", "3e-2", "--train-iters"]
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +171,20 @@ def ahead(files: Path, tmp_path_factory) -> dict:
         )  # fmt: skip
         return {"name": name, "kind": "job", "argv": argv}
 
-    with FakeVllm(str(files / "hf")) as first, FakeVllm(str(files / "hf")) as second:
+    with (
+        FakeVllm(str(files / "hf")) as first,
+        FakeVllm(str(files / "hf")) as second,
+        FakeVllm(str(files / "hf"), transfer=True) as fourth,
+        FakeVllm(str(files / "hf"), ["ok"] * (2 * BATCH - 1) + ["restart"], transfer=True) as fifth,
+    ):
         third = FakeVllm(str(files / "served"))
+        third_step = range(2 * BATCH, 3 * BATCH)
+        fourth.held = {parallel.derived_seed("vllm", SEED, i): 2 for i in third_step}
         adapters = ["--lora-rank", "4", "--importance-ratio-cap", "1.02"]
         lives = [*adapters, "--save", str(output / "ckpt"), "--load", str(output / "ckpt")]
         lives += ["--record-rollouts", str(output / "lives.jsonl"), "--exit-interval", "3"]
+        kept = [*TRANSFER, "4", "--exit-interval", "2"]
+        kept += ["--save", str(output / "kept"), "--load", str(output / "kept")]
         cases = [
             case("straight", first, *adapters),
             case("life1", second, *lives),
@@ -182,11 +193,16 @@ def ahead(files: Path, tmp_path_factory) -> dict:
                 "checkpoint", third, "--vllm-sync-dir", str(files / "served"),
                 "--rollouts-per-problem", "2", "--keep-rollouts", "correct", "--grader", "exact",
             ),
+            *(case(name, fourth, *kept) for name in ("kept1", "kept2")),
+            case(
+                *("lost", fifth, *TRANSFER, "3", "--max-off-policy-steps", "1"),
+                *("--vllm-concurrency", "1"),
+            ),
         ]  # fmt: skip
         launch(2, cases, output)
         third.stop()
     metrics = {c["name"]: json.loads((output / f"{c['name']}.json").read_text()) for c in cases}
-    return {**metrics, "servers": (first, second, third), "at": output}
+    return {**metrics, "servers": (first, second, third, fourth, fifth), "at": output}
 
 
 def steps_of(server: FakeVllm) -> list[tuple[int, str]]:
@@ -238,6 +254,64 @@ def test_whole_checkpoints_wait_for_the_requests_under_way(ahead: dict) -> None:
     assert len({tuple(p) for p in prompts}) == LONG * BATCH / 2
     assert [step["rollouts_kept"] for step in ahead["checkpoint"]] == [0] * LONG
     assert all(math.isnan(step["loss"]) for step in ahead["checkpoint"])
+
+
+def sampled_again(files: Path, server: FakeVllm, number: int, begun: int, ended: int) -> list[int]:
+    """A sample whose first two tokens are by the weights of step ``begun``, the rest by others."""
+    models = [load_model(str(files / "hf")) for _ in range(2)]
+    for model, version in zip(models, (begun, ended), strict=True):
+        model.load_state_dict(server.transfers[version - 1])
+    (body,) = [
+        body
+        for body in server.bodies("/v1/completions")
+        if body["seed"] == parallel.derived_seed("vllm", SEED, number)
+    ]
+    with torch.no_grad():
+        return sample(lambda ids: models[ids.shape[1] >= len(body["prompt"]) + 2](ids), body)[0]
+
+
+def test_weights_without_a_disk_come_amid_responses_which_say_so(ahead: dict, files: Path) -> None:
+    """Step 3's have two tokens when the weights of step 2 come, and go on with them."""
+    server, path = ahead["servers"][3], ahead["at"] / "kept" / "iter_0000002" / "rollouts.jsonl"
+    kept = read_sampled(str(path))
+    versions = {
+        step: {(r.policy_version, r.policy_version_end) for r in rollouts}
+        for step, rollouts in kept.items()
+    }
+    assert versions == {3: {(1, 2)}, 4: {(2, None)}}
+    for step, begun in ((3, 1), (4, 2)):
+        for number, rollout in enumerate(kept[step], start=(step - 1) * BATCH):
+            again = sampled_again(files, server, number, begun, 2)
+            assert again == list(rollout.response_ids)
+    spanned = [sampled_again(files, server, n, 1, 1) for n in range(2 * BATCH, 3 * BATCH)]
+    assert spanned != [list(r.response_ids) for r in kept[3]]  # the new weights matter
+
+
+def test_a_resumed_run_asks_nothing_of_what_it_has(ahead: dict) -> None:
+    """The second life has all that it trains on: neither weights nor prompts go to the server."""
+    server = ahead["servers"][3]
+    paths = [path for path, _ in server.log if path.startswith(("/pause", "/resume"))]
+    assert paths == ["/pause?mode=keep&clear_cache=true", "/resume"] * 2
+    assert len(server.bodies("/v1/completions")) == 4 * BATCH
+    steps = ahead["kept1"] + ahead["kept2"]
+    ages = [step["rollout_staleness"] for step in steps]
+    assert [(age["mean"], age["max"], age["ended"]) for age in ages] == [
+        (0, 0, 0), (1, 1, 1), (2, 2, 1), (2, 2, 2)
+    ]  # fmt: skip
+    assert steps[0]["rollout_drift"] < 1e-5 < 1e-2 < steps[2]["rollout_drift"]
+
+
+def test_a_server_that_lost_its_weights_beside_training_gets_them_again(ahead: dict) -> None:
+    """It is restarted with the first weights amid step 2's rollouts: those are sampled anew."""
+    server, steps = ahead["servers"][4], ahead["lost"]
+    assert steps[0]["rollout_drift"] < 1e-5 and steps[1]["rollout_drift"] < 1e-5
+    assert [step["rollout_staleness"]["max"] for step in steps] == [0, 0, 1]
+    first, again, handed_over = server.transfers
+    assert all(torch.equal(again[name], handed_over[name]) for name in again)
+    assert not all(torch.equal(again[name], first[name]) for name in again)
+    assert {path for path, _ in server.log if path.startswith("/pause")} == {
+        "/pause?mode=wait&clear_cache=true"
+    }
 
 
 def test_a_request_for_ever_refused_ends_all_ranks_with_one_error(files: Path, tmp_path) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +22,10 @@ from tests.end_to_end.test_vllm_job import (
     save_with_large_weights,
     write_problems,
 )
-from tests.fake_vllm import FakeVllm
+from tests.fake_vllm import FakeVllm, servers_of, write_program
+from tests.launch import REPO, environment, free_port
 from tests.parallel.cases import launch
+from tests.unit.rollout.test_vllm_launch import soon
 
 LAYOUT = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 LAYOUT += ["--num-layers-in-first-pipeline-stage", "2"]  # of three
@@ -83,3 +90,43 @@ def test_servers_sleep_while_the_models_train(results: dict) -> None:
         order += ["/finish_weight_update", "/resume", "/wake_up?tags=kv_cache", "/v1/completions"]
         assert [first.index(path) for path in order] == sorted(first.index(p) for p in order)
         assert all(log[i] != "/v1/completions" for i in range(sleeps[-1], len(log)))
+
+
+def start(arguments: list[str], program: Path, output: Path) -> subprocess.Popen:
+    """One rank without a launcher."""
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    variables = {**environment(), **one, **address}
+    variables["PATH"] = f"{program.parent}{os.pathsep}{variables['PATH']}"
+    with open(output, "ab") as f:
+        return subprocess.Popen(
+            [sys.executable, "examples/pretrain_phf.sh", *arguments],
+            cwd=REPO, env=variables, stdout=f, stderr=f,
+        )  # fmt: skip
+
+
+def test_a_job_with_a_server_of_its_own_is_killed_and_goes_on(results: dict, tmp_path) -> None:
+    """SIGKILL leaves no server; the next life starts another, and ends it."""
+    files, out = results["files"], tmp_path / "out"
+    write_program(tmp_path / "vllm")
+    argv = flags(files, "", "--vllm-launch=--slots 4", "--vllm-weight-sync", "torch_distributed")
+    at = argv.index("--vllm-url")
+    argv = [*argv[:at], *argv[at + 2 :], "--output-dir", str(out), "--save-interval", "1"]
+    argv += ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt")]
+    saved = tmp_path / "ckpt" / "latest_checkpointed_iteration.txt"
+    first = start(argv, tmp_path / "vllm", tmp_path / "log")
+    assert soon(lambda: saved.exists() or first.poll() is not None)
+    assert servers_of(files / "hf"), (tmp_path / "log").read_text()[-3000:]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert soon(lambda: not servers_of(files / "hf"))
+    done = int(saved.read_text())
+    assert done < STEPS
+    second = start(argv, tmp_path / "vllm", tmp_path / "log")
+    assert second.wait(120) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert soon(lambda: not servers_of(files / "hf"))
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert max(step["rollout_drift"] for step in steps) < 1e-5
+    assert f"after step {done}" in (tmp_path / "log").read_text()
+    assert (out / "vllm-server.log").read_text().count("http://127.0.0.1:") == 2

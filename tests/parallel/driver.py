@@ -127,13 +127,17 @@ def check_teacher_weights(distiller: Distiller) -> None:
 
 
 def check_offload(distiller: Distiller, counted: CountedDevice) -> None:
-    """Every weight is on the device in the teacher's pass, its head in the student's, then none."""
+    """Every weight is on the device in the teacher's pass, its head in the student's, then none.
+
+    Of several teachers one is there at a time, beside the heads of those before.
+    """
     weights = sum(1 for chunk in distiller.teacher.chunks for _ in chunk.parameters())
     forward_backward, update = distiller.student_pass, distiller.teacher.update
 
     def student_pass(batch, teacher):
-        assert counted.most == weights
-        assert counted.alive() == (teacher.head is not None)
+        heads = len({head.data_ptr() for head in teacher.heads.values()})
+        assert counted.most == weights + max(0, heads - 1)
+        assert counted.alive() == heads
         return forward_backward(batch, teacher)
 
     def after(student):
@@ -198,7 +202,7 @@ def rollouts(student: list, config: Config, case: dict, path: str) -> list[list[
     target = path.removesuffix(".safetensors")
     save_hf(student, arch, config, config.model.hf_model, target)
     if config.lora.lora_rank:
-        save_peft_adapter(student, arch, config, target + ".adapter")
+        save_peft_adapter(student, config, target + ".adapter")
     return first
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from megatron_phf import reference
 from tests.models import make_adapter, make_model, make_replay
 from tests.parallel.cases import compare_metrics, compare_tensors, flags, launch
-from tests.parallel.test_parity import FULL, MB2, PP2, PP4, REPLAYS, SP, TP2, VPP2
+from tests.parallel.test_parity import BUDGET, FULL, MB2, PACKED, PP2, PP4, REPLAYS, SP, TP2, VPP2
 
 BATCH, TOLERANCE = 8, 1e-5
 RANK, ALPHA = 4, 6
@@ -49,6 +49,9 @@ TEACHERS = {
         "head_dim": 8,
     },
 }
+# Of one architecture with another, by the names math and code; whose each line of a replay is.
+TWO = ("wide", "tall")
+FIELDS = [*["code"] * 4, "math", None, "code", "math"]
 # A window of 64 makes 2 x 63 numbers more than any width here: directions are kept, not products.
 LONG = {"window_size": 64}
 
@@ -92,6 +95,23 @@ CASES = {
     "deep_tp2_pp2_sp": (4, "small", "deep", [*TP2, *PP2, *SP], {"layer_map": (3, 5, 5, 8)}),
     "lora_deep_pp2": (2, "small", "deep", [*PP2, "--teacher-offload"], {"lora": True}),
     "lora_wide_tp2_sp": (2, "small", "wide", TP2 + SP, {"lora": True}),
+    "two_tp2_sp": (2, "small", "tall+", TP2 + SP, {"replay": "fields"}),
+    "two_pp2_vpp2": (2, "small", "wide+", PP2 + VPP2, {"replay": "fields", "beta": 0.5}),
+    # A data-parallel rank whose rollouts are all of one teacher, and one with both.
+    "two_packed_dp2": (
+        2,
+        "small",
+        "tall+",
+        PACKED,
+        {"replay": "fields", "token_weighting": "divergence_top_p"},
+    ),
+    "two_lora_pp2": (
+        2,
+        "small",
+        "tall+",
+        [*PP2, *BUDGET, "--teacher-offload"],
+        {"replay": "fields", "lora": True, "token_weighting": "teacher_entropy"},
+    ),
     "deep_pp4": (4, "small", "deep", PP4, {"layer_map": (1, 4, 5, 8)}),
     "deep_pp4_long": (4, "small", "deep", PP4, {"layer_map": (4, 6, 6, 7), **LONG}),
 }
@@ -114,15 +134,29 @@ def files(tmp_path_factory) -> Path:
         make_adapter(str(directory / f"{name}.adapter"), str(directory / name), RANK, ALPHA)
     for name, settings in TEACHERS.items():
         make_model(str(directory / name), seed=11, **settings)
+        if name in TWO:
+            make_model(str(directory / f"{name}.code"), seed=12, **settings)
     for name, lengths in REPLAYS.items():
         make_replay(str(directory / f"{name}.jsonl"), lengths, vocab_size=249)
+    lines = (directory / "uneven.jsonl").read_text().splitlines()
+    named = [{**json.loads(line), "teacher": t} for line, t in zip(lines, FIELDS, strict=True)]
+    (directory / "fields.jsonl").write_text("".join(json.dumps(line) + "\n" for line in named))
     return directory
+
+
+def teachers(files: Path, teacher: str) -> str | dict[str, str]:
+    """Its directory, or those of two by their names."""
+    own = str(files / teacher.rstrip("+"))
+    return {"math": own, "code": f"{own}.code"} if teacher.endswith("+") else own
 
 
 def command_line(files: Path, name: str) -> list[str]:
     _, student, teacher, layout, given = CASES[name]
     o = options(given)
-    more = {"teacher-hf-model": str(files / teacher)}
+    named = teachers(files, teacher)
+    if isinstance(named, dict):
+        named = ",".join(f"{name}={directory}" for name, directory in named.items())
+    more = {"teacher-hf-model": named}
     if o.layer_map is not None:
         more["teacher-layer-map"] = ",".join(str(k) for k in o.layer_map)
     if "lora" in given:
@@ -168,7 +202,7 @@ def references(files: Path, chosen: list[str]) -> dict:
                 samples,
                 key[2],
                 adapter=adapter,
-                teacher_directory=str(files / teacher),
+                teacher_directory=teachers(files, teacher),
             )
         return known[key]
 
@@ -180,6 +214,10 @@ def test_equals_reference(name: str, results: Path, references: dict) -> None:
     expected = references[name]
     metrics = json.loads((results / f"{name}.json").read_text())
     compare_metrics(metrics, expected.metrics, TOLERANCE)
-    assert (metrics["flow_direction"] is None) == (CASES[name][2] != "tall")
+    assert (metrics["flow_direction"] is None) == ("tall" not in CASES[name][2])
+    for key in ("opsd_by_teacher", "rollout_tokens_by_teacher"):
+        assert (key in metrics) == CASES[name][2].endswith("+")
+        if key in metrics:
+            assert metrics[key] == pytest.approx(expected.metrics[key], rel=TOLERANCE)
     found = load_file(results / f"{name}.gradient.safetensors")
     compare_tensors(found, expected.gradients, 2 * TOLERANCE)

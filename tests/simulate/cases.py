@@ -71,6 +71,13 @@ LAYOUTS = {
         f"{TENSOR} {PACKED} --lora-rank 64 --teacher ema --opsd-objective policy_gradient "
         "--global-batch-size 4",
     ),
+    # Like a published recipe: what adapters keep of long rows is most of the memory.
+    "long adapters": Layout(
+        2, (0,),
+        f"{SHARED} {TENSOR} --max-tokens-per-microbatch 6144 --pack-sequences --lora-rank 64 "
+        "--lora-dropout 0.05 --teacher ema --global-batch-size 2",
+        {**MODEL, "hidden_size": 2048, "intermediate_size": 6144}, "512,2048,1024",
+    ),
     "offload": Layout(
         2, (0,), f"{SHARED} --teacher-offload --teacher ema --global-batch-size 4"
     ),
@@ -78,6 +85,12 @@ LAYOUTS = {
         2, (0, 1),
         f"{SHARED} --pipeline-model-parallel-size 2 --recompute-granularity full "
         "--recompute-num-layers 1 --global-batch-size 4 --teacher-hf-model TEACHER",
+    ),
+    "two teachers": Layout(
+        2, (0,),
+        f"{SHARED} --teacher-hf-model math=TEACHER --teacher-hf-model code=TEACHER "
+        "--teacher-offload --global-batch-size 4",
+        {**MODEL, "num_hidden_layers": 2},
     ),
     "decode": Layout(
         4, (0, 1, 2),

@@ -28,9 +28,15 @@ WAITS = {
 # Of single layouts, beside those.
 MORE = {
     # megatron-core's own, once a layer, pass and microbatch: how many tokens go to which expert.
-    "experts": {("model/layer.py", "masked_select"): 16, ("model/moe.py", "item"): 1},
+    # The last of a layer's three waits is for the sizes of what goes to other ranks.
+    "experts": {
+        ("model/layer.py", "masked_select"): 16,
+        ("model/layer.py", "wait for a stream or an event"): 8,
+        ("model/moe.py", "item"): 1,
+    },
     # An average in host memory takes the weights there.
     "offload": {("teacher/average.py", "wait for a stream or an event"): 1},
+    "two teachers": {("train/by_teacher.py", "tolist"): 1},  # its numbers by teacher
     # A batch is begun, and three tokens are decoded.
     "decode": {
         ("runtime/device.py", "wait for a stream or an event"): 3,
@@ -123,7 +129,7 @@ def test_what_is_reported(played: dict[str, list[dict]]) -> None:
         ("host weights", "on the host"),
         ("narrow rows", "reduction dim"),
         ("wide dtype", "dtype"),
-        ("no update", "the optimizer ran in 0 of 2 steps"),
+        ("no update", "the optimizer ran in 0 of 1 steps"),
     ],
 )
 def test_a_planted_error_is_refused(name: str, text: str, played: dict[str, list[dict]]) -> None:

@@ -82,7 +82,8 @@ class Job:
         while not condition():
             state = self.fields()["JobState"]
             late = time.monotonic() > end
-            assert not late and state not in ("FAILED", "CANCELLED", "TIMEOUT"), (
+            ended = state in ("FAILED", "CANCELLED", "TIMEOUT") and not condition()
+            assert not late and not ended, (
                 f"{what}: not after {seconds} s, job {state}\n{self.text()[-6000:]}"
             )
             time.sleep(0.5)

@@ -17,7 +17,7 @@ from tests.launch import unmeasured
 from tests.slurm.cluster import Cluster
 
 PRETRAIN = "examples/slurm/pretrain_phf.sbatch"
-ITERS, INTERVAL = 40, 2
+ITERS, INTERVAL = 28, 2
 
 
 class Run:
@@ -62,12 +62,17 @@ class Run:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("inputs")
+    make_inputs(path)
+    return path
+
+
+def make_inputs(path: Path) -> None:
+    """A model, problems and templates."""
     make_hf_directory(str(path / "hf"), seed=3)
     lines = [{"problem": p.problem, "solution": p.solution} for p in make_problems("train", 40, 1)]
     (path / "problems.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     for side, text in (("student", "{problem}="), ("teacher", "{problem}|{solution}=")):
         (path / f"{side}.txt").write_text(text)
-    return path
 
 
 def named(inputs: Path) -> list[str]:

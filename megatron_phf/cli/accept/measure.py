@@ -95,9 +95,9 @@ def step(large: Large) -> dict[str, Any]:
     pairs = zip(times[True], times[False], strict=True)
     phases = {name: statistics.median(t[name] for t in times[True]) for name in times[True][0]}
     c, config = large.case, large.config
-    machine = Machine(
-        model_dtype(config).itemsize, parallel.data_parallel_size(), cuda=device.has_cuda()
-    )
+    fused = device.has_module("transformer_engine") or device.has_module("apex")
+    width, replicas = model_dtype(config).itemsize, parallel.data_parallel_size()
+    machine = Machine(width, replicas, cuda=device.has_cuda(), fused_adam=fused)
     tokens = c["micro_batch"] * (c["prompt"] + c["response"])
     return {
         "seconds": phases,

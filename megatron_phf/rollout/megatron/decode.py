@@ -34,10 +34,11 @@ _COLUMN_PARALLEL = (
 _ROW_PARALLEL = ("RowParallelLinear", "TERowParallelLinear")
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [s, b, ng, heads, hn], non-interleaved halves."""
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary position embedding of x [s, b, ng, heads, hn], non-interleaved halves, in place."""
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    swapped = torch.cat((second, first), dim=-1)
+    x.mul_(cos).addcmul_(swapped, sin)
 
 
 def normalise(norm: Any, x: Tensor) -> Tensor:
@@ -84,20 +85,22 @@ def _attention(attention: Any, x: Tensor, layer: int, cache: KVCache) -> Tensor:
         attention.hidden_size_per_attention_head,
     )
     qkv = _project(attention.linear_qkv, x).view(s, b, groups, -1, width)
-    query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1, :]
-    if attention.q_layernorm is not None:
+    if not isinstance(attention.q_layernorm, IdentityOp | None):
+        query, key, value = qkv[..., :-2, :], qkv[..., -2:-1, :], qkv[..., -1:, :]
         query = normalise(attention.q_layernorm, query)
         key = normalise(attention.k_layernorm, key)
-    query, key = _rotate(query, *cache.rotation), _rotate(key, *cache.rotation)
-    key = key.squeeze(-2)
+        qkv = torch.cat((query, key, value), dim=-2)
+    _rotate_(qkv[..., :-1, :], *cache.rotation)
+    query, both = qkv[..., :-2, :], qkv[..., -2:, :]
     scale = attention.config.softmax_scale or attention.config.kv_channels**-0.5
-    if cache.bias is not None:
-        keys, values = cache.append(layer, key, value)
-        out = attend_token(query[0], keys, values, cache.bias, scale).reshape(1, b, -1)
+    bias = cache.bias
+    if bias is not None:
+        keys, values = cache.append(layer, both)
+        out = attend_token(query[0], keys, values, bias, scale).reshape(1, b, -1)
     else:
-        cache.fill(layer, key, value)
+        cache.fill(layer, both)
         query = query.flatten(2, 3).permute(1, 2, 0, 3)
-        key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        key, value = both.permute(3, 1, 2, 0, 4)
         out = attend(query, key, value, cache.mask, cache.mask is None, scale)
     return _project(attention.linear_proj, out)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from torch import Tensor
 
@@ -145,8 +146,11 @@ class MegatronRollouts:
     def _logits(self, chunk: FlowGPTModel, hidden: Tensor) -> Tensor:
         """hidden [b, h] -> this rank's logits [b, v_local], -inf where the vocabulary is padded."""
         weight = chunk.output_weight()
-        # The long side first: small batches multiply up to twice as fast that way on CPUs.
-        logits = torch.mm(weight, hidden.T).T.contiguous()
+        if weight.dtype == torch.float32:
+            # The long side first: small batches multiply up to twice as fast that way on CPUs.
+            logits = torch.mm(weight, hidden.T).T.contiguous()
+        else:
+            logits = F.linear(hidden, weight)
         real = self._vocab_size - parallel.tensor_parallel_rank() * weight.shape[0]
         if real < weight.shape[0]:
             logits[:, max(real, 0) :] = -torch.inf
@@ -171,6 +175,6 @@ class MegatronRollouts:
         dist.recv(hidden, self._neighbour(-1), self._pipeline_group())
         return hidden
 
-    def new_caches(self, capacity: int, seen: Tensor) -> list[KVCache]:
-        """One empty cache a model chunk, for prompts ``seen`` and ``capacity`` columns at most."""
-        return [KVCache(seen, capacity) for _ in self._chunks]
+    def new_caches(self, most: int, seen: Tensor, fixed: bool = False) -> list[KVCache]:
+        """One empty cache a model chunk (see ``KVCache``)."""
+        return [KVCache(seen, most, fixed) for _ in self._chunks]

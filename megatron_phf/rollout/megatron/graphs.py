@@ -35,9 +35,13 @@ class StepGraphs:
         """The memory that a step reads or writes is another from now on."""
         self._launched, self._replay = False, None
 
+    def captures(self, sampling: SamplingParams) -> bool:
+        """Whether steps so sampled are captured, as far as is known."""
+        return self._wanted and not _searches(sampling)
+
     def launch(self, step: Callable[[], None], sampling: SamplingParams) -> None:
         """Run ``step``, which launches the same each time, on the same memory."""
-        if self._replay is None and self._launched and self._wanted and not _searches(sampling):
+        if self._replay is None and self._launched and self.captures(sampling):
             self._capture(step)
         if self._replay is not None:
             self._replay()

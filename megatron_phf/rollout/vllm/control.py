@@ -75,9 +75,13 @@ class Control:
         """Let its workers meet the trainer."""
         self._tell("/init_weight_transfer_engine", {"init_info": info})
 
-    def begin_update(self) -> None:
-        """No request runs, nothing computed with the old weights is left, and new ones may come."""
-        self._tell("/pause?mode=wait&clear_cache=true")
+    def begin_update(self, pause: str = "wait") -> None:
+        """No request runs, nothing computed with the old weights is left, and new ones may come.
+
+        ``pause``: ``wait`` for the ends of requests under way, or ``keep`` them, to go on with the
+        new weights: vLLM then computes the keys and values of what they have anew.
+        """
+        self._tell(f"/pause?mode={pause}&clear_cache=true")
         try:
             self._tell("/start_weight_update")
         except ValueError:  # a job that was killed amid an update has left it open

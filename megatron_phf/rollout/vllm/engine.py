@@ -5,7 +5,6 @@ One process of each data-parallel rank asks, and hands the answers to the others
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import threading
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_phf.config.settings import Config
 from megatron_phf.rollout.context import RolloutContext
-from megatron_phf.rollout.protocol import Response
+from megatron_phf.rollout.protocol import Response, WeightsLost
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.shared import asked_once
 from megatron_phf.rollout.vllm.colocated import Beds
@@ -63,9 +62,9 @@ class VllmRollouts:
     def prepare(self, step: int) -> None:
         """The student's weights to all servers, where it is their turn.
 
-        Requests under way end on the adapter that began them.  Where the servers' only weights are
-        replaced they are waited for, and those that have not begun wait: a response is of one
-        policy, and vLLM drops no prefix cache of requests that run.
+        Requests under way end on the adapter that began them, and go on with weights that came
+        without a disk.  Where a server reads its only weights anew they are waited for, and those
+        that have not begun wait: vLLM then drops no prefix cache of requests that run.
 
         Raises:
             ValueError: a server does not take them; on every rank.
@@ -81,7 +80,7 @@ class VllmRollouts:
         self._beds.wake_cache()
 
     def _bring(self) -> None:
-        if self._sync.replaces and self._config.rollout.max_off_policy_steps > 1:
+        if self._sync.drains and self._config.rollout.max_off_policy_steps > 1:
             on_every_rank(self._gate.close, deadline(self._config))
         self._sync.push(self._step)
         self._synced = self._step
@@ -103,11 +102,13 @@ class VllmRollouts:
             self._wake(bring=self._beds.forget)
         ask = self.sampler(prompts, sampling, sample_ids, limits)
         for _ in range(1 + self._config.vllm.vllm_max_retries):
-            responses = asked_once(ask)
-            if not self._sync.lost():
+            try:
+                responses = asked_once(ask)
+            except WeightsLost:
+                self._bring()
+            else:
                 self._beds.sleep()
                 return responses
-            self._bring()  # a server was restarted: its answers are another model's
         raise ValueError(
             "--vllm-url: a server is restarted in every phase of rollouts (see its log)"
         )
@@ -144,16 +145,15 @@ class VllmRollouts:
             if stopped.is_set():
                 raise ValueError("another request has failed")
             with self._gate.passed():
-                begun = version if adapter else self._synced
-                response = server.complete(
+                return server.complete(
                     question,
                     adapter or self._sync.model(server, until),
                     self._vocab_size,
                     until,
                     stopped,
                     lambda: self._sync.restore(server, adapter, until),
+                    lambda: version if adapter else self._policy(server),
                 )
-            return dataclasses.replace(response, policy_version=begun)
 
         futures = [
             self._workers.submit(functools.partial(one, q, s))
@@ -165,3 +165,7 @@ class VllmRollouts:
             stopped.set()
             for future in futures:  # not waiting for requests that nobody needs any longer
                 future.cancel()
+
+    def _policy(self, server: VllmServer) -> int | None:
+        told = self._sync.told(server)
+        return self._synced if told is None else told

@@ -150,9 +150,8 @@ def check_vllm(config: Config) -> None:
             "--vllm-weight-sync adapter needs --lora-rank: without adapters the servers need whole "
             "checkpoints (--vllm-weight-sync checkpoint)"
         )
-    if config.rollout.max_off_policy_steps and (vllm.vllm_colocated or not syncs_by_disk(config)):
+    if config.rollout.max_off_policy_steps and vllm.vllm_colocated:
         raise ValueError(
-            "--max-off-policy-steps lets servers sample while the models train: leave out "
-            "--vllm-colocated, and bring weights as files (--vllm-weight-sync adapter or "
-            "checkpoint)"
+            "--vllm-colocated: servers and training take turns on the same GPUs, and "
+            "--max-off-policy-steps lets them work at once; leave one of the two out"
         )

@@ -9,6 +9,7 @@ Log-probabilities are the server's ``raw_logprobs`` (its default): before temper
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class VllmServer(HttpServer):
         until: float,
         stopped: threading.Event,
         on_missing: Callable[[], None],
+        policy: Callable[[], int | None] = lambda: None,
     ) -> Response:
         """Ask for one response.
 
@@ -87,9 +89,11 @@ class VllmServer(HttpServer):
             vocab_size: token ids from here on are another model's.
             on_missing: called where the server does not know ``model``, before another attempt: it
                 was restarted.
+            policy: which one the server has now, asked before and behind the response.
         """
 
         def attempt() -> Response:
+            begun = policy()
             try:
                 answer = self.call("POST", "/v1/completions", question.as_json(model))
             except StatusError as error:
@@ -97,7 +101,9 @@ class VllmServer(HttpServer):
                     raise
                 on_missing()
                 raise TransientError(str(error)) from error
-            return self._checked(answer, question, vocab_size)
+            response, ended = self._checked(answer, question, vocab_size), policy()
+            end = None if ended == begun else ended
+            return dataclasses.replace(response, policy_version=begun, policy_version_end=end)
 
         return self.until_it_succeeds("POST /v1/completions", attempt, until, stopped)
 

@@ -95,10 +95,11 @@ def _base_model(server: VllmServer, until: float) -> dict:
 class ServedModels:
     """What each server calls the student.
 
-    ``replaces``: new weights take the place of a server's old ones; else ``adapter`` is the newest.
+    ``adapter``: the newest; empty where new weights take the place of a server's old ones.
+    ``drains``: they then wait for the requests under way.
     """
 
-    replaces, adapter = True, ""
+    drains, adapter = False, ""
 
     def __init__(
         self,
@@ -121,9 +122,9 @@ class ServedModels:
     def restore(self, server: VllmServer, adapter: str, until: float) -> None:
         """What a request needs that a restarted server does not know."""
 
-    def lost(self) -> bool:
-        """Whether a server sampled with other weights than it was given.  Every rank calls it."""
-        return False
+    def told(self, server: VllmServer) -> int | None:
+        """The version of its weights by ``server``'s own word; None: it does not say."""
+        return None
 
 
 class WeightSync(ServedModels):
@@ -142,7 +143,7 @@ class WeightSync(ServedModels):
     ) -> None:
         super().__init__(servers, student, arch, config)
         self._directory, self._adapters = sync_directory(config), syncs_adapters(config)
-        self.replaces = not self._adapters
+        self.drains = not self._adapters
         # The copy of --hf-model that servers started with is ours to replace.
         if not self._adapters:
             on_first_rank(self._adopt)
@@ -163,7 +164,7 @@ class WeightSync(ServedModels):
         name = f"{self._prefix}-{version}"
         if self._adapters:
             target = self._path(name)
-            save_peft_adapter(self._student, self._arch, self._config, target, "--vllm-sync-dir")
+            save_peft_adapter(self._student, self._config, target, "--vllm-sync-dir")
         else:
             source, flag = self._config.model.hf_model, "--vllm-sync-dir"
             assert source is not None

@@ -17,7 +17,9 @@ from torch import Tensor
 from megatron_phf.config.settings import Config
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.rollout.protocol import WeightsLost
 from megatron_phf.rollout.vllm.control import Control, ServerGone
+from megatron_phf.rollout.vllm.http import TransientError
 from megatron_phf.rollout.vllm.server import VllmServer
 from megatron_phf.rollout.vllm.sync import ServedModels, deadline
 from megatron_phf.rollout.vllm.ways import MESSAGE_BYTES, WAYS, Named
@@ -61,6 +63,8 @@ class WeightTransfer(ServedModels):
         self._controls = [Control(server) for server in servers]
         self._links: dict[Control, Link] = {}  # of rank 0
         self._prefix, self._version = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}", ""
+        # With one step ahead nothing is under way while weights come.
+        self._pause = "keep" if config.rollout.max_off_policy_steps > 1 else "wait"
 
     def push(self, version: int) -> None:
         """Let every server sample with the student's weights from now on.  Every rank calls.
@@ -73,7 +77,9 @@ class WeightTransfer(ServedModels):
         self._version = f"{self._prefix}-{version}"
         until, missing = deadline(self._config), self._controls
         for _ in range(1 + self._config.vllm.vllm_max_retries):
-            attempt = _Round(missing, self._links, self._way) if parallel.is_first_rank() else None
+            attempt = None
+            if parallel.is_first_rank():
+                attempt = _Round(missing, self._links, self._way, self._pause)
             self._send(attempt)
             gone = on_first_rank(_settled, attempt, until)
             if not gone:
@@ -97,18 +103,20 @@ class WeightTransfer(ServedModels):
         if attempt is not None:
             attempt.end(self._version)
 
-    def lost(self) -> bool:
-        """Whether a server was started anew since the last push: what it said is another model's.
+    def told(self, server: VllmServer) -> int | None:
+        """See ``ServedModels``.
 
-        Every rank calls it, after each phase of rollouts.
+        Raises:
+            WeightsLost: it was started anew since the last push, and would sample another model.
         """
-        return on_first_rank(self._is_lost)
-
-    def _is_lost(self) -> bool:
         try:
-            return any(control.version() != self._version for control in self._controls)
-        except ServerGone:
-            return True
+            told = Control(server).version() or ""
+        except ServerGone as error:
+            raise TransientError(str(error)) from error
+        name, _, version = told.rpartition("-")
+        if name != self._prefix:
+            raise WeightsLost(f"--vllm-url {server.url}: it was restarted (see its log)")
+        return int(version)
 
 
 def _settled(attempt: _Round | None, until: float) -> list[str]:
@@ -122,8 +130,11 @@ class _Round:
     The others wait for rank 0 in the export: it goes on whatever a server says.
     """
 
-    def __init__(self, controls: list[Control], links: dict[Control, Link], way: Any) -> None:
-        self._open, self._links, self._way = list(controls), links, way
+    def __init__(
+        self, controls: list[Control], links: dict[Control, Link], way: Any, pause: str = "wait"
+    ) -> None:
+        """``pause``: what becomes of requests under way (see ``Control.begin_update``)."""
+        self._open, self._links, self._way, self._pause = list(controls), links, way, pause
         self._gone: list[Control] = []
         self._refused: str | None = None
 
@@ -134,7 +145,7 @@ class _Round:
             link = self._links.get(control)
             if link is None or link.version != control.version():
                 self._links[control] = Link(self._way.connect(control, control.workers()))
-            control.begin_update()
+            control.begin_update(self._pause)
 
         self._each(begin)
 

@@ -61,6 +61,20 @@ def test_lengths_are_the_jobs(config_file: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        "replay --replay-file nowhere --importance-ratio-cap 2",
+        "vllm --vllm-url http://nowhere:1 --vllm-sync-dir here --lora-rank 8",
+        "vllm --vllm-url http://nowhere:1 --vllm-api-key-file nowhere --max-off-policy-steps 1 "
+        "--vllm-sync-dir here --lora-rank 8",
+    ],
+)
+def test_any_engine_is_played_without_its_servers_and_files(flags: str, config_file: str) -> None:
+    played = job(config_file, f"--rollout-engine {flags}").config
+    assert played.rollout.replay_file is None and played.vllm.vllm_api_key_file is None
+
+
+@pytest.mark.parametrize(
     ("flags", "world", "lengths", "text"),
     [
         ("", 0, None, "--world 0: need at least 1"),

@@ -140,13 +140,15 @@ def test_a_preset_is_its_flags(tmp_path, capsys) -> None:
         assert plan.main(["--hf-config", str(path), "--gpus", "8", *words]) == 0
         return capsys.readouterr().out
 
-    by_hand = shown("--teacher", "ema", "--lora-rank", "64")
+    by_hand = shown("--teacher", "ema", "--lora-rank", "64", "--lora-dropout", "0.05")
     assert shown("--preset", "phf") == by_hand != shown()
     assert shown("--preset", "phf", "--lora-rank", "0", "--teacher", "frozen") == shown()
     for words, message in (
         (["--preset", "phg"], "error: --preset phg: no such preset; choose one of opsd,"),
         (["--global-batch-size", "x"], "error: argument --global-batch-size: invalid int value"),
-        (["--global-batch-size", "0"], "error: --global-batch-size: need more than 0"),
+        (["--global-batch-size", "0"], "error: --global-batch-size 0: need at least 1"),
+        (["--max-new-tokens", "0"], "error: --max-new-tokens 0: need at least 1"),
+        (["--network-gbytes", "0"], "error: --network-gbytes: need more than 0"),
     ):
         assert plan.main(["--hf-config", str(path), "--gpus", "8", *words]) == 2
         assert capsys.readouterr().err.startswith(message)

@@ -16,6 +16,7 @@ import pytest
 from megatron_phf.cli import preflight
 from megatron_phf.config.flags import build_parser, check_fields, parse_args
 from megatron_phf.config.settings import Config, config_groups, flag_of
+from megatron_phf.config.teachers import teacher_directories, teacher_names
 from tests.models import make_model, make_replay
 
 GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'
@@ -62,6 +63,31 @@ def test_every_number_has_a_range_that_is_checked_and_in_its_help(name: str, all
     assert f"; {allowed.text}" in action.help
 
 
+@pytest.mark.parametrize(
+    ("given", "directories", "names"),
+    [
+        ("", {}, ()),
+        ("DIR/a", {"": "DIR/a"}, ()),
+        ("DIR/a DIR/b", {"": "DIR/b"}, ()),  # the last counts, as of any flag
+        ("DIR/x=1", {"": "DIR/x=1"}, ()),
+        ("x=1", {"": "x=1"}, ()),  # where there is such a directory
+        ("math=DIR/a", {"math": "DIR/a"}, ("math",)),
+        ("math=DIR/a code=b=,c", {"math": "DIR/a", "code": "b=,c"}, ("math", "code")),
+        ("math=DIR/a,code=b", {"math": "DIR/a", "code": "b"}, ("math", "code")),
+        ("DIR/a math=b", {"math": "b"}, ("math",)),
+        ("math=b DIR/a", {"": "DIR/a"}, ()),
+    ],
+)
+def test_teachers_with_names(
+    given: str, directories: dict, names: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x=1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = parse_args([w for word in given.split() for w in ("--teacher-hf-model", word)])
+    assert list(teacher_directories(config).items()) == list(directories.items())
+    assert teacher_names(config) == names
+
+
 @pytest.mark.parametrize("flag", ["--engine-drift-warning", "--vllm-drift-warning"])
 def test_an_earlier_name_of_a_flag_is_accepted(flag: str) -> None:
     assert parse_args([flag, "0.25"]).rollout.engine_drift_warning == 0.25
@@ -102,6 +128,8 @@ def files(tmp_path_factory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("preflight")
     (directory / "data.jsonl").write_text(GOOD)
     (directory / "bad.jsonl").write_text(GOOD + "{\n")
+    art = {**json.loads(GOOD), "teacher": "art"}
+    (directory / "fields.jsonl").write_text(GOOD + json.dumps(art) + "\n")
     damaged = directory / "damaged"
     damaged.mkdir()
     (damaged / "config.json").write_text("{")
@@ -123,6 +151,14 @@ def files(tmp_path_factory) -> dict[str, str]:
         "ONE": str(directory / "one"),
         "TWO": str(directory / "two"),
         "FEW": str(directory / "few"),
+        "EXPERTS": make_model(
+            str(directory / "experts"),
+            architecture="qwen3_moe",
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+        ),
+        "FIELDS": str(directory / "fields.jsonl"),
         "SHORT": make_model(str(directory / "short"), max_position_embeddings=100),
         "MODEL": make_model(str(directory / "model")),
         "DATA": str(directory / "data.jsonl"),
@@ -141,6 +177,7 @@ SHORT = "--max-new-tokens 64 --max-prompt-length 64 --max-teacher-prompt-length 
 DATA = "--data DATA " + SHORT
 REAL = "--hf-model MODEL " + DATA
 TWO = "--hf-model TWO " + DATA
+SEVERAL = "--teacher-hf-model math=TWO --teacher-hf-model "
 RECORDED = "--hf-model MODEL --rollout-engine replay --replay-file "
 PACKED = "--pack-sequences --context-parallel-size 2 --max-tokens-per-microbatch "
 MISTAKES = {
@@ -205,6 +242,20 @@ MISTAKES = {
     TWO + "--teacher-hf-model TWO --teacher-layer-map 1,1,1,3,2,4": "must not decrease",
     TWO + "--teacher-hf-model SHORT": "short: a prompt of 128 tokens leaves no room",
     TWO + "--teacher-hf-model MODEL --pipeline-model-parallel-size 3": "model: --pipeline-model-",
+    TWO + SEVERAL + "math=TWO": "two has that name already; give NAME=DIR once a teacher",
+    TWO + SEVERAL + "code=": "--teacher-hf-model code=: no directory; give NAME=DIR",
+    TWO + SEVERAL + "code=/nowhere": "--teacher-hf-model code /nowhere: no such directory",
+    TWO + SEVERAL + "code=FEW": "few: not the architecture of math (num_layers 4, not 6; hidden_s",
+    TWO + SEVERAL + "code=ONE": "token 'b' has id 1 in",
+    TWO + SEVERAL + "code=TWO --micro-batch-size 2": "--micro-batch-size 2: a microbatch has one",
+    TWO + SEVERAL + "code=TWO --teacher ema": "--teacher ema follows the student's weights",
+    "--hf-model TWO --data FIELDS "
+    + SHORT
+    + SEVERAL
+    + "code=TWO": "fields.jsonl:2: field 'teacher' is 'art', but --teacher-hf-model names math, c",
+    REAL
+    + "--expert-model-parallel-size 2 --teacher-hf-model a=EXPERTS --teacher-hf-model "
+    + "b=EXPERTS": "several teachers with experts need --expert-model-parallel-size 1",
     REAL + "--tokenizer-type SentencePieceTokenizer": "needs --tokenizer-model, the model file",
     REAL + "--tokenizer-type SentencePieceTokenizer --tokenizer-model /x": "/x: no such file",
     REAL
@@ -221,9 +272,15 @@ MISTAKES = {
 }
 
 
+def filled(words: str, files: dict[str, str]) -> list[str]:
+    """Names of files, alone or behind NAME=, in their places."""
+    pairs = [word.rpartition("=") for word in words.split()]
+    return [name + mark + files.get(last, last) for name, mark, last in pairs]
+
+
 @pytest.mark.parametrize("command", MISTAKES)
 def test_mistakes_are_refused_before_launch(command: str, files: dict[str, str], capsys) -> None:
-    assert preflight.main([files.get(word, word) for word in command.split()]) == 2
+    assert preflight.main(filled(command, files)) == 2
     output = capsys.readouterr()
     assert MISTAKES[command] in output.err
     assert output.err.startswith("error: ")
@@ -237,10 +294,19 @@ def test_a_good_command_line_gives_the_process_count(files: dict[str, str], caps
     assert capsys.readouterr().out == f"4 {max(1, (os.cpu_count() or 1) // 4)}\n"
 
 
-@pytest.mark.parametrize("more", ["", PACKED + "24", "--teacher-hf-model SHORT"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        PACKED + "24",
+        "--teacher-hf-model SHORT",
+        # Of several teachers positions may differ: the fewest count.
+        "--teacher-hf-model math=MODEL --teacher-hf-model code=SHORT",
+    ],
+)
 def test_a_replay_is_as_long_as_its_rollouts(files: dict[str, str], capsys, more: str) -> None:
     """2,048 tokens of a teacher's prompt, the default, and 1,024 new ones are no limits of it."""
-    words = [files.get(word, word) for word in (RECORDED + "REPLAY " + more).split()]
+    words = filled(RECORDED + "REPLAY " + more, files)
     assert preflight.main([*words, "--global-batch-size", "2", "--train-iters", "1"]) == 0
     assert capsys.readouterr().err == ""
 

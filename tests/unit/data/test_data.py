@@ -18,11 +18,19 @@ from megatron_phf.data.problems import (
     read_test_problems,
     write_jsonl,
 )
-from megatron_phf.data.prompts import PromptTemplates, build_prompt_pairs, fill
-from megatron_phf.data.rollouts import Rollout, read_rollouts, rollout_to_json
+from megatron_phf.data.prompts import PromptPair, PromptTemplates, build_prompt_pairs, fill
+from megatron_phf.data.rollouts import (
+    Rollout,
+    read_rollouts,
+    read_sampled,
+    rollout_to_json,
+    write_sampled,
+)
 from megatron_phf.data.tokenizer import HFTokenizer
 from megatron_phf.demo.task import make_problems, make_tokenizer
 from megatron_phf.evaluation.grading import average_at_k, bootstrap_interval, is_correct
+from megatron_phf.rollout.order import as_rollout
+from megatron_phf.rollout.protocol import Response
 
 GOOD = {"problem": "1+1?", "solution": "It is 2.", "answer": "2"}
 
@@ -175,6 +183,32 @@ def test_replay_round_trip(tmp_path: Path) -> None:
     lines = [{**rollout_to_json(rollout), "note": "ignored"}, rollout_to_json(tool)]
     lines.append({**rollout_to_json(tool), "response_mask": [True, False, True]})
     assert read_rollouts(write(tmp_path / "r.jsonl", *lines), 7) == [rollout, tool, tool]
+
+
+def test_a_line_names_its_teacher(tmp_path: Path) -> None:
+    """The first where it names none; what the field holds is for nobody where none has a name."""
+    lines = [{**GOOD, "teacher": teacher} for teacher in ("code", None, "math")] + [GOOD]
+    path = write(tmp_path / "d.jsonl", *lines)
+    found = [p.teacher for p in read_problems(path, teachers=("math", "code"))]
+    assert found == ["code", "math", "math", "math"]
+    path = write(tmp_path / "d.jsonl", GOOD, {**GOOD, "teacher": ["any"]})
+    assert [p.teacher for p in read_problems(path)] == [None, None]
+    with pytest.raises(ValueError, match=r"d\.jsonl:2: field 'teacher' is \['any'\], but .*math"):
+        read_problems(path, teachers=("math",))
+
+
+def test_a_recorded_rollout_names_its_teacher(tmp_path: Path) -> None:
+    problem = Problem("1+1?", "2", None, 0, "code")
+    rollout = as_rollout(PromptPair(problem, (1,), (2,)), Response([3]))
+    line = rollout_to_json(rollout)
+    assert line["teacher"] == "code" and "teacher" not in rollout_to_json(Rollout((1,), (2,), (3,)))
+    path = write(tmp_path / "r.jsonl", line, {**line, "teacher": None})
+    assert [r.teacher for r in read_rollouts(path, 7, ["math", "code"])] == ["code", "math"]
+    assert [r.teacher for r in read_rollouts(path, 7)] == [None, None]
+    with pytest.raises(ValueError, match=r"r\.jsonl:1: field 'teacher' is 'code', but .*math"):
+        read_rollouts(path, 7, ["math"])
+    write_sampled(path, {4: [rollout]})  # waits in a checkpoint
+    assert [r.teacher for r in read_sampled(path)[4]] == ["code"]
 
 
 def test_a_replay_is_parsed_once_until_it_changes(tmp_path: Path, monkeypatch) -> None:

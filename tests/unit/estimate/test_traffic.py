@@ -54,7 +54,7 @@ def test_experts_by_hand(cut: int | None, channels: int, sharers: int) -> None:
     routed = 8 * whole / 2  # a rank has half of the tokens, each goes to 8 experts
     ways = 2 * 3 * 48  # there and back: student's forward and backward pass, teacher's forward
     assert found["experts"] == ways * routed * 3 / 4
-    assert found["expert tensor"] == ways * routed * channels
+    assert found["expert tensor"] == ways / 2 * routed * (1 + 2) * channels  # sums are fp32
     dense = parse_architecture(MODELS["30B-A3B"][0], "x").num_parameters() - EXPERTS
     part = EXPERTS / (4 * (cut or 2)) * (sharers - 1) / sharers
     assert found["data"] == pytest.approx((dense / 2 * 3 / 4 + part) * (4 + 2))

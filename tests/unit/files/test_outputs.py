@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,36 @@ def test_a_resume_notices_what_decides_about_prompts(there: Path, flag: str, nam
         path.write_text("one")
         with pytest.raises(ValueError, match=said):
             check_compatible("ckpt", without, manifest(config))
+
+
+@pytest.mark.parametrize(
+    ("now", "file"),
+    [
+        ("math=A,code=B", None),
+        ("math=B,code=A", "1:math/config.json, 2:code/config.json"),
+        (
+            "code=B,math=A",
+            "1:code/config.json, 1:math/config.json, 2:code/config.json and 1 more",
+        ),  # the first is the default
+        ("math=A,tex=B", "2:code/config.json, 2:tex/config.json"),
+        ("math=A", "2:code/config.json"),
+        ("A", "1:math/config.json, 2:code/config.json, config.json"),
+    ],
+)
+def test_a_resume_has_the_same_teachers(there: Path, now: str, file: str | None) -> None:
+    """By their names, in their order, from wherever they are."""
+    for name in "AB":
+        (there / name).mkdir()
+        (there / name / "config.json").write_text(name)
+    before, after = (
+        config_of(there, teacher_hf_model=re.sub("[AB]", rf"{there}/\g<0>", text))
+        for text in ("math=A,code=B", now)
+    )
+    if file is None:
+        assert check_compatible("ckpt", manifest(before), manifest(after)) == []
+        return
+    with pytest.raises(ValueError, match=rf"--teacher-hf-model .*: its {file} is not what the run"):
+        check_compatible("ckpt", manifest(before), manifest(after))
 
 
 def test_a_checkpoint_of_before_still_loads(there: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_phf.lora.adapter import _DroppedLinear
 from megatron_phf.lora.linears import _attach, adapters_off
 
 
@@ -74,3 +77,31 @@ def test_query_groups_alternate_q_k_and_v() -> None:
         (rows_q[..., :6], zero, rows_v[..., :3], rows_q[..., 6:], zero, rows_v[..., 3:]), -1
     )
     torch.testing.assert_close(delta, expected)
+    with torch.no_grad():  # into the linear's own output
+        assert torch.equal(layer(x)[0], base + delta)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3])
+def test_dropout_of_an_adapters_input(p: float) -> None:
+    """As torch's own dropout and linear, to the bit; two adapters keep one input and two masks."""
+    torch.manual_seed(0)
+    x, upstream = torch.randn(7, 3, 64, requires_grad=True), torch.randn(2, 7, 3, 8)
+    weights = torch.randn(2, 8, 64, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def run(adapter) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = torch.stack([adapter(x, weight) for weight in weights])
+        return outputs, *torch.autograd.grad(outputs, (x, weights), upstream)
+
+    ours = run(lambda x, weight: _DroppedLinear.apply(x, weight, p))
+    assert sum(kept.values()) == x.numel() * (4 + 2 * 1) + 4 * weights.numel()
+    expected = run(lambda x, weight: F.linear(F.dropout(x, p), weight))
+    for a, b in zip(ours, expected, strict=True):
+        assert torch.equal(a, b)
+    assert float((ours[0] == F.linear(x, weights[0])).float().mean()) < 0.1

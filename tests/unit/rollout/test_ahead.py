@@ -27,11 +27,12 @@ from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.checked import CheckedEngineBeside
 from megatron_phf.rollout.engines import make_by_factory
 from megatron_phf.rollout.order import ProblemOrder, ResponseRoom
-from megatron_phf.rollout.protocol import Response
+from megatron_phf.rollout.protocol import Response, WeightsLost
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.vllm.gate import Gate
 from megatron_phf.rollout.workers import Workers
 from megatron_phf.runtime import parallel
+from megatron_phf.train.metrics import rollout_staleness
 
 SAMPLING = SamplingParams(1.0, 1.0, 0, 3, (1,), seed=3)
 PAIRS = [PromptPair(Problem("", "", None, i), (i,), (i, i)) for i in range(6)]
@@ -68,7 +69,7 @@ class Served:
         def sample() -> list[Response]:
             self._before(step)
             ids = [[version, prompt[0]] for prompt in prompts]
-            return [Response(each, [-1.0, -2.0], policy_version=version) for each in ids]
+            return [Response(each, [-1.0, -2.0], None, version, version + 1) for each in ids]
 
         return sample
 
@@ -93,7 +94,9 @@ def test_each_step_trains_on_what_was_asked_that_many_steps_before(steps_ahead, 
         rollouts, asked = ahead.rollouts(step), order.share(step)[1]
         assert [r.student_prompt_ids for r in rollouts] == [p.student_ids for p in asked]
         assert [r.response_ids for r in rollouts] == [(version, *p.student_ids) for p in asked]
-        assert {(r.policy_version, r.log_probs) for r in rollouts} == {(version, (-1.0, -2.0))}
+        assert {r.log_probs for r in rollouts} == {(-1.0, -2.0)}
+        spans = {(r.policy_version, r.policy_version_end) for r in rollouts}
+        assert spans == {(version, version + 1)}
     # New weights where something is sampled with them, and each step is asked for once.
     assert [step for what, step in engine.log if what == "asked"] == [1, 2, 3, 4, 5]
     weights = [step for what, step in engine.log if what == "weights"]
@@ -101,6 +104,14 @@ def test_each_step_trains_on_what_was_asked_that_many_steps_before(steps_ahead, 
     if steps_ahead == 1:
         assert engine.log[:3] == [("weights", 1), ("asked", 1), ("asked", 2)]
         assert engine.log[3:5] == [("weights", 2), ("asked", 3)]
+
+
+def test_staleness_is_of_the_weights_that_began_a_rollout_and_of_those_that_ended_it() -> None:
+    spans = [(3, 5), (5, 6), (7, None), (None, None)]
+    rollouts = [Rollout((1,), (2,), (4,), None, None, *span) for span in spans]
+    wanted = {"mean": 2.0, "max": 4, "ended": 2}
+    assert rollout_staleness(7, rollouts) == {"rollout_staleness": wanted}
+    assert rollout_staleness(7, rollouts[3:]) == {}
 
 
 def test_what_is_waited_for_and_what_goes_on_beside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +173,7 @@ def test_answers_that_are_wrong_too_old_or_never_come() -> None:
     engine.sampler = lambda *given: lambda: [Response([99])] * 2
     with pytest.raises(ValueError, match=r"own:f: response 0: token ids from 99 to 99"):
         source(engine, 1).rollouts(1)
-    engine.sampler = lambda *given: lambda: [Response([4], policy_version=1)] * 2
+    engine.sampler = lambda *given: lambda: [Response([4], policy_version=v) for v in (2, 1)]
     ahead = source(engine, 1)
     ahead.rollouts(1), ahead.rollouts(2)
     with pytest.raises(ValueError, match=r"response for step 3 is by the weights of step 1, mo"):
@@ -170,6 +181,31 @@ def test_answers_that_are_wrong_too_old_or_never_come() -> None:
     never = threading.Event()
     with pytest.raises(ValueError, match=r"rollouts of step 1 are not there after waiting for 1 s"):
         source(Served(lambda step: never.wait()), 1).rollouts(1)
+
+
+def test_weights_that_a_server_lost_are_brought_and_the_step_sampled_anew() -> None:
+    """At once where a step needs them; what is saved for a step to come has the next step's."""
+    losing = [2, 4]
+
+    def before(step: int) -> None:
+        if step in losing:
+            losing.remove(step)
+            raise WeightsLost("http://a:1: restarted")
+
+    engine = Served(before)
+    ahead = source(engine, 2)
+    ahead.rollouts(1)
+    assert {r.policy_version for r in ahead.rollouts(2)} == {2}
+    assert engine.log[4:] == [("weights", 2), ("asked", 2), ("weights", 2), ("asked", 4)]
+    sampled = ahead.sampled()
+    assert {step: rollouts[0].policy_version for step, rollouts in sampled.items()} == {3: 1, 4: 3}
+    assert engine.log[8:] == [("weights", 3), ("asked", 4)] and not losing
+
+    def always(step: int) -> None:
+        raise WeightsLost("http://a:1: restarted")
+
+    with pytest.raises(ValueError, match=r"step 1 were lost 5 times, at last with: http://a:1: r"):
+        source(Served(always), 1).rollouts(1)
 
 
 def test_a_resumed_run_trains_on_what_was_sampled(tmp_path: Path) -> None:
@@ -291,9 +327,9 @@ SERVED = ["--hf-model", "x", "--data", "y", "--rollout-engine", "vllm", "--vllm-
             [*SERVED, *AHEAD, "1", "--vllm-sync-interval", "2"],
             "--vllm-sync-interval 2 makes roll",
         ),
-        *(
-            ([*SERVED, *AHEAD, "1", *more], "--max-off-policy-steps lets servers sample while the ")
-            for more in (["--vllm-colocated"], ["--vllm-weight-sync", "torch_distributed"])
+        (
+            [*SERVED, *AHEAD, "1", "--vllm-colocated"],
+            "--vllm-colocated: servers and training take turns on the same GPUs, and --max-off-",
         ),
         (["--rollouts-per-problem", "0"], "--rollouts-per-problem 0: need at least 1"),
         (

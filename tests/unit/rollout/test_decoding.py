@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_phf.config.flags import parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.model.attention import attend_token
-from megatron_phf.rollout.megatron.cache import KVCache, capacity_for
+from megatron_phf.rollout.megatron.cache import KVCache
+from megatron_phf.rollout.megatron.capacity import capacity_before, capacity_for
+from megatron_phf.rollout.megatron.decode import decode_layer
 from megatron_phf.rollout.megatron.flags import check_decoding
 from megatron_phf.rollout.megatron.graphs import StepGraphs
 from megatron_phf.rollout.sampling import SamplingParams
@@ -22,17 +31,27 @@ NUCLEUS = SamplingParams(1.1, 0.95, 0, 8, (), seed=0)
 
 def test_capacities_are_few_and_hardly_larger_than_asked() -> None:
     found = {n: capacity_for(n) for n in range(1, 16385)}
-    assert all(n <= c and c % 32 == 0 and c - n < max(32, n / 4) for n, c in found.items())
-    assert (found[1], found[33], found[129], found[1025]) == (32, 64, 160, 1280)
-    assert len({*found.values()}) <= 32
+    assert all(n <= c and c % 64 == 0 and c - n < max(64, n / 4) for n, c in found.items())
+    assert (found[1], found[65], found[129], found[1025]) == (64, 128, 192, 1280)
+    assert len({*found.values()}) <= 28
+    sizes = sorted({*found.values()})
+    assert [capacity_before(n) for n in sizes] == [0, *sizes[:-1]]
 
 
-def test_attention_over_the_capacity_is_that_over_the_tokens() -> None:
-    """Rows of different lengths, expanded, growing twice; what is hidden counts for nothing."""
+@pytest.mark.parametrize(
+    ("fixed", "columns"), [(True, [64, 128]), (False, [16, 32, 48, 64, 80, 96, 112, 128])]
+)
+def test_attention_over_what_is_not_written_is_that_over_the_tokens(
+    fixed: bool, columns: list[int]
+) -> None:
+    """Rows of different lengths, expanded, growing; what is hidden counts for nothing.
+
+    Fixed shapes change with the capacity alone; others attend no further than to a block's end.
+    """
     torch.manual_seed(0)
-    groups, width, prompt, tokens = 2, 8, 5, 70
+    groups, width, prompt, tokens = 2, 8, 5, 120
     seen = torch.tensor([[False, False, True, True, True], [True] * 5])
-    cache = KVCache(seen, prompt + tokens)
+    cache = KVCache(seen, prompt + tokens, fixed)
     inv_freq = torch.ones(width // 2)
     positions = (seen.long().cumsum(-1) - 1).clamp(min=0)
     cache.begin(inv_freq, positions, torch.float32)
@@ -43,26 +62,88 @@ def test_attention_over_the_capacity_is_that_over_the_tokens() -> None:
         True,
         False,
     ]
-    keys, values = torch.randn(2, prompt, 2, groups, width)
-    cache.fill(0, keys, values)
+    both = torch.randn(prompt, 2, groups, 2, width)
+    cache.fill(0, both)
     cache.finish()
     rows = torch.tensor([1, 0, 1])
     cache.select(rows)
-    seen, keys, values = seen[rows], keys[:, rows], values[:, rows]
-    grew = 0
+    seen, both = seen[rows], both[:, rows]
+    met = [columns[0]]
     for count in range(1, tokens):
-        grew += cache.reserve(prompt + count)
+        changed = cache.reserve(prompt + count)
         cache.begin(inv_freq, torch.full((3, 1), count), torch.float32)
-        key, value = torch.randn(2, 1, 3, groups, width)
-        keys, values = torch.cat((keys, key)), torch.cat((values, value))
+        new = torch.randn(1, 3, groups, 2, width)
+        both = torch.cat((both, new))
         query = torch.randn(3, groups, 4, width)
-        found = attend_token(query, *cache.append(0, key, value), cache.bias, 0.3)
+        keys, values = cache.append(0, new)
+        found = attend_token(query, keys, values, cache.bias, 0.3)
         cache.finish()
+        met += [keys.shape[2]] * changed
+        assert keys.shape[2] == met[-1]
         mask = F.pad(seen, (0, count), value=True)[:, None, None]
-        k, v = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+        k, v = both.permute(3, 1, 2, 0, 4)
         exact = F.scaled_dot_product_attention(query, k, v, mask, scale=0.3)
         torch.testing.assert_close(found, exact)
-    assert grew == 2 and cache.capacity == 96
+    assert met == columns and cache.capacity == 128
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute something: on CUDA about a kernel each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, given=(), named=None):
+        returned = [r.alias_info for r in operator._schema.returns]
+        views = any(alias is not None and not alias.is_write for alias in returned)
+        self.met[operator.__name__] += (
+            not views and operator is not torch.ops.aten._unsafe_view.default
+        )
+        return operator(*given, **(named or {}))
+
+
+class ColumnParallelLinear(torch.nn.Linear):
+    """The name says what decoding may take for a product."""
+
+
+@pytest.mark.parametrize(("norms", "launches"), [(True, 18), (False, 15)])
+def test_a_layers_token_takes_few_launches(
+    norms: bool, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 products, 4 (2) norms, keys and queries turned and stored together, attention, the MLP."""
+    monkeypatch.setattr(F, "rms_norm", lambda x, *given: x.clone())  # one kernel on CUDA
+    monkeypatch.setattr(parallel, "tensor_parallel_size", lambda: 1)
+    groups, heads, width, hidden = 2, 2, 8, 16
+    norm = SimpleNamespace(weight=torch.ones(1), eps=1e-6)
+
+    def linear(rows: int, columns: int) -> torch.nn.Linear:
+        return ColumnParallelLinear(columns, rows, bias=False)
+
+    attention = SimpleNamespace(
+        linear_qkv=linear(groups * (heads + 2) * width, hidden),
+        linear_proj=linear(hidden, groups * heads * width),
+        q_layernorm=norm if norms else IdentityOp(),
+        k_layernorm=norm if norms else IdentityOp(),
+        num_query_groups_per_partition=groups,
+        hidden_size_per_attention_head=width,
+        config=SimpleNamespace(softmax_scale=None, kv_channels=width),
+    )
+    mlp: Any = MLP.__new__(MLP)
+    mlp.__dict__ |= {"linear_fc1": linear(64, hidden), "linear_fc2": linear(hidden, 32)}
+    layer: Any = SimpleNamespace(
+        input_layernorm=norm, self_attention=attention, layer_number=1, pre_mlp_layernorm=norm,
+        mlp=mlp,
+    )  # fmt: skip
+    cache = KVCache(torch.ones(3, 4, dtype=torch.bool), 8)
+    with torch.no_grad():
+        for positions in (torch.arange(4).expand(3, 4), torch.full((3, 1), 4)):
+            cache.begin(torch.ones(width // 2), positions, torch.float32)
+            x = torch.randn(positions.shape[1], 3, hidden)
+            with Launches() as counted:
+                decode_layer(layer, x, cache)
+            cache.finish()
+    assert counted.met.total() == launches, counted.met
 
 
 def test_a_step_that_cannot_be_captured_is_launched_with_one_warning(

@@ -36,6 +36,7 @@ def ask(fake: FakeVllm, patience: Patience = PATIENCE, seconds: float = 60, **mo
         time.monotonic() + seconds,
         threading.Event(),
         more.get("on_missing", lambda: None),
+        more.get("policy", lambda: None),
     )
 
 
@@ -49,6 +50,17 @@ def test_the_request_says_all_that_sampling_depends_on() -> None:
         "repetition_penalty": 1.0, "return_token_ids": True, "logprobs": 0,
     }  # fmt: skip
     assert wanted.items() <= body.items()
+
+
+@pytest.mark.parametrize(
+    ("told", "versions"), [([3, 3], (3, None)), ([3, 4], (3, 4)), ([3, 4, 5], (4, 5))]
+)
+def test_a_response_has_the_policies_before_and_behind_it(told: list[int], versions) -> None:
+    """Those around the attempt that succeeded."""
+    later = iter(told)
+    with FakeVllm(None, ["500"] * (len(told) - 2)) as fake:
+        response = ask(fake, policy=lambda: next(later))
+        assert (response.policy_version, response.policy_version_end) == versions
 
 
 TRANSIENT = ("500", "503", "slow", "drip", "truncated", "closed", "not_json", "no_choice", "abort")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_phf.cli import gpu_flags, preflight
+from megatron_phf.cli import gpu_flags, out_of_memory, preflight
 from megatron_phf.config.flags import check_fields, parse_args
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
-from megatron_phf.runtime import device, kernels, optional_packages, out_of_memory
+from megatron_phf.runtime import device, kernels, optional_packages
 from megatron_phf.runtime.environment import set_cuda_defaults
 from megatron_phf.runtime.visible_gpus import count_visible, visible_gpus
 from tests.launch import REPO, environment
@@ -266,6 +266,8 @@ def test_memory_advice_names_flags_that_the_run_can_still_change() -> None:
     assert len(left) == 1 and left[0].startswith("--tensor-model-parallel-size 2, or")
     rollout = out_of_memory.advice(parse_args(["--rollout-batch-size", "8"]), "rollout")
     assert rollout[0] == "--rollout-batch-size 4: half the KV cache"
+    elsewhere = out_of_memory.advice(parse_args(["--rollout-engine", "vllm"]), "rollout")
+    assert not any("KV cache" in line for line in elsewhere)
     parser_flags = {word for line in (*plain, *left, *rollout) for word in line.replace(
         ":", " ").replace(",", " ").split() if word.startswith("--")}  # fmt: skip
     for flag in parser_flags:

@@ -12,7 +12,7 @@ from megatron_phf.config.settings import MethodConfig
 from megatron_phf.model.gpt import evaluating
 from megatron_phf.teacher.average import WeightAverage
 from megatron_phf.teacher.kinds import TEACHERS, EmaTeacher, StatelessTeacher
-from megatron_phf.teacher.offload import HostWeights
+from megatron_phf.teacher.offload import HostWeights, TakingTurns
 from tests.counted_device import CountedDevice
 
 
@@ -51,6 +51,35 @@ def test_weights_come_and_go(counted: CountedDevice) -> None:
         del head
         assert counted.alive() == 0
         assert [p.data_ptr() for p in chunk.parameters()] == host
+
+
+@pytest.mark.parametrize("stay", [False, True])
+def test_teachers_take_turns(counted: CountedDevice, stay: bool) -> None:
+    """Two chunks of two models: at most one of each is there, beside what is still read."""
+    x = torch.randn(5, 3)
+    models = {name: [make_chunk(seed), make_chunk(seed + 9)] for name, seed in (("a", 1), ("b", 2))}
+    expected = {name: [chunk(x) for chunk in of] for name, of in models.items()}
+    chunks = [make_chunk(5), make_chunk(6)]
+
+    def load(name: str) -> None:
+        for chunk, own in zip(chunks, models[name], strict=True):
+            chunk.load_state_dict(own.state_dict())
+
+    teacher = StatelessTeacher(chunks, TakingTurns(chunks, ("a", "b"), load, stay).on_device)
+    for turns in ("aab", "ba", "b"):
+        assert counted.alive() == (8 if stay else 0)
+        counted.most = 0
+        with teacher.active() as switch:
+            for name in turns:
+                for number in (0, 1):  # one is at the next teacher before the other
+                    switch(chunks[number], name)
+                    assert torch.equal(chunks[number](x), expected[name][number])
+        assert counted.most <= 8
+    with teacher.active() as switch:
+        switch(chunks[1], "b")
+        head = chunks[1][1].weight.detach()
+        switch(chunks[1], "a")
+        assert torch.equal(head, models["b"][1][1].weight)  # what is read later, of a turn before
 
 
 def test_an_error_in_a_pass_leaves_nothing_behind(counted: CountedDevice) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.runtime import device
+from megatron_phf.train import importance
 from megatron_phf.train.importance import ImportanceWeights
 
 VOCABULARY, HIDDEN = 7, 5
@@ -58,11 +59,19 @@ def test_the_weighted_gradient_is_unbiased(objective: str) -> None:
         assert (other - wanted).norm() > 0.1 * wanted.norm()
 
 
-def test_weights_end_at_the_cap() -> None:
+def test_weights_end_at_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the step's metrics say how many did; each token counts once."""
+    monkeypatch.setattr(importance.dist, "all_reduce", lambda sums: None)
+    monkeypatch.setattr(importance.parallel, "tensor_parallel_rank", lambda: 0)
     student, sampler = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-3.0, -2.0, -1.0])
-    weights = ImportanceWeights(1.5).of(student, sampler.double())
+    tokens = ImportanceWeights(1.5)
+    weights = tokens.of(student, sampler.double())
     assert weights is not None and weights.dtype is torch.float32
     assert weights.tolist() == pytest.approx([1.5, 1.0, 0.1353353])
+    found = tokens.take()
+    assert found["importance_weight"] == pytest.approx((1.5 + 1.0 + 0.1353353) / 3)
+    assert found["importance_clipped_fraction"] == pytest.approx(1 / 3)
+    assert tokens.take() == {"importance_weight": 0.0, "importance_clipped_fraction": 0.0}
     assert ImportanceWeights(None).of(student, sampler) is None
 
 

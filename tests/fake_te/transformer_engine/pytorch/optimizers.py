@@ -2,6 +2,8 @@
 
 import torch
 
+_PIECE = 2**20
+
 
 class FusedAdam(torch.optim.Optimizer):
     """Adam whose groups count their steps, and whose state has moments alone."""
@@ -65,10 +67,13 @@ class FusedAdam(torch.optim.Optimizer):
                 if not state:
                     self.initialize_state(p, False)
                 m, v = state["exp_avg"], state["exp_avg_sq"]
-                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
-                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                update = (m / first) / ((v / second).sqrt() + group["eps"])
-                p.sub_(group["lr"] * (update + group["weight_decay"] * p))
+                # A piece at a time: as the kernel, it takes no memory of the parameter's size.
+                pieces = (t.view(-1).split(_PIECE) for t in (p, p.grad, m, v))
+                for p_, g_, m_, v_ in zip(*pieces, strict=True):
+                    m_.mul_(beta1).add_(g_, alpha=1 - beta1)
+                    v_.mul_(beta2).addcmul_(g_, g_, value=1 - beta2)
+                    update = (m_ / first) / ((v_ / second).sqrt() + group["eps"])
+                    p_.sub_(group["lr"] * (update + group["weight_decay"] * p_))
 
 
 class FusedSGD(torch.optim.Optimizer):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 
 from megatron_phf.config.settings import Config
+from megatron_phf.rollout.engines import engine_row
 from megatron_phf.runtime import device
+from megatron_phf.teacher.traits import traits_of
 
 
 def _layout_advice(config: Config) -> list[str]:
@@ -30,7 +32,7 @@ def advice(config: Config, phase: str) -> list[str]:
     """
     p, m, t = config.parallel, config.method, config.train
     lines = []
-    if phase == "rollout" and config.rollout.rollout_engine == "megatron":
+    if phase == "rollout" and engine_row(config.rollout.rollout_engine).in_process:
         size = config.rollout.rollout_batch_size
         if size > 1:
             lines.append(f"--rollout-batch-size {size // 2}: half the KV cache")
@@ -45,7 +47,8 @@ def advice(config: Config, phase: str) -> list[str]:
             lines.append("--recompute-granularity full: a layer's input instead of activations")
         if m.logits_chunk_tokens > 64:
             lines.append(f"--logits-chunk-tokens {m.logits_chunk_tokens // 2}: fewer logits")
-    if m.teacher != "live" and not config.lora.lora_rank and not config.teacher.teacher_offload:
+    own = traits_of(config).copy and not config.lora.lora_rank
+    if own and not config.teacher.teacher_offload:
         lines.append("--teacher-offload: the teacher's weights on the host between its passes")
     if config.rollout.max_new_tokens > 256:
         lines.append(f"--max-new-tokens {config.rollout.max_new_tokens // 2}: shorter sequences")
