@@ -40,20 +40,9 @@ def _bases(path: Path, train: Problems, heldout: Problems) -> Tensor:
     return rows
 
 
-def directory(root: Path, arm: Arm, curve: Curve) -> Path:
-    """Where a run's files are."""
-    run = curve.run
-    return root / name_of(arm, curve) / f"base{run.base}_seed{run.seed}"
-
-
-def name_of(arm: Arm, curve: Curve) -> str:
-    """Of all runs that differ by base model and seed alone."""
-    return f"{arm.name} lr {curve.run.lr:g} warm-up {curve.run.warmup}"
-
-
-def _write(root: Path, arm: Arm, curve: Curve) -> None:
-    where = directory(root, arm, curve)
-    where.mkdir(parents=True, exist_ok=True)
+def _write(directory: Path, name: str, curve: Curve) -> None:
+    """A run's files, run.json last."""
+    directory.mkdir(parents=True, exist_ok=True)
     evaluations: list[dict[str, Any]] = [
         {
             "step": step,
@@ -63,27 +52,32 @@ def _write(root: Path, arm: Arm, curve: Curve) -> None:
         }
         for step, right in curve.correct.items()
     ]
-    for name, lines in (("metrics", curve.metrics), ("evaluations", evaluations)):
+    for kind, lines in (("metrics", curve.metrics), ("evaluations", evaluations)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (where / f"{name}.jsonl").write_text(text)
-    known = {"run_name": name_of(arm, curve), "seed": 10 * curve.run.base + curve.run.seed}
-    write_json(str(where / "run.json"), {**known, "device": "cpu", "world_size": 1})
+        (directory / f"{kind}.jsonl").write_text(text)
+    known = {"run_name": name, "seed": 10 * curve.run.base + curve.run.seed}
+    write_json(str(directory / "run.json"), {**known, "device": "cpu", "world_size": 1})
 
 
 def _run_arm(
     root: Path, arm: Arm, study: Study, bases: Tensor, splits: tuple[Problems, Problems]
 ) -> None:
     begin = time.perf_counter()
-    group = Lockstep(MODEL_CONFIG, bases, arm, study.runs, splits[0], study.steps)
-    if all((directory(root, arm, curve) / "run.json").is_file() for curve in group.curves):
+    names = [study.name_of(arm, run) for run in study.runs]
+    where = [
+        root / name / f"base{run.base}_seed{run.seed}"
+        for name, run in zip(names, study.runs, strict=True)
+    ]
+    if all((directory / "run.json").is_file() for directory in where):
         return
+    group = Lockstep(MODEL_CONFIG, bases, arm, study.runs, splits[0], study.steps)
     for done in range(study.steps + 1):
         if done in study.looks:
             group.look(done, splits[1])
         if done < study.steps:
             group.step(done)
-    for curve in group.curves:
-        _write(root, arm, curve)
+    for each in zip(where, names, group.curves, strict=True):
+        _write(*each)
     finals = [sum(c.correct[study.steps]) / len(c.correct[study.steps]) for c in group.curves]
     seconds = time.perf_counter() - begin
     mean = 100 * sum(finals) / len(finals)

@@ -34,6 +34,12 @@ class Study:
     steps: int = 100
     looks: tuple[int, ...] = (0, 25, 50, 75, 100)
 
+    def name_of(self, arm: Arm, run: Run) -> str:
+        """Of all runs that differ by base model and seed alone."""
+        if len({(each.lr, each.warmup) for each in self.runs}) == 1:
+            return arm.name
+        return f"{arm.name} lr {run.lr:g} warm-up {run.warmup}"
+
 
 def _runs(rates: tuple[float, ...], warmups: tuple[int, ...]) -> Iterator[Run]:
     for lr, warmup in itertools.product(rates, warmups):

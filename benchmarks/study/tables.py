@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.study.__main__ import name_of
 from benchmarks.study.studies import STUDIES, Study
-from benchmarks.study.train import Curve, Run
+from benchmarks.study.train import Run
 from megatron_phf.report.runs import Run as Read
 from megatron_phf.report.runs import read_variants
 
@@ -68,7 +67,7 @@ def cells_of(study: Study, cells: Mapping[str, Cell], arm: str) -> dict[Run, Cel
     """An arm's cells by learning rate and warm-up (base model and seed stand for nothing)."""
     chosen = next(a for a in study.arms if a.name == arm)
     kinds = dict.fromkeys(Run(0, 0, run.lr, run.warmup) for run in study.runs)
-    names = {kind: name_of(chosen, Curve(kind)) for kind in kinds}
+    names = {kind: study.name_of(chosen, kind) for kind in kinds}
     return {kind: cells[name] for kind, name in names.items() if name in cells}
 
 
@@ -170,9 +169,7 @@ def arms_table(study: Study, cells: Mapping[str, Cell], groups: int) -> list[str
     rows = ["| arm | accuracy | against the first of its group |", "|---|---|---|"]
     for i, arm in enumerate(study.arms):
         first = study.arms[i - i % size]
-        own, other = (
-            cells.get(name_of(a, Curve(Run(0, 0, kind.lr, kind.warmup)))) for a in (arm, first)
-        )
+        own, other = (cells.get(study.name_of(a, kind)) for a in (arm, first))
         if own is None or other is None:
             continue
         values = {key: last(looks) for key, looks in own.items()}
