@@ -12,7 +12,7 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from megatron_phf.files.directories import write_directory
 from megatron_phf.files.replace import new_file, set_aside, write_json
 from megatron_phf.report.page import check_directory, write_report
 from megatron_phf.report.runs import Variant, read_variants
+from megatron_phf.report.statistics import paired_difference
 from megatron_phf.rollout.context import Prompts
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
@@ -177,6 +178,8 @@ def _summary(config: Config, variants: list[Variant]) -> dict[str, Any]:
         for variant in variants
     }
     first = variants[0].runs[0]
+    difference = paired_difference(variants[1], variants[0])
+    assert difference is not None  # the same seeds and steps
     return {
         f"base_average_at_{k}": first.evaluations[0]["average_at_k"],
         **{
@@ -184,6 +187,11 @@ def _summary(config: Config, variants: list[Variant]) -> dict[str, Any]:
             for name, found in runs.items()
         },
         "base_interval_95": first.evaluations[0]["interval_95"],
+        "difference": {
+            "mean": difference.mean,
+            "interval_95": [difference.low, difference.high],
+            "over": difference.over,
+        },
         "runs": runs,
         "seeds": variants[0].seeds,
         "phf_alpha": config.method.phf_alpha,
@@ -193,12 +201,27 @@ def _summary(config: Config, variants: list[Variant]) -> dict[str, Any]:
     }
 
 
+def _meaning(difference: Mapping[str, Any]) -> str:
+    """What the difference of the two methods says, in one sentence."""
+    low, high = difference["interval_95"]
+    if low is None:
+        return "One evaluation each says nothing about which method is better."
+    shown = (
+        f"OPSD + PHF is {100 * difference['mean']:+.1f} points from OPSD, 95 % interval "
+        f"{100 * low:+.1f} to {100 * high:+.1f} over {difference['over']}:"
+    )
+    if low <= 0 <= high:
+        return f"{shown} no difference can be seen on this task at this rate."
+    better = "better" if low > 0 else "worse"
+    return f"{shown} {better} on this task at this rate."
+
+
 def _verdict(summary: dict[str, Any]) -> str:
     k = summary["eval_samples"]
     base, opsd, phf = (100 * summary[f"{name}_average_at_{k}"] for name in ("base", "opsd", "phf"))
     return (
         f"\nheld-out Average@{k}, mean of {len(summary['seeds'])} seed(s):\n"
         f"  base model {base:5.1f} %\n  OPSD       {opsd:5.1f} %\n  OPSD + PHF {phf:5.1f} %"
-        f"  (alpha {summary['phf_alpha']}, {phf - opsd:+.1f} points over OPSD)\n"
+        f"  (alpha {summary['phf_alpha']})\n{_meaning(summary['difference'])}\n"
         f"{summary['seconds']['total']:.0f} s in all"
     )

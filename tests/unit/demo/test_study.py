@@ -52,3 +52,25 @@ def test_a_run_that_a_signal_ends_is_the_last(demo) -> None:
     state["short"] = 2
     assert not study._run_arms(study_)
     assert [run[:2] for run in runs] == [("opsd", 7), ("phf", 7)]
+
+
+@pytest.mark.parametrize(
+    ("interval", "meaning"),
+    [
+        ([-0.012, 0.024], "no difference can be seen on this task at this rate."),
+        ([0.001, 0.011], "better on this task at this rate."),
+        ([-0.011, -0.001], "worse on this task at this rate."),
+    ],
+)
+def test_the_difference_is_said_with_its_interval(interval: list[float], meaning: str) -> None:
+    text = study._meaning({"mean": 0.006, "interval_95": interval, "over": "3 seeds"})
+    low, high = (100 * end for end in interval)
+    assert text == (
+        f"OPSD + PHF is +0.6 points from OPSD, 95 % interval {low:+.1f} to {high:+.1f} over 3 "
+        f"seeds: {meaning}"
+    )
+
+
+def test_a_difference_without_an_interval_says_nothing() -> None:
+    text = study._meaning({"mean": 0.1, "interval_95": [None, None], "over": ""})
+    assert text == "One evaluation each says nothing about which method is better."
