@@ -115,6 +115,8 @@ class FakeVllm:
         self.transfers: list[dict[str, torch.Tensor]] = []  # those that ended well
         # By seed: completions that have two tokens when the n-th transfer (from 1) comes, not more.
         self.held: dict[int, int] = {}
+        # By seed: a completion that never ends; as soon as the function says so, the server dies.
+        self.dies: dict[int, Callable[[], bool]] = {}
         self._holding: set[int] = set()
         self._lock, self._counter = threading.Condition(), threading.Lock()
         self._load()
@@ -489,7 +491,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, fake.steer(self.path, body))
 
     def _complete(self, body: dict) -> None:
-        fault = self.fake.next_fault()
+        may = self.fake.dies.pop(body.get("seed"), None)
+        while may is not None and not may():
+            time.sleep(0.02)
+        fault = self.fake.next_fault() if may is None else "restart"
         if fault == "restart":
             self.fake.die()
         if fault in ("restart", "closed"):
