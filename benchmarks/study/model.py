@@ -15,7 +15,7 @@ _STD = 0.02
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Weights by their HuggingFace names; those of one product stand together."""
+    """Weights by their HuggingFace names, in a row's order: those of one product together."""
     hidden, head = config["hidden_size"], config["head_dim"]
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
     shapes: dict[str, tuple[int, ...]] = {
@@ -96,30 +96,20 @@ def initial(config: Mapping[str, Any], seeds: list[int]) -> Tensor:
             torch.randn(math.prod(shape), generator=generator) * _STD
             if len(shape) > 1
             else torch.ones(math.prod(shape))
-            for shape in _in_order(config).values()
+            for shape in _shapes(config).values()
         ]
         rows.append(torch.cat(parts))
     return torch.stack(rows)
 
 
-def _in_order(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The order within a row: what is multiplied together stands together."""
-    shapes, order = _shapes(config), {}
-    for name in shapes:
-        kind = name.split(".")[-2]
-        for part in _FUSED.get(kind, (kind,)):
-            order.setdefault(name.replace(kind, part), shapes[name.replace(kind, part)])
-    return order
-
-
 def from_hf(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     """A HuggingFace model's tensors -> its row [P]."""
-    return torch.cat([tensors[name].float().flatten() for name in _in_order(config)])
+    return torch.cat([tensors[name].float().flatten() for name in _shapes(config)])
 
 
 def to_hf(config: Mapping[str, Any], row: Tensor) -> dict[str, Tensor]:
     """A row [P] -> the tensors of a HuggingFace model."""
-    shapes = _in_order(config)
+    shapes = _shapes(config)
     parts = row.split([math.prod(shape) for shape in shapes.values()])
     return {n: p.view(s).clone() for (n, s), p in zip(shapes.items(), parts, strict=True)}
 

@@ -109,6 +109,8 @@ class ServedModels:
         config: Config,
     ) -> None:
         self._servers, self._student, self._arch, self._config = servers, student, arch, config
+        # No other job's weights have names that begin so.
+        self._prefix = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}"
         self._models: dict[str, str] = {}
         self._locks = {server.url: threading.Lock() for server in servers}
 
@@ -147,7 +149,6 @@ class WeightSync(ServedModels):
         # The copy of --hf-model that servers started with is ours to replace.
         if not self._adapters:
             on_first_rank(self._adopt)
-        self._prefix = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}"
         self._names: dict[int, str] = {}  # of the adapters on the servers, by version
 
     def _adopt(self) -> None:

@@ -6,7 +6,6 @@ rank ever holds a whole model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -62,7 +61,6 @@ class WeightTransfer(ServedModels):
         self._way = WAYS[config.vllm.vllm_weight_sync](config.vllm.vllm_timeout_seconds)
         self._controls = [Control(server) for server in servers]
         self._links: dict[Control, Link] = {}  # of rank 0
-        self._prefix, self._version = f"phf-{on_first_rank(lambda: os.urandom(4).hex())}", ""
         # With one step ahead nothing is under way while weights come.
         self._pause = "keep" if config.rollout.max_off_policy_steps > 1 else "wait"
 
@@ -74,13 +72,13 @@ class WeightTransfer(ServedModels):
         Raises:
             ValueError: a server refuses them, or does not come back; on every rank.
         """
-        self._version = f"{self._prefix}-{version}"
+        name = f"{self._prefix}-{version}"
         until, missing = deadline(self._config), self._controls
         for _ in range(1 + self._config.vllm.vllm_max_retries):
             attempt = None
             if parallel.is_first_rank():
                 attempt = _Round(missing, self._links, self._way, self._pause)
-            self._send(attempt)
+            self._send(attempt, name)
             gone = on_first_rank(_settled, attempt, until)
             if not gone:
                 return
@@ -90,7 +88,7 @@ class WeightTransfer(ServedModels):
             "log)"
         )
 
-    def _send(self, attempt: _Round | None) -> None:
+    def _send(self, attempt: _Round | None, version: str) -> None:
         if attempt is not None:
             attempt.begin()
         weights = export_with_head(self._student, self._arch, self._config)
@@ -101,7 +99,7 @@ class WeightTransfer(ServedModels):
             if self._way.on_every_rank:  # a worker reads this rank's memory until then
                 parallel.broadcast_object(None)
         if attempt is not None:
-            attempt.end(self._version)
+            attempt.end(version)
 
     def told(self, server: VllmServer) -> int | None:
         """See ``ServedModels``.
