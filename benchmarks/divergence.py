@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.harness import Spread, interleaved, peak_over_start, ratio, report
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, generalized_jsd
-from megatron_phf.losses.divergence import entry_contributions
+from megatron_phf.losses.objectives import jsd_terms
 
 HIDDEN, VOCABULARY = 1024, 151936
 SPEC = DivergenceSpec()
@@ -80,7 +80,7 @@ def whole(x: Inputs) -> None:
         generalized_jsd(student, teacher, SPEC).per_token.mean().backward()
         return
     log_s, log_t = (_log_softmax(x / SPEC.temperature) for x in (student, teacher))
-    terms = entry_contributions(log_s, log_t, SPEC.beta).clamp(max=SPEC.clip)
+    terms = jsd_terms(log_s, log_t, SPEC.beta).clamp(max=SPEC.clip)
     terms.sum(-1).mean().backward()  # the loss is the sum over the ranks
     dist.all_reduce(x.student.grad)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +28,27 @@ FROM_0_TO_BELOW_1 = Range("0 to below 1", lambda value: 0 <= value < 1)
 SEED = Range("0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 
 
+@dataclass(frozen=True)
+class Choices:
+    """The keys of the table that implements a flag's choices; its module imports no torch.
+
+    ``module`` is below this package in imports, so it is named and looked up when asked.
+    """
+
+    module: str
+    table: str
+    before: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """The choices, those without a row first."""
+        table = getattr(importlib.import_module(f"megatron_phf.{self.module}"), self.table)
+        return (*self.before, *table)
+
+
 def flag(
     default: Any,
     text: str,
-    allowed: Range | tuple[str, ...] | None = None,
+    allowed: Range | Choices | tuple[str, ...] | None = None,
     needs: str | None = None,
     alias: str | None = None,
     named: bool = False,
@@ -39,13 +57,19 @@ def flag(
 
     Args:
         text: its help.
-        allowed: a range of numbers (None is none of them, and good), or the choices.
+        allowed: a range of numbers (None passes), or the choices or the table that has them.
         alias: an earlier name, whose flag stays accepted.
         named: it may be given several times as NAME=VALUE, and all of them count.
         needs: the field without which this one has no meaning; for those that are off by default.
     """
     assert needs is None or not default
-    kind = "choices" if isinstance(allowed, tuple) else "range"
     known: dict[str, Any] = {"help": text, "needs": needs, "alias": alias, "named": named}
-    known |= {"choices": None, "range": None}
-    return field(default=default, metadata=known | {kind: allowed})
+    known |= {"range": allowed if isinstance(allowed, Range) else None}
+    known |= {"choices": None if isinstance(allowed, Range) else allowed}
+    return field(default=default, metadata=known)
+
+
+def choices_of(known: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The choices of a field with this metadata, or None."""
+    choices: Choices | tuple[str, ...] | None = known["choices"]
+    return choices.names() if isinstance(choices, Choices) else choices

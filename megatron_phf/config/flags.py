@@ -13,6 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from megatron_phf.config.field import choices_of
 from megatron_phf.config.presets import preset_flags
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import joined
@@ -82,7 +83,7 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
         options["action"] = argparse.BooleanOptionalAction
     else:
         options["type"] = next(t for t in (*typing.get_args(hint), hint) if t is not type(None))
-        options["choices"] = f.metadata["choices"]
+        options["choices"] = choices_of(f.metadata)
         options["action"] = _Named if f.metadata["named"] else "store"
         options["metavar"] = None if options["choices"] else f.name.rsplit("_", 1)[-1].upper()
     names = [f.name, f.metadata["alias"]]
@@ -146,8 +147,9 @@ def _problem(value: Any, known: Mapping[str, Any]) -> str | None:
         return f"{value:.3e}: too large a number"
     if value is not None and known["range"] and not known["range"].holds(value):
         return f"{value}: need {known['range'].text}"
-    if value is not None and known["choices"] and value not in known["choices"]:
-        return f"{value!r}: need {', '.join(known['choices'][:-1])} or {known['choices'][-1]}"
+    choices = choices_of(known)
+    if value is not None and choices and value not in choices:
+        return f"{value!r}: need {', '.join(choices[:-1])} or {choices[-1]}"
     return None
 
 

@@ -18,6 +18,7 @@ from megatron_phf.config.field import (
     ABOVE_0_TO_1,
     FROM_0_TO_1,
     SEED,
+    Choices,
     at_least,
     flag,
 )
@@ -41,7 +42,7 @@ class MethodConfig:
     phf_window_rule: str = flag(
         "even",
         "choice of the positions: spread evenly, or (not the paper's) the first ones",
-        ("even", "contiguous"),
+        Choices("losses.window_rules", "WINDOW_RULES"),
     )
     phf_terms: str = flag(
         "direction,geometry,adjacent",
@@ -56,7 +57,7 @@ class MethodConfig:
         "jsd",
         "output loss; cross_entropy ignores the teacher (with --rollout-engine reference: "
         "supervised fine-tuning)",
-        ("jsd", "policy_gradient", "cross_entropy"),
+        Choices("losses.objectives", "OBJECTIVES"),
     )
     opsd_weight: float = flag(
         1.0, "weight of the output loss; 0 trains on hidden states alone (OPRD)", at_least(0)
@@ -64,7 +65,9 @@ class MethodConfig:
     opsd_beta: float = flag(0.0, "0: KL(teacher||student), 1: reverse, between: JSD", FROM_0_TO_1)
     opsd_temperature: float = flag(1.1, "softmax temperature of both distributions", ABOVE_0)
     opsd_clip_mode: str = flag(
-        "entry", "clamp each vocabulary entry, each token, or nothing", ("entry", "token", "none")
+        "entry",
+        "clamp each vocabulary entry, each token, or nothing",
+        Choices("losses.objectives", "CLIP_MODES"),
     )
     opsd_clip: float = flag(0.05, "the clamp's value", ABOVE_0)
     opsd_top_k: int = flag(
@@ -81,7 +84,7 @@ class MethodConfig:
         "what each response token counts in both losses: twice where the teacher's entropy is high "
         "(EOPD), the student's most uncertain ones alone (TIP), later ones more (PW-OPSD), those "
         "of greatest divergence alone (TIP)",
-        ("none", "teacher_entropy", "student_entropy", "position", "divergence_top_p"),
+        Choices("losses.weightings", "TOKEN_WEIGHTINGS", before=("none",)),
     )
     token_keep_fraction: float = flag(
         0.5,
@@ -97,7 +100,9 @@ class MethodConfig:
         at_least(0),
     )
     logits_chunk_tokens: int = flag(256, "tokens whose logits exist at the same time", at_least(1))
-    teacher: str = flag("frozen", "the privileged teacher's weights", ("frozen", "ema", "live"))
+    teacher: str = flag(
+        "frozen", "the privileged teacher's weights", Choices("teacher.traits", "TRAITS")
+    )
     ema_decay: float = flag(0.999, "rho of the ema teacher", FROM_0_TO_1)
 
 

@@ -20,25 +20,33 @@ A teacher of another hidden size or depth (same vocabulary)::
     flow = flow_loss(student_hidden, teacher_hidden, valid, layers)
 """
 
-from megatron_phf.hidden.layer_map import relative_layer_map
-from megatron_phf.hidden.loss import FlowTerms, flow_loss
-from megatron_phf.hidden.spec import FlowSpec, flow_weights
-from megatron_phf.hidden.states import directions, gram, transition_counts, unit_states
-from megatron_phf.hidden.term import HiddenTerm
-from megatron_phf.losses.chunked import ChunkedDivergence, chunked_divergence
-from megatron_phf.losses.divergence import (
-    CLIP_MODES,
-    DivergenceOutput,
-    DivergenceSpec,
-    generalized_jsd,
-    policy_gradient_loss,
-)
-from megatron_phf.losses.log_probs import chunked_entropy, chunked_log_probs
-from megatron_phf.losses.token_weights import TOKEN_WEIGHTINGS, WeightingOptions, token_weights
-from megatron_phf.losses.window import WINDOW_RULES, select_window, window_batch
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_phf.hidden.layer_map import relative_layer_map
+    from megatron_phf.hidden.loss import FlowTerms, flow_loss
+    from megatron_phf.hidden.spec import FlowSpec, flow_weights
+    from megatron_phf.hidden.states import directions, gram, transition_counts, unit_states
+    from megatron_phf.hidden.term import HiddenTerm
+    from megatron_phf.losses.chunked import ChunkedDivergence, chunked_divergence
+    from megatron_phf.losses.divergence import (
+        DivergenceOutput,
+        DivergenceSpec,
+        generalized_jsd,
+        policy_gradient_loss,
+    )
+    from megatron_phf.losses.log_probs import chunked_entropy, chunked_log_probs
+    from megatron_phf.losses.objectives import CLIP_MODES, OBJECTIVES
+    from megatron_phf.losses.weightings import TOKEN_WEIGHTINGS, WeightingOptions, token_weights
+    from megatron_phf.losses.window import select_window, window_batch
+    from megatron_phf.losses.window_rules import WINDOW_RULES
 
 __all__ = [
     "CLIP_MODES",
+    "OBJECTIVES",
     "TOKEN_WEIGHTINGS",
     "WINDOW_RULES",
     "ChunkedDivergence",
@@ -64,3 +72,18 @@ __all__ = [
     "unit_states",
     "window_batch",
 ]
+
+# The command line reads the tables of this package without torch, which most of these need.
+_MODULES = (
+    *("hidden.layer_map", "hidden.loss", "hidden.spec", "hidden.states", "hidden.term"),
+    *("losses.chunked", "losses.divergence", "losses.log_probs", "losses.objectives"),
+    *("losses.weightings", "losses.window", "losses.window_rules"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    for module in _MODULES if name in __all__ else ():
+        value = getattr(importlib.import_module(f"megatron_phf.{module}"), name, None)
+        if value is not None:
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_phf.losses.divergence import DivergenceSpec, entry_contributions
+from megatron_phf.losses.divergence import DivergenceSpec
+from megatron_phf.losses.objectives import Divergence, SampledToken
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,13 @@ def vocab_shard(
     return VocabShard(group, start, min(max(total - start, 0), rows), total)
 
 
-def _slope(log_s: Tensor, log_t: Tensor, beta: float, terms: Tensor) -> Tensor:
-    """d term / d log p_S of each entry."""
-    if beta == 0:
-        return -log_t.exp()
-    p_s = log_s.exp()
-    if beta == 1:
-        return terms + p_s
-    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-    return (1 - beta) * p_s * (log_s - log_m)
-
-
 def divergence_chunk(
-    student: Tensor, teacher: Tensor, spec: DivergenceSpec, shard: VocabShard, with_gradient: bool
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    spec: DivergenceSpec,
+    shard: VocabShard,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Tempered logits [c, v] (overwritten) -> values [5, c] and the divergence's gradient [c, v].
 
@@ -135,9 +130,9 @@ def divergence_chunk(
     if absent is not None:  # any finite number will do: their terms are masked out below
         log_s.masked_fill_(absent, 0.0)
         log_t.masked_fill_(absent, 0.0)
-    terms = entry_contributions(log_s, log_t, spec.beta)
+    terms = divergence.terms(log_s, log_t, spec.beta)
     entropy = -(log_t.exp().mul_(log_t))
-    slope = _slope(log_s, log_t, spec.beta, terms) if with_gradient else None
+    slope = divergence.slope(log_s, log_t, spec.beta, terms) if with_gradient else None
     for x in (terms, entropy, slope):
         if x is not None and absent is not None:
             x.masked_fill_(absent, 0.0)
@@ -180,24 +175,21 @@ def _both_top(student: Tensor, teacher: Tensor) -> Tensor:
     return student.logical_and_(teacher).sum(-1)
 
 
-def policy_chunk(
+def sampled_token_chunk(
     student: Tensor,
     teacher: Tensor,
+    objective: SampledToken,
     targets: Tensor,
     shard: VocabShard,
     with_gradient: bool,
-    supervised: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`divergence_chunk` for -A log p_S(y), A = log p_T(y) - log p_S(y) held constant.
-
-    Or, ``supervised``, A = 1: cross-entropy.
-    """
+    """As :func:`divergence_chunk`, for the loss of the sampled tokens ``targets`` [c]."""
     (log_s, top_s), (log_t, top_t) = map(shard.log_softmax_and_top_, (student, teacher))
     agree = _both_top(log_s == top_s, log_t == top_t).to(log_s)
     entropies = [-(x.exp() * x).sum(-1) for x in (log_t, log_s)]
     picked = [shard.pick(x, targets) for x in (log_s, log_t)]
     sums = shard.sum(torch.stack((*picked, *entropies, agree)))
-    advantage = torch.ones_like(sums[0]) if supervised else sums[1] - sums[0]
+    advantage = objective.advantage(sums[0], sums[1]).expand_as(sums[0])
     values = torch.stack(
         (-advantage * sums[0], torch.zeros_like(advantage), *sums[2:4], (sums[4] > 0).to(sums))
     )

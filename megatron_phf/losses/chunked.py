@@ -18,13 +18,13 @@ from torch import Tensor
 from megatron_phf.losses._vocab_parallel import (
     VocabShard,
     divergence_chunk,
-    policy_chunk,
+    sampled_token_chunk,
     vocab_shard,
 )
 from megatron_phf.losses.divergence import DivergenceSpec
+from megatron_phf.losses.objectives import OBJECTIVES, Divergence, SampledToken
 from megatron_phf.runtime import private_names
 
-OBJECTIVES = ("jsd", "policy_gradient", "cross_entropy")
 # Bytes of one block's entries in fp32, of which about 11 tensors exist at a time.  A CPU's caches
 # are small.  On a GPU a pass over a block (about 0.1 ms) must outlast the launch of its kernel by
 # far: a chunk of 256 tokens is two blocks of Qwen3's 151,936 entries.
@@ -57,7 +57,7 @@ class _Problem:
     shard: VocabShard
     chunk_tokens: int
     target_ids: Tensor | None
-    objective: str
+    objective: Divergence | SampledToken
 
 
 def _wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -162,13 +162,14 @@ def _run_chunk(
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
         s, t = (x[block].to(wide).div_(temperature) for x in (student, teacher))
-        if problem.objective == "jsd":
-            values, gradient = divergence_chunk(s, t, problem.spec, problem.shard, with_gradient)
+        if isinstance(problem.objective, Divergence):
+            values, gradient = divergence_chunk(
+                s, t, problem.objective, problem.spec, problem.shard, with_gradient
+            )
         else:
             assert targets is not None
-            supervised = problem.objective == "cross_entropy"
-            values, gradient = policy_chunk(
-                s, t, targets[block], problem.shard, with_gradient, supervised=supervised
+            values, gradient = sampled_token_chunk(
+                s, t, problem.objective, targets[block], problem.shard, with_gradient
             )
         outputs.append(values.to(problem.token_weights.dtype))
         if gradient is not None:
@@ -193,9 +194,9 @@ def chunked_divergence(
 ) -> ChunkedDivergence:
     """rows [n, h_S], [n, h_T]; weights [v_local, h_S], [v_local, h_T]; token_weights [n] -> loss.
 
-    ``loss`` = sum over tokens of weight x divergence (``generalized_jsd``) or, with objective
-    ``policy_gradient``, x the sampled-token loss of ``target_ids`` [n] (global ids), or, with
-    ``cross_entropy``, x -log p_S of those.  Its gradient goes to student_rows and student_weight.
+    ``loss`` = sum over tokens of weight x what ``objective``, a row of ``OBJECTIVES``, has for the
+    token; losses of sampled tokens take those from ``target_ids`` [n] (global ids).  Its gradient
+    goes to student_rows and student_weight.
 
     Args:
         group: tensor-parallel group over which the vocabulary is sharded; rows are then equal on
@@ -203,16 +204,10 @@ def chunked_divergence(
         vocab_start: global id of this rank's first row of the weights.
         vocab_size: entries from this id on are padding: probability 0, no gradient.
         chunk_tokens: tokens whose logits exist at the same time.
-
-    Raises:
-        ValueError: an unknown objective, or one other than ``jsd`` without target_ids.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    if objective != "jsd" and target_ids is None:
-        raise ValueError(f"objective {objective!r} needs target_ids")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens {chunk_tokens}: need at least 1")
+    row = OBJECTIVES[objective]
+    assert target_ids is not None or not row.needs_targets, f"{objective} needs target_ids"
+    assert chunk_tokens >= 1, f"chunk_tokens {chunk_tokens}: need at least 1"
     shard = vocab_shard(group, vocab_start, student_weight.shape[0], vocab_size)
     problem = _Problem(
         teacher_rows.detach(),
@@ -222,7 +217,7 @@ def chunked_divergence(
         shard,
         chunk_tokens,
         target_ids,
-        objective,
+        row,
     )
     loss, values = _Chunked.apply(student_rows, student_weight, problem)
     return ChunkedDivergence(loss, *values.unbind())

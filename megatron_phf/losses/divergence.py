@@ -6,14 +6,13 @@ n tokens, v vocabulary entries.  The teacher is detached; gradients come from au
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-CLIP_MODES = ("entry", "token", "none")
+from megatron_phf.losses.objectives import CLIP_MODES, jsd_terms
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,6 @@ class DivergenceSpec:
     vocabulary entry's contribution from above at ``clip`` before the sum (negative ones stay),
     ``token`` clamps a token's sum.  ``top_k`` > 0 keeps the teacher's k most probable entries and
     renormalises both distributions over them.
-
-    Raises:
-        ValueError: a setting out of its range.
     """
 
     beta: float = 0.0
@@ -36,16 +32,11 @@ class DivergenceSpec:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta {self.beta}: need 0 to 1")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}: need above 0")
-        if self.clip_mode not in CLIP_MODES:
-            raise ValueError(f"clip_mode {self.clip_mode!r}: choose one of {', '.join(CLIP_MODES)}")
-        if self.clip_mode != "none" and not self.clip > 0:
-            raise ValueError(f"clip {self.clip}: need above 0, or clip_mode 'none'")
-        if self.top_k < 0:
-            raise ValueError(f"top_k {self.top_k}: need at least 0 (0 is the full vocabulary)")
+        assert 0 <= self.beta <= 1, f"beta {self.beta}: need 0 to 1"
+        assert self.temperature > 0, f"temperature {self.temperature}: need above 0"
+        assert self.clip_mode in CLIP_MODES, f"clip_mode {self.clip_mode!r}: not of {CLIP_MODES}"
+        assert self.clip_mode == "none" or self.clip > 0, f"clip {self.clip}: need above 0"
+        assert self.top_k >= 0, f"top_k {self.top_k}: need at least 0 (0: all entries)"
 
 
 class DivergenceOutput(NamedTuple):
@@ -54,22 +45,6 @@ class DivergenceOutput(NamedTuple):
     per_token: Tensor
     clipped: Tensor
     teacher_entropy: Tensor
-
-
-def entry_contributions(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
-    """log p_S and log p_T, same shape -> each entry's term of the divergence.
-
-    Entries that neither distribution has (both -inf) contribute 0.
-    """
-    if beta == 0:
-        terms = log_t.exp() * (log_t - log_s)
-    elif beta == 1:
-        terms = log_s.exp() * (log_s - log_t)
-    else:
-        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-        p_t, p_s = log_t.exp(), log_s.exp()
-        terms = beta * p_t * (log_t - log_m) + (1 - beta) * p_s * (log_s - log_m)
-    return terms
 
 
 def _keep_top(student: Tensor, teacher: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +71,7 @@ def generalized_jsd(
     # log of an excluded entry: any finite number will do, as its terms are masked out.
     log_s = student.log_softmax(-1).masked_fill(~present, 0.0)
     log_t = teacher.log_softmax(-1).masked_fill(~present, 0.0)
-    terms = entry_contributions(log_s, log_t, spec.beta).masked_fill(~present, 0.0)
+    terms = jsd_terms(log_s, log_t, spec.beta).masked_fill(~present, 0.0)
     entropy = -(log_t.exp() * log_t).masked_fill(~present, 0.0).sum(-1)
     if spec.clip_mode == "entry":
         clipped = (terms > spec.clip).sum(-1) / present.sum(-1)

@@ -10,6 +10,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.hidden.tap import make_flow_tap, set_flow_tap
+from megatron_phf.losses import OBJECTIVES
 from megatron_phf.model.gpt import FlowGPTModel, sequence_shards
 from megatron_phf.runtime import parallel
 from megatron_phf.teacher.architecture import Models, layer_map
@@ -46,7 +47,7 @@ class Distiller:
         set_flow_tap(student, flow)
         set_flow_tap(teacher.chunks, flow)
         weighs = method.token_weighting in ("teacher_entropy", "divergence_top_p")
-        scores = method.opsd_objective != "cross_entropy" or weighs
+        scores = OBJECTIVES[method.opsd_objective].reads_teacher or weighs
         self.teacher_pass = TeacherPass(teacher, flow, self.shards, scores)
         self.student_pass = StudentPass(config, models, student, optimizer, flow, self.shards)
 

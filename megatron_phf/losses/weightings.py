@@ -1,4 +1,6 @@
-"""What each token counts in the losses: weightings of on-policy distillation's papers; torch only.
+"""What each token counts in the losses: a table of weightings of on-policy distillation's papers.
+
+No import of torch, as the command line takes its choices from here.
 
 b responses of at most r tokens, of which those ``scored`` are trained on.  A weight multiplies its
 token's divergence, whose sum is divided by the number of scored tokens as without weights.
@@ -8,11 +10,13 @@ loss keeps its scale.  The others are as their papers have them, without a norma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # PW-OPSD's schedule "moderate": the least weight, where it rises, over what share of a response.
 _LEAST, _RISE, _WIDTH = 0.25, 0.30, 0.10
@@ -20,24 +24,18 @@ _LEAST, _RISE, _WIDTH = 0.25, 0.30, 0.10
 
 @dataclass(frozen=True)
 class WeightingOptions:
-    """``keep_fraction``: of a response's tokens, by selections; ``entropy_threshold``: nats.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
+    """``keep_fraction``: of a response's tokens, by selections; ``entropy_threshold``: nats."""
 
     keep_fraction: float = 0.5
     entropy_threshold: float = 0.8
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_fraction <= 1:
-            raise ValueError(f"keep_fraction {self.keep_fraction}: need above 0 to 1")
-        if not self.entropy_threshold >= 0:
-            raise ValueError(f"entropy_threshold {self.entropy_threshold}: need at least 0")
+        assert 0 < self.keep_fraction <= 1, f"keep_fraction {self.keep_fraction}: above 0 to 1"
+        assert self.entropy_threshold >= 0, f"entropy_threshold {self.entropy_threshold}: below 0"
 
 
 # statistic [b, r], scored bool [b, r], options -> weights [b, r], 0 where not scored.
-Rule = Callable[[Tensor, Tensor, WeightingOptions], Tensor]
+Rule = Callable[["Tensor", "Tensor", WeightingOptions], "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -53,21 +51,21 @@ def _keep_largest(statistic: Tensor, scored: Tensor, options: WeightingOptions) 
     """The largest ``keep_fraction`` of each response, rounded up; of equal ones the first."""
     count = scored.sum(1, keepdim=True)
     kept = (count * options.keep_fraction - 1e-6).ceil()  # a tenth of 30 is 3
-    ordered = statistic.masked_fill(~scored, -torch.inf)
+    ordered = statistic.masked_fill(~scored, -math.inf)
     rank = ordered.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
-    return torch.where(scored & (rank < kept), count / kept.clamp(min=1), 0.0)
+    return (count / kept.clamp(min=1)).where(scored & (rank < kept), 0.0)
 
 
 def _twice_above(statistic: Tensor, scored: Tensor, options: WeightingOptions) -> Tensor:
     """1, and 1 more above the threshold."""
-    return torch.where(scored, 1.0 + (statistic > options.entropy_threshold), 0.0)
+    return (1.0 + (statistic > options.entropy_threshold)).where(scored, 0.0)
 
 
 def _later(statistic: Tensor, scored: Tensor, options: WeightingOptions) -> Tensor:
     """w_min + (1 - w_min) sigmoid((u - tau) / s), u = (t - 1/2) / T of the scored tokens t."""
     place = (scored.cumsum(1) - 0.5) / scored.sum(1, keepdim=True).clamp(min=1)
-    rising = torch.sigmoid((place - _RISE) / _WIDTH)
-    return torch.where(scored, _LEAST + (1 - _LEAST) * rising, 0.0)
+    rising = ((place - _RISE) / _WIDTH).sigmoid()
+    return (_LEAST + (1 - _LEAST) * rising).where(scored, 0.0)
 
 
 TOKEN_WEIGHTINGS = {
@@ -95,15 +93,9 @@ def token_weights(
     Args:
         statistic: [b, r], what the weighting needs (``TOKEN_WEIGHTINGS[name].statistic``): an
             entropy or a divergence, nats, at the loss's temperature.
-
-    Raises:
-        ValueError: there is no such weighting, or its statistic is missing.
     """
-    if name not in TOKEN_WEIGHTINGS:
-        known = ", ".join(TOKEN_WEIGHTINGS)
-        raise ValueError(f"token weighting {name!r}: choose one of {known}")
     weighting = TOKEN_WEIGHTINGS[name]
-    if weighting.statistic is not None and statistic is None:
-        raise ValueError(f"token weighting {name!r} needs each token's {weighting.statistic}")
-    numbers = torch.zeros(scored.shape, device=scored.device) if statistic is None else statistic
-    return weighting.rule(numbers.float(), scored, options or WeightingOptions())
+    if statistic is None:
+        assert weighting.statistic is None, f"{name!r} needs each token's {weighting.statistic}"
+        statistic = scored.float() * 0
+    return weighting.rule(statistic.float(), scored, options or WeightingOptions())
