@@ -8,26 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_phf.hidden.layer_map import check_layer_map
+from megatron_phf.hidden.row_weights import Ends, WeightedEnds, counted, row_map
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.hidden.states import LayerEnds, make_states, row_counts
 from megatron_phf.hidden.term import HiddenTerm
-from megatron_phf.hidden.weights import WeightedEnds, counted, row_map
-
-
-class Ends(Protocol):
-    """What a term may ask of one model at layer l (see :class:`LayerEnds`)."""
-
-    def states(self, kind: str) -> Tensor:
-        """[b, n, h]."""
-
-    def products(self, kind: str, over: str) -> Tensor:
-        """[b, n, n]."""
 
 
 def layer_values(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,26 @@ def test_imports_go_downwards(folder: str) -> None:
             assert there in below or not (PACKAGE / there).is_dir(), (
                 f"{path.relative_to(REPO)} imports megatron_phf.{name}"
             )
+
+
+def module_of(name: str) -> str | None:
+    """The module that an imported name is, or stands in; None where that is a package."""
+    for module in (name, name.rpartition(".")[0]):
+        if (PACKAGE / f"{module.replace('.', '/')}.py").is_file():
+            return module
+    return None
+
+
+def test_no_modules_import_each_other() -> None:
+    """Within a folder too, and for annotations alone."""
+    graph = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {
+            *filter(None, map(module_of, imported(path)))
+        }
+        for path in FILES
+        if path.name != "__init__.py"
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the modules
 
 
 def test_every_folder_says_what_lives_there() -> None:

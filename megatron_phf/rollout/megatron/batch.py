@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_phf.rollout.megatron.cache import KVCache
 from megatron_phf.rollout.megatron.graphs import StepGraphs
 from megatron_phf.rollout.sampling import SamplingParams, uniforms
 from megatron_phf.runtime import device, parallel
 
-if TYPE_CHECKING:
-    from megatron_phf.rollout.megatron.engine import MegatronRollouts
-
 # A compaction copies the cache once; worth it when it frees this share of the rows.
 _COMPACT_BELOW = 0.75
+
+
+class Decoder(Protocol):
+    """The model behind a batch (see ``MegatronRollouts``)."""
+
+    def forward(self, tokens: Tensor, positions: Tensor, cache: list[KVCache]) -> Tensor | None:
+        """Logits behind the last column, on the last stage."""
+
+    def choose(self, logits: Tensor, uniform: Tensor, sampling: SamplingParams) -> Tensor:
+        """Token ids [b]."""
+
+    def new_caches(self, most: int, seen: Tensor, fixed: bool = False) -> list[KVCache]:
+        """One empty cache a model chunk."""
 
 
 class Batch:
@@ -27,7 +38,7 @@ class Batch:
 
     def __init__(
         self,
-        engine: MegatronRollouts,
+        engine: Decoder,
         graphs: StepGraphs,
         sampling: SamplingParams,
         prompts: Sequence[Sequence[int]],

@@ -9,12 +9,19 @@ are scaled to mean 1 over the window's rows: a term keeps its scale, and what di
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_phf.hidden.loss import Ends
+
+class Ends(Protocol):
+    """What a term may ask of one model at layer l (see ``states.LayerEnds``)."""
+
+    def states(self, kind: str) -> Tensor:
+        """[b, n, h]."""
+
+    def products(self, kind: str, over: str) -> Tensor:
+        """[b, n, n]."""
 
 
 def _of_rows(kind: str, weights: Tensor, valid: Tensor) -> Tensor:
