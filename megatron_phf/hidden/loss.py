@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_phf.hidden.layer_map import check_layer_map
 from megatron_phf.hidden.row_weights import Ends, WeightedEnds, counted, row_map
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
-from megatron_phf.hidden.states import LayerEnds, make_states, row_counts
-from megatron_phf.hidden.term import HiddenTerm
+from megatron_phf.hidden.states import LayerEnds
+from megatron_phf.hidden.term import HiddenTerm, states_of
 
 
 def layer_values(
@@ -35,10 +35,10 @@ def layer_values(
     values = {}
     if weights is not None:
         valid = counted(weights, valid)
-        maps = {kind: row_map(kind, weights, valid) for kind in {t.states for t in terms}}
+        maps = {t.states: row_map(t.kind, weights, valid) for t in terms}
         student = WeightedEnds(student, maps)
         teachers = {against: WeightedEnds(ends, maps) for against, ends in teachers.items()}
-    counts = {kind: row_counts(kind, valid) for kind in {term.states for term in terms}}
+    counts = {t.states: t.kind.counts(valid) for t in terms}
     for term in terms:
         if term.over == "pair" and layer == 1:
             continue
@@ -102,13 +102,11 @@ def flow_loss(
     equal_widths = student_hidden[0].shape[-1] == mapped[0].shape[-1]
     terms = terms_of(spec, equal_widths)
     weights = flow_weights(len(student_hidden), spec, equal_widths)
-    kinds = dict.fromkeys(term.states for term in terms)
-    student = _ends([{k: make_states(k, h, valid) for k in kinds} for h in student_hidden])
-    teacher = _ends([{k: make_states(k, h.detach(), valid) for k in kinds} for h in mapped])
-    last = LayerEnds(
-        {t.states: make_states(t.states, teacher_hidden[-1].detach(), valid)
-         for t in terms if t.against == "last"}
-    )  # fmt: skip
+    kinds = {term.states: term.kind for term in terms}
+    student = _ends([states_of(kinds, h, valid) for h in student_hidden])
+    teacher = _ends([states_of(kinds, h.detach(), valid) for h in mapped])
+    of_last = {term.states: term.kind for term in terms if term.against == "last"}
+    last = LayerEnds(states_of(of_last, teacher_hidden[-1].detach(), valid))
     found: dict[str, list[Tensor]] = {term.name: [] for term in terms}
     for layer, (own, ends) in enumerate(zip(student, teacher, strict=True), 1):
         teachers = {"mapped": ends, "last": last}
@@ -117,7 +115,7 @@ def flow_loss(
     zero = torch.zeros((), device=valid.device)
     values = {name: torch.stack(x) if x else zero.new_zeros(0) for name, x in found.items()}
     loss = sum((v * v.new_tensor(weights[name])).sum() for name, v in values.items())
-    short = torch.stack([row_counts(kind, valid) == 0 for kind in kinds]).any(0)
+    short = torch.stack([kind.counts(valid) == 0 for kind in kinds.values()]).any(0)
     return FlowTerms(zero + loss, values, int(short.sum()))
 
 

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from megatron_phf.hidden.term import StateKind
 
 
 class Ends(Protocol):
@@ -24,24 +27,24 @@ class Ends(Protocol):
         """[b, n, n]."""
 
 
-def _of_rows(kind: str, weights: Tensor, valid: Tensor) -> Tensor:
+def _of_rows(kind: StateKind, weights: Tensor, valid: Tensor) -> Tensor:
     """Weights of tokens [b, m] -> those of rows [b, n] of states of ``kind``, mean 1."""
-    rows = weights.float() * valid
-    if kind == "transitions":
-        both = valid[:, 1:] & valid[:, :-1]
-        rows, valid = (rows[:, 1:] + rows[:, :-1]) / 2 * both, both
+    tokens, n = weights.float() * valid, max(kind.rows(valid.shape[1]), 0)
+    parts = [slice(i, i + n) for i in range(kind.span)]
+    whole = torch.stack([valid[:, part] for part in parts]).all(0)
+    rows = torch.stack([tokens[:, part] for part in parts]).mean(0) * whole
     total = rows.sum(1, keepdim=True)
-    return rows * valid.sum(1, keepdim=True) / total.where(total > 0, 1.0)
+    return rows * whole.sum(1, keepdim=True) / total.where(total > 0, 1.0)
 
 
-def row_map(kind: str, weights: Tensor, valid: Tensor) -> Tensor:
+def row_map(kind: StateKind, weights: Tensor, valid: Tensor) -> Tensor:
     """What states of ``kind`` [b, n, h] are multiplied with: A [b, n, n].
 
     ``weights`` of tokens [b, m], at least 0; ``valid`` bool [b, m].
     """
     rows = _of_rows(kind, weights, valid)
     scaling = rows.sqrt().diag_embed()
-    if kind != "centred_rows":
+    if not kind.centred:
         return scaling
     # (I - 1 w^T), then the roots: row i of the product is sqrt(w_i) (e_i - w)^T.
     share = rows / rows.sum(1, keepdim=True).clamp(min=1)

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_phf.hidden.term import STATES
-
 
 def _working(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
@@ -78,30 +76,6 @@ def centred_rows(hidden: Tensor, valid: Tensor) -> Tensor:
 def transition_counts(valid: Tensor) -> Tensor:
     """valid bool [b, m] -> transitions of each sequence, int64 [b]: m_i - 1, at least 0."""
     return (valid.sum(-1) - 1).clamp(min=0)
-
-
-_MADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "transitions": directions,
-    "rows": rows,
-    "unit_rows": unit_states,
-    "centred_rows": centred_rows,
-}
-assert tuple(_MADE) == STATES
-
-
-def make_states(kind: str, hidden: Tensor, valid: Tensor) -> Tensor:
-    """hidden [b, m, h], valid bool [b, m] -> states of ``kind`` [b, n, h]."""
-    return _MADE[kind](hidden, valid)
-
-
-def row_counts(kind: str, valid: Tensor) -> Tensor:
-    """valid bool [b, m] -> rows that states of ``kind`` have of each sequence, int64 [b]."""
-    return transition_counts(valid) if kind == "transitions" else valid.sum(-1)
-
-
-def number_of_rows(kind: str, positions: int) -> int:
-    """Of window positions m: m - 1 transitions, m rows."""
-    return positions - (kind == "transitions")
 
 
 class _Gram(torch.autograd.Function):

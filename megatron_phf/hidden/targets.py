@@ -8,12 +8,34 @@ where they are smaller; states are then dropped as soon as their products exist.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_phf.hidden.plan import FlowPlan, Item, Move
+from megatron_phf.hidden.rows import RowPlaces
+from megatron_phf.hidden.term import StateKind
 from megatron_phf.runtime import device, parallel
+
+
+@dataclass(frozen=True)
+class FlowWindow:
+    """The window of one microbatch in the sequences of one model.
+
+    ``places`` [b, m]: of the window's tokens; ``valid`` bool [b, m]: False where a shorter window
+    is padded; ``gradient_scale``: what one sequence's L_flow is multiplied with in the training
+    objective; ``weights`` [b, m]: of the tokens, None where all count the same.
+    """
+
+    places: RowPlaces
+    valid: Tensor
+    gradient_scale: float
+    weights: Tensor | None = None
+
+
+# What is compared: a term's ``against`` and the name of its kind of states.
+TargetKey = tuple[str, str]
 
 
 class FlowTargets:
@@ -23,17 +45,18 @@ class FlowTargets:
     layers, ``exchange``, ``states`` and ``products`` by the student's, ``clear``.
     """
 
-    def __init__(self, plan: FlowPlan, width: int) -> None:
-        """``width``: the teacher's hidden size."""
-        self._plan, self._width = plan, width
+    def __init__(self, plan: FlowPlan, kind: StateKind, hidden_size: int) -> None:
+        """``hidden_size``: the teacher's."""
+        self._plan, self._kind, self._width = plan, kind, kind.width(hidden_size)
         self._sizes: list[tuple[int, int]] = []  # (b, n) of each microbatch
         self._items: dict[tuple[int, Item], Tensor] = {}
         self._seen: set[tuple[int, int]] = set()
 
-    def start(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """A step begins; ``sizes``: sequences b and their rows n of each microbatch."""
+    def start(self, windows: Sequence[FlowWindow]) -> None:
+        """A step begins, whose microbatches have these windows."""
         self.clear()
-        self._sizes = list(sizes)
+        shapes = [window.valid.shape for window in windows]
+        self._sizes = [(b, self._kind.rows(positions)) for b, positions in shapes]
 
     def clear(self) -> None:
         """Forget everything."""

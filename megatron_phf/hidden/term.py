@@ -7,13 +7,56 @@ A new one is one file: a subclass of :class:`HiddenTerm`, named on the command l
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What is made of a layer's hidden states at the window, [b, m, h] (hidden.states has the formulas).
-STATES = ("transitions", "rows", "unit_rows", "centred_rows")
+
+@dataclass(frozen=True)
+class StateKind:
+    """What a term compares, made of a layer's hidden states at the window.
+
+    ``make``: ``module:function`` of (hidden [b, m, h], valid bool [b, m]) -> [b, n, width(h)], 0
+    where not valid; ``span``: window positions that one row takes, n = m - span + 1;
+    ``centred``: rows are less their mean, which weights of rows then change.
+    """
+
+    make: str
+    span: int = 1
+    centred: bool = False
+    width: Callable[[int], int] = int
+
+    def rows(self, positions: int) -> int:
+        """Rows n of m window positions."""
+        return positions - self.span + 1
+
+    def counts(self, valid: Tensor) -> Tensor:
+        """valid bool [b, m] -> rows of each sequence, int64 [b]."""
+        return (valid.sum(-1) - (self.span - 1)).clamp(min=0)
+
+    def states(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        """hidden [b, m, h], valid bool [b, m] -> [b, n, width(h)]."""
+        module, _, function = self.make.partition(":")
+        made: Tensor = getattr(importlib.import_module(module), function)(hidden, valid)
+        return made
+
+
+_FORMULAS = "megatron_phf.hidden.states"
+STATES = {
+    "transitions": StateKind(f"{_FORMULAS}:directions", span=2),
+    "rows": StateKind(f"{_FORMULAS}:rows"),
+    "unit_rows": StateKind(f"{_FORMULAS}:unit_states"),
+    "centred_rows": StateKind(f"{_FORMULAS}:centred_rows", centred=True),
+}
+
+
+def states_of(kinds: Mapping[str, StateKind], hidden: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """hidden [b, m, h], valid bool [b, m] -> [b, n, width(h)] of each kind."""
+    return {name: kind.states(hidden, valid) for name, kind in kinds.items()}
+
 
 TERMS = {
     "direction": "megatron_phf.hidden.terms.direction:Direction",
@@ -56,6 +99,11 @@ class HiddenTerm:
     def needs_equal_widths(self) -> bool:
         """Whether a teacher of another hidden size leaves it out."""
         return self.compares == "states"
+
+    @property
+    def kind(self) -> StateKind:
+        """The row of :data:`STATES` that it compares."""
+        return STATES[self.states]
 
     def value(self, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
         """States or products of both, and the rows that each sequence has, [b] -> its loss, [b].

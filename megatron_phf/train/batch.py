@@ -25,7 +25,7 @@ from megatron_phf.data.microbatches import (
 )
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.rows import RowPlaces, SequenceShards
-from megatron_phf.hidden.tap import FlowWindow
+from megatron_phf.hidden.targets import FlowWindow
 from megatron_phf.model.userbuffers import fixed_row_length
 from megatron_phf.runtime import device, parallel
 from megatron_phf.train.by_teacher import numbers_by_teacher

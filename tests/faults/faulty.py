@@ -108,7 +108,7 @@ def _before(owner: object, name: str, action: Callable[..., None]) -> None:
 def main() -> None:
     """Hook the places, then run the product."""
     from megatron_phf.cli.main import main as product
-    from megatron_phf.hidden import tap
+    from megatron_phf.hidden import compare
     from megatron_phf.runtime import heartbeat
     from megatron_phf.train import checkpoint_files, session
     from megatron_phf.weights import torch_dist
@@ -121,13 +121,13 @@ def main() -> None:
         faults.entered(phase)
 
     heartbeat.Heartbeat.at = at
-    backward = tap._AttachLoss.backward
+    backward = compare._AttachLoss.backward
 
     def attached(*args):
         faults.at("backward")
         return backward(*args)
 
-    tap._AttachLoss.backward = staticmethod(attached)
+    compare._AttachLoss.backward = staticmethod(attached)
     _before(checkpoint_files, "settle", lambda *args: faults.at("write"))
 
     def before_write(path: str, text: str) -> None:

@@ -18,12 +18,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from megatron_phf.config.flags import parse_args
 from megatron_phf.data.batch import flow_window, make_local_batch
 from megatron_phf.data.rollouts import Rollout
-from megatron_phf.hidden import tap as tap_module
+from megatron_phf.hidden import compare
 from megatron_phf.hidden.plan import make_flow_plan
 from megatron_phf.hidden.rows import SequenceShards, gather_rows, part_rows
 from megatron_phf.hidden.spec import FlowSpec, flow_weights, terms_of
 from megatron_phf.hidden.tap import FlowTap
 from megatron_phf.hidden.targets import FlowTargets
+from megatron_phf.hidden.term import STATES
 from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
 from megatron_phf.losses._vocab_parallel import VocabShard
 from megatron_phf.model.architecture import parse_architecture
@@ -48,7 +49,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     monkeypatch.setattr(device, "from_host", mode.from_tensor)
     # It swaps data pointers, of which fake tensors have none.
-    monkeypatch.setattr(tap_module, "make_viewless_tensor", lambda inp, **kwargs: inp)
+    monkeypatch.setattr(compare, "make_viewless_tensor", lambda inp, **kwargs: inp)
     return mode.from_tensor
 
 
@@ -94,7 +95,9 @@ def test_rows_and_flow_loss(packed: bool, fake: Callable[[Tensor], Tensor]) -> N
     assert placed.sequence.tolist() == [0, 0, 0, 1]  # on the host
     terms, weights = terms_of(FlowSpec()), flow_weights(2)
     stages = [[1, 2]]
-    targets = FlowTargets(make_flow_plan([1, 2], stages, stages, 0, False), 8)
+    targets = FlowTargets(
+        make_flow_plan([1, 2], stages, stages, 0, False), STATES["transitions"], 8
+    )
     tap = FlowTap(terms, weights, {("mapped", "transitions"): targets}, WHOLE, 2)
     with torch.no_grad():
         tap.start_recording(flow_windows([placed]))
