@@ -62,35 +62,6 @@ class SequenceBatch:
         return index.masked_fill(~self.window_valid, 0)
 
 
-@dataclass(frozen=True)
-class Microbatch:
-    """The same responses as the student and as the teacher reads them."""
-
-    student: SequenceBatch
-    teacher: SequenceBatch
-
-
-@dataclass(frozen=True)
-class LocalBatch:
-    """This data-parallel rank's microbatches of one step.
-
-    ``num_tokens``: those that are scored; ``num_sequences``: rollouts that are kept; ``order``: the
-    number of the rollout in each row of each microbatch.
-    """
-
-    microbatches: list[Microbatch]
-    num_tokens: int
-    num_sequences: int
-    order: list[list[int]]
-
-    def token_counts(self) -> tuple[int, int]:
-        """Tokens that both models read, without and with padding."""
-        sides = [side for m in self.microbatches for side in (m.student, m.teacher)]
-        padding = sum(int(side.padding.sum()) for side in sides)
-        computed = sum(side.tokens.numel() for side in sides)
-        return computed - padding, computed
-
-
 def _scored(rollouts: Sequence[Rollout]) -> Tensor:
     """bool [b, r]: the tokens of each response that count."""
     rows = [torch.tensor(r.scored, dtype=torch.bool) for r in rollouts]
@@ -158,60 +129,60 @@ def _sizes(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], multiple: int) 
     return [round_up(len(prompt) + len(response), multiple) for prompt, response in pairs]
 
 
-def make_local_batch(
+def make_sequences(
     rollouts: Sequence[Rollout],
-    micro_batch_size: int,
+    order: Sequence[Sequence[int]],
     window: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
     *,
+    equal_lengths: bool = False,
     length_multiple: int = 1,
     sequence_multiple: int = 1,
     pad_id: int = 0,
-    groups: Sequence[Sequence[int]] | None = None,
     packed: bool = False,
     row_length: int | None = None,
-) -> LocalBatch:
-    """Cut this rank's rollouts into microbatches: in order, all of one length a side.
+) -> tuple[list[SequenceBatch], list[SequenceBatch]]:
+    """The microbatches of this rank's rollouts as the student, and as the teacher reads them.
 
     Args:
-        groups: or the numbers of the rollouts of each, which then have lengths of their own.
+        order: the numbers of the rollouts of each microbatch.
         window: scored tokens of each response [b] -> (which of them [b, m], valid [b, m]), see
             ``flow_window``.
+        equal_lengths: all rows of a model are equally long: pipeline stages then need not tell
+            each other shapes.
         length_multiple: rows are padded to a multiple of this (sequence parallelism: TP).
         sequence_multiple: so is each sequence of a packed row (context parallelism: 2 CP).
-        packed: the sequences of each of ``groups`` lie in one row, one behind the other.
+        packed: the sequences of a microbatch lie in one row, one behind the other.
         row_length: of each packed row; None: as long as it must be.
     """
-    assert groups is not None or not packed, "packed rows have lengths of their own"
-    order = [list(group) for group in groups or []]
-    if groups is None:
-        assert len(rollouts) % micro_batch_size == 0, "checked before launch"
-        starts = range(0, len(rollouts), micro_batch_size)
-        order = [list(range(start, start + micro_batch_size)) for start in starts]
-    students = [(r.student_prompt_ids, r.response_ids) for r in rollouts]
-    teachers = [(r.teacher_prompt_ids, r.response_ids) for r in rollouts]
-    # One length a side, unless grouped: pipeline stages then need not tell each other shapes.
-    lengths = [round_up(max(_sizes(side, 1)), length_multiple) for side in (students, teachers)]
-    microbatches = []
+    assert not (packed and equal_lengths), "packed rows have lengths of their own"
+    prompts = ([r.student_prompt_ids for r in rollouts], [r.teacher_prompt_ids for r in rollouts])
+    sides = [list(zip(side, (r.response_ids for r in rollouts), strict=True)) for side in prompts]
+    longest = [max(_sizes(side, 1)) for side in sides]
+    students, teachers = [], []
     for rows in order:
         members = [rollouts[i] for i in rows]
-        sides = [[side[i] for i in rows] for side in (students, teachers)]
-        sizes = [_sizes(side, sequence_multiple) for side in sides]
-        if groups is not None:
-            needed = [sum(each) if packed else max(each) for each in sizes]
-            lengths = [row_length or round_up(n, length_multiple) for n in needed]
+        pairs = [[side[i] for i in rows] for side in sides]
+        sizes = [_sizes(side, sequence_multiple) for side in pairs]
+        needed = longest if equal_lengths else [sum(n) if packed else max(n) for n in sizes]
+        lengths = [row_length or round_up(n, length_multiple) for n in needed]
         scored = _scored(members)
         positions = _window(scored, window)
         student, teacher = (
             _sequences(side, length, scored, positions, pad_id, each if packed else None)
-            for side, length, each in zip(sides, lengths, sizes, strict=True)
+            for side, length, each in zip(pairs, lengths, sizes, strict=True)
         )
-        student = dataclasses.replace(student, log_probs=_log_probs(members))
         assert torch.equal(student.target_ids(), teacher.target_ids()), (
             "student and teacher must score the same response tokens"
         )
-        microbatches.append(Microbatch(student, teacher))
-    tokens = sum(sum(r.scored) for r in rollouts)
-    return LocalBatch(microbatches, tokens, sum(r.kept for r in rollouts), order)
+        students.append(dataclasses.replace(student, log_probs=_log_probs(members)))
+        teachers.append(teacher)
+    return students, teachers
+
+
+def token_counts(batches: Sequence[SequenceBatch]) -> tuple[int, int]:
+    """Tokens that are read, without and with padding."""
+    computed = sum(batch.tokens.numel() for batch in batches)
+    return computed - sum(int(batch.padding.sum()) for batch in batches), computed
 
 
 def flow_window(size: int, rule: str) -> Callable[[Sequence[int]], tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_phf.config.settings import Config
 from megatron_phf.config.teachers import teacher_names
-from megatron_phf.data.batch import SequenceBatch, flow_window, make_local_batch
+from megatron_phf.data.batch import SequenceBatch, flow_window, make_sequences, token_counts
 from megatron_phf.data.microbatches import (
     groups_under_budget,
     packed_tokens,
@@ -63,27 +63,22 @@ class PlacedBatch:
 
 
 @dataclass(frozen=True)
-class PlacedMicrobatch:
-    """The same responses as the student and as the teacher reads them."""
-
-    student: PlacedBatch
-    teacher: PlacedBatch
-
-
-@dataclass(frozen=True)
 class StepBatch:
-    """This data-parallel rank's microbatches of one step; the rest as in ``LocalBatch``.
+    """This data-parallel rank's microbatches of one step, as student and as teacher read them.
 
-    ``teachers``: the name of each microbatch's, where teachers have names; those of one follow one
-    another.
+    ``num_tokens``: those that are scored; ``num_sequences``: rollouts that are kept; ``order``: the
+    number of the rollout in each row of each microbatch; ``token_counts``: tokens that both models
+    read, without and with padding; ``teacher_names``: of each microbatch's, where teachers have
+    names; those of one follow one another.
     """
 
-    microbatches: list[PlacedMicrobatch]
+    students: list[PlacedBatch]
+    teachers: list[PlacedBatch]
     num_tokens: int
     num_sequences: int
     order: list[list[int]]
     token_counts: tuple[int, int]
-    teachers: list[str]
+    teacher_names: list[str]
 
 
 def place(batch: SequenceBatch, shards: SequenceShards) -> PlacedBatch:
@@ -123,29 +118,32 @@ def make_batch(rollouts: Sequence[Rollout], config: Config, shards: SequenceShar
     ``shards``: how this process's layers see a sequence.
     """
     method, names = config.method, teacher_names(config)
-    groups = numbers_by_teacher(rollouts, names)
-    places = [i for group in groups for i in group]
+    by_teacher = numbers_by_teacher(rollouts, names)
+    places = [i for numbers in by_teacher for i in numbers]
     rollouts = [rollouts[i].trained() for i in places]
-    batch = make_local_batch(
-        [r.skipping(method.skip_first_tokens) for r in rollouts],
-        config.train.micro_batch_size,
+    rollouts = [r.skipping(method.skip_first_tokens) for r in rollouts]
+    budget, size = config.batching.max_tokens_per_microbatch, config.train.micro_batch_size
+    order = [list(range(start, start + size)) for start in range(0, len(rollouts), size)]
+    if budget:
+        order = _under_budget(rollouts, [len(numbers) for numbers in by_teacher], config, shards)
+    students, teachers = make_sequences(
+        rollouts,
+        order,
         flow_window(method.phf_window_size, method.phf_window_rule),
+        equal_lengths=not budget,
         length_multiple=_row_multiple(config, shards),
         sequence_multiple=shards.chunks,
-        groups=_groups(rollouts, [len(group) for group in groups], config, shards),
         packed=config.batching.pack_sequences,
         row_length=fixed_row_length(config, shards.length_multiple),
     )
     return StepBatch(
-        [
-            PlacedMicrobatch(place(m.student, shards), place(m.teacher, shards))
-            for m in batch.microbatches
-        ],
-        batch.num_tokens,
-        batch.num_sequences,
-        [[places[i] for i in rows] for rows in batch.order],
-        batch.token_counts(),
-        [rollouts[rows[0]].teacher or names[0] for rows in batch.order] if names else [],
+        [place(batch, shards) for batch in students],
+        [place(batch, shards) for batch in teachers],
+        sum(sum(r.scored) for r in rollouts),
+        sum(r.kept for r in rollouts),
+        [[places[i] for i in rows] for rows in order],
+        token_counts([*students, *teachers]),
+        [rollouts[rows[0]].teacher or names[0] for rows in order] if names else [],
     )
 
 
@@ -170,16 +168,14 @@ def _row_multiple(config: Config, shards: SequenceShards) -> int:
     return shards.multiple_with(1 if packed else device.row_multiple())
 
 
-def _groups(
+def _under_budget(
     rollouts: Sequence[Rollout], runs: Sequence[int], config: Config, shards: SequenceShards
-) -> list[list[int]] | None:
+) -> list[list[int]]:
     """The microbatches under --max-tokens-per-microbatch, none over the end of a run of ``runs``.
 
     As many on every data-parallel rank: experts wait for tokens of all of them.
     """
     budget = config.batching.max_tokens_per_microbatch
-    if budget == 0:
-        return None
     multiple, tokens = _row_multiple(config, shards), padded_tokens
     if config.batching.pack_sequences:  # all else that is padded is the row
         multiple, tokens = shards.chunks, packed_tokens

@@ -77,7 +77,7 @@ class StudentPass:
             ValueError: the global batch has no token to train on, or (--importance-ratio-cap) a
                 rollout does not say how it was sampled.
         """
-        batches = [m.student for m in batch.microbatches]
+        batches = batch.students
         pairs = zip(batch.order, batches, strict=True)
         rows = [(len(order), each.log_probs is not None) for order, each in pairs]
         known = [sum(n for n, _ in rows), sum(n for n, measured in rows if measured)]
@@ -101,7 +101,7 @@ class StudentPass:
         weights = self._weigh(batches, teacher)
         outputs = self._run(batches, teacher, token_weight, flow_scale, weights)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
-        extra |= metrics_by_teacher(outputs, batch.teachers, teacher_names(self._config))
+        extra |= metrics_by_teacher(outputs, batch.teacher_names, teacher_names(self._config))
         balance = mean_aux_loss(self._arch, self._config, len(batches))
         extra |= {} if balance is None else {"moe_aux_loss": balance}
         extra |= self._drift.take() if measured > 0 else {}

@@ -44,7 +44,7 @@ class TeacherPass:
 
         Never its logits.
         """
-        batches = [m.teacher for m in batch.microbatches]
+        batches = batch.teachers
         output = TeacherOutput({}, {})
         if self.tap is None and not self.scores:
             return output
@@ -59,7 +59,9 @@ class TeacherPass:
         if self.tap is not None:
             self.tap.start_recording(flow_windows(batches))
         with self.teacher.active() as switch, evaluating(chunks):
-            turn = None if switch is None else lambda c, index: switch(c, batch.teachers[index])
+            turn = (
+                None if switch is None else lambda c, index: switch(c, batch.teacher_names[index])
+            )
             run_pipeline(chunks, batches, keep, self.shards, forward_only=True, prepare=turn)
         if self.tap is not None:
             self.tap.finish_recording()

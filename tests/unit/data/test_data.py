@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_phf.data.batch import flow_window, make_local_batch
+from megatron_phf.data.batch import flow_window, make_sequences
 from megatron_phf.data.problems import (
     FieldNames,
     Problem,
@@ -260,16 +260,16 @@ def test_replay_line_without_a_field(tmp_path: Path) -> None:
 
 def test_batch_positions() -> None:
     rollouts = [Rollout((1, 2, 3), (4,), (5, 6)), Rollout((7,), (8, 9), (10, 11, 12))]
-    batch = make_local_batch(rollouts, 2, flow_window(2, "even"), length_multiple=4)
-    (micro,) = batch.microbatches
-    assert (batch.num_tokens, batch.num_sequences) == (5, 2)
-    assert micro.student.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 0, 0], [7, 10, 11, 12, 0, 0, 0, 0]]
-    assert micro.teacher.tokens.tolist() == [[4, 5, 6, 0, 0, 0, 0, 0], [8, 9, 10, 11, 12, 0, 0, 0]]
-    for side in (micro.student, micro.teacher):  # each position predicts the token after it
+    (student,), (teacher,) = make_sequences(
+        rollouts, [[0, 1]], flow_window(2, "even"), length_multiple=4, equal_lengths=True
+    )
+    assert student.tokens.tolist() == [[1, 2, 3, 5, 6, 0, 0, 0], [7, 10, 11, 12, 0, 0, 0, 0]]
+    assert teacher.tokens.tolist() == [[4, 5, 6, 0, 0, 0, 0, 0], [8, 9, 10, 11, 12, 0, 0, 0]]
+    for side in (student, teacher):  # each position predicts the token after it
         assert side.target_ids().tolist() == [5, 6, 10, 11, 12]
         shown = side.tokens.gather(1, side.window)  # the window is at the tokens themselves
         assert shown.tolist() == [[5, 6], [10, 12]]
-    assert torch.equal(micro.student.scored, micro.teacher.scored)
+    assert torch.equal(student.scored, teacher.scored)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -277,13 +277,10 @@ def test_tokens_that_the_student_did_not_write_are_read_and_not_scored(packed: b
     tool = Rollout((1, 2), (3,), (4, 5, 6, 7, 8), None, (True, False, False, True, True))
     none = Rollout((9,), (9, 9), (5, 5), None, (False, False))
     plain = Rollout((9,), (9, 9), (6, 7))
-    batch = make_local_batch(
-        [tool, none, plain], 3, flow_window(2, "even"),
-        **({"groups": [[0, 1, 2]], "packed": True} if packed else {}),
-    )  # fmt: skip
-    (micro,) = batch.microbatches
-    assert batch.num_tokens == 5
-    for side, prompts in ((micro.student, (2, 1, 1)), (micro.teacher, (1, 2, 2))):
+    (student,), (teacher,) = make_sequences(
+        [tool, none, plain], [[0, 1, 2]], flow_window(2, "even"), packed=packed
+    )
+    for side, prompts in ((student, (2, 1, 1)), (teacher, (1, 2, 2))):
         assert side.target_ids().tolist() == [4, 7, 8, 6, 7]
         assert int((~side.padding).sum()) == sum(prompts) + 9  # all are read
         rows = side.tokens.expand(3, -1)
@@ -293,9 +290,10 @@ def test_tokens_that_the_student_did_not_write_are_read_and_not_scored(packed: b
 
 def test_microbatches_share_one_length() -> None:
     rollouts = [Rollout((1,), (1,), (2,) * n) for n in (1, 5, 2, 3)]
-    batch = make_local_batch(rollouts, 1, flow_window(8, "even"))
-    assert [m.student.tokens.shape for m in batch.microbatches] == [(1, 6)] * 4
-    assert [int(m.student.scored.sum()) for m in batch.microbatches] == [1, 5, 2, 3]
+    order = [[0], [1], [2], [3]]
+    students, _ = make_sequences(rollouts, order, flow_window(8, "even"), equal_lengths=True)
+    assert [student.tokens.shape for student in students] == [(1, 6)] * 4
+    assert [int(student.scored.sum()) for student in students] == [1, 5, 2, 3]
 
 
 def test_arithmetic_is_deterministic_disjoint_and_right() -> None:

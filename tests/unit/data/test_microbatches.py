@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_phf.cli import preflight
 from megatron_phf.config.flags import check_fields
 from megatron_phf.config.settings import Config
-from megatron_phf.data.batch import flow_window, make_local_batch
+from megatron_phf.data.batch import flow_window, make_sequences, token_counts
 from megatron_phf.data.microbatches import (
     groups_under_budget,
     packed_tokens,
@@ -42,20 +42,18 @@ def test_a_partition_within_the_budget(lengths, budget, tokens, data) -> None:
 def test_padding_counts() -> None:
     rollouts = [Rollout((1,) * 3, (1,) * 5, (2,) * n) for n in (1, 9, 2, 8)]
     window = flow_window(8, "even")
-    fixed = make_local_batch(rollouts, 2, window)
-    assert fixed.token_counts() == (20 + 12 + 20 + 20, 4 * (12 + 14))
-    assert fixed.order == [[0, 1], [2, 3]]
-    grouped = make_local_batch(rollouts, 1, window, groups=[[1, 3], [2, 0]])
-    assert grouped.token_counts() == (72, 2 * (12 + 14) + 2 * (5 + 7))
-    assert [m.student.tokens.shape[1] for m in grouped.microbatches] == [12, 5]
+    students, teachers = make_sequences(rollouts, [[0, 1], [2, 3]], window, equal_lengths=True)
+    assert token_counts([*students, *teachers]) == (20 + 12 + 20 + 20, 4 * (12 + 14))
+    students, teachers = make_sequences(rollouts, [[1, 3], [2, 0]], window)
+    assert token_counts([*students, *teachers]) == (72, 2 * (12 + 14) + 2 * (5 + 7))
+    assert [student.tokens.shape[1] for student in students] == [12, 5]
 
 
 def test_a_packed_row() -> None:
     rollouts = [Rollout((1,) * 3, (4,) * 5, (2, 7, 9)), Rollout((3, 5), (6,), (8,))]
-    batch = make_local_batch(
-        rollouts, 1, flow_window(8, "even"), groups=[[0, 1]], packed=True, length_multiple=4
+    (student,), (teacher,) = make_sequences(
+        rollouts, [[0, 1]], flow_window(8, "even"), packed=True, length_multiple=4
     )
-    student, teacher = batch.microbatches[0].student, batch.microbatches[0].teacher
     assert student.tokens.tolist() == [[1, 1, 1, 2, 7, 9, 3, 5, 8, 0, 0, 0]]
     limits = [side.cu_seqlens.tolist() for side in (student, teacher)]
     assert limits == [[0, 6, 9, 12], [0, 8, 10, 12]]
@@ -64,29 +62,27 @@ def test_a_packed_row() -> None:
     assert teacher.predicting.tolist() == [[4, 5, 6], [8, 0, 0]]
     assert student.window[student.window_valid].tolist() == [3, 4, 5, 8]
     assert student.target_ids().tolist() == [2, 7, 9, 8]
-    assert batch.token_counts() == (19, 24)
+    assert token_counts([student, teacher]) == (19, 24)
 
 
 def test_a_packed_row_for_context_parallelism() -> None:
     """Each sequence has its own padding, and the row more behind them."""
     rollouts = [Rollout((1,) * 3, (4,) * 5, (2, 7, 9)), Rollout((3, 5), (6,), (8,))]
-    batch = make_local_batch(
+    (student,), (teacher,) = make_sequences(
         rollouts,
-        1,
+        [[0, 1]],
         flow_window(8, "even"),
-        groups=[[0, 1]],
         packed=True,
         sequence_multiple=4,
         length_multiple=16,
     )
-    student = batch.microbatches[0].student
     assert student.tokens.tolist() == [[1, 1, 1, 2, 7, 9, 0, 0, 3, 5, 8, 0, 0, 0, 0, 0]]
     assert student.padding.nonzero()[:, 1].tolist() == [6, 7, 11, 12, 13, 14, 15]
     assert (student.cu_seqlens.tolist(), student.max_seqlen) == ([0, 8, 12, 16], 8)
     assert student.predicting.tolist() == [[2, 3, 4], [9, 0, 0]]
     assert student.window[student.window_valid].tolist() == [3, 4, 5, 10]
     assert student.target_ids().tolist() == [2, 7, 9, 8]
-    assert batch.token_counts() == (19, 32)
+    assert token_counts([student, teacher]) == (19, 32)
 
 
 def test_refused_flags() -> None:

@@ -10,7 +10,7 @@ import torch
 from megatron_phf import reference
 from megatron_phf.config.field import choices_of
 from megatron_phf.config.settings import MethodConfig
-from megatron_phf.data.batch import flow_window, make_local_batch
+from megatron_phf.data.batch import flow_window, make_sequences
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden.term import TERMS
 from megatron_phf.losses import (
@@ -138,12 +138,9 @@ def test_the_windows_tokens_have_their_weights(packed: bool) -> None:
         Rollout((1, 2, 3), (1,), ()),
     ]
     assert rollouts[0].scored == (False, True, True, True)
-    groups = [[0, 1, 2]] if packed else None
-    batch = make_local_batch(
-        rollouts, 3, flow_window(2, "even"), groups=groups, packed=packed
-    ).microbatches[0]
+    sides = make_sequences(rollouts, [[0, 1, 2]], flow_window(2, "even"), packed=packed)
     values = torch.arange(12.0).view(3, 4)
-    for side in (batch.student, batch.teacher):
+    for (side,) in sides:
         found = values.gather(1, side.window_tokens()) * side.window_valid
         assert found.tolist() == [[1, 3], [4, 6], [0, 0]]
 

@@ -36,11 +36,11 @@ def rollouts(seed: int, names: tuple[str | None, ...]) -> list[Rollout]:
 def read(batch: StepBatch, packed: bool) -> list[list[int]]:
     """The numbers of the rollouts that the student reads in each microbatch."""
     found = []
-    for m in batch.microbatches:
-        starts = m.student.cu_seqlens[:-1].tolist() if packed else [0] * len(m.student.tokens)
+    for student in batch.students:
+        starts = student.cu_seqlens[:-1].tolist() if packed else [0] * len(student.tokens)
         rows = [0] * len(starts) if packed else range(len(starts))
         cells = zip(rows, starts, strict=True)
-        found.append([int(m.student.tokens[row, start]) for row, start in cells])
+        found.append([int(student.tokens[row, start]) for row, start in cells])
     return found
 
 
@@ -55,9 +55,9 @@ def test_microbatches(seed: int, budget: str, ranks: int, monkeypatch: pytest.Mo
     batch = make_batch(given, config, SequenceShards())
     assert sorted(i for rows in batch.order for i in rows) == [*range(9)]
     assert read(batch, budget == "packed") == batch.order
-    for rows, name in zip(batch.order, batch.teachers, strict=True):
+    for rows, name in zip(batch.order, batch.teacher_names, strict=True):
         assert {given[i].teacher or "math" for i in rows} == {name}
-    assert batch.teachers == sorted(batch.teachers, key=NAMES.index)
+    assert batch.teacher_names == sorted(batch.teacher_names, key=NAMES.index)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -73,7 +73,7 @@ def test_without_names_nothing_changes(budget: str, monkeypatch: pytest.MonkeyPa
     assert (orders[0] == wanted) == (budget == "one")
     found = [lengths[rows[0]] for rows in orders[0]]
     assert budget == "one" or found == sorted(found, reverse=True)
-    assert make_batch(rollouts(1, NAMES), config, SequenceShards()).teachers == []
+    assert make_batch(rollouts(1, NAMES), config, SequenceShards()).teacher_names == []
 
 
 def test_means_by_teacher(monkeypatch: pytest.MonkeyPatch) -> None:

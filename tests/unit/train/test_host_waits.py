@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from megatron_phf.config.flags import parse_args
-from megatron_phf.data.batch import flow_window, make_local_batch
+from megatron_phf.data.batch import flow_window, make_sequences
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.hidden import compare
 from megatron_phf.hidden.plan import make_flow_plan
@@ -54,9 +54,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
 
 
 def batch(packed: bool) -> PlacedBatch:
-    groups = [[0, 1]] if packed else None
-    local = make_local_batch(ROLLOUTS, 2, flow_window(4, "even"), groups=groups, packed=packed)
-    return place(local.microbatches[0].student, WHOLE)
+    (student,), _ = make_sequences(ROLLOUTS, [[0, 1]], flow_window(4, "even"), packed=packed)
+    return place(student, WHOLE)
 
 
 def test_fake_tensors_have_no_numbers(fake: Callable[[Tensor], Tensor]) -> None:
