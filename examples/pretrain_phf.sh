@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# bash runs up to `exec` and so re-launches this file through torchrun; for Python, which torchrun
-# starts it with, that block is a string (''' opens and closes it; to bash ''':' is the no-op `:`).
+# bash runs up to `exec` and so re-launches this file through torchrun, which starts it with Python.
+# For Python bash's part is a string (to bash, the ''':' that opens it is the no-op `:`); for bash
+# Python's part is a here-document, whose last line is a comment to Python.
 ''':'
 repo=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$repo/.venv/bin/python" ]; then PATH="$repo/.venv/bin:$PATH"; fi
 # A checkout's package, installed or not; a copy of this file elsewhere takes the installed one.
 if [ -d "$repo/megatron_phf" ]; then export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"; fi
+# A random.py in the working directory is not Python's: modules of your own are looked for there last.
+export PYTHONSAFEPATH=1
 for argument in "$@"; do
     case $argument in -h | --help) exec python3 -m megatron_phf.config.flags "$@" ;; esac
 done
@@ -13,6 +16,7 @@ counts=$(python3 -m megatron_phf.cli.preflight "$@") || exit $?
 read -r processes threads <<<"$counts"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
 exec torchrun --standalone --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
+: <<'# the end of the part in Python'
 '''
 import sys
 from pathlib import Path
@@ -25,3 +29,4 @@ from megatron_phf.cli.main import main
 
 if __name__ == "__main__":
     main()
+# the end of the part in Python

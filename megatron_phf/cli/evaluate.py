@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megatron_phf.cli.job_paths import evaluation_paths
 from megatron_phf.cli.main import run_rank
+from megatron_phf.config.field import NAME
 from megatron_phf.config.flags import parse_args
 from megatron_phf.config.settings import Config
 from megatron_phf.console import print_anything
@@ -44,7 +45,10 @@ def test_files(args: argparse.Namespace, config: Config) -> dict[str, str]:
     if (path is None) == (preset is None):
         raise ValueError("name either --eval-data FILE, or --preset and --eval-dir")
     if path is not None:
-        return {Path(path).stem: path}
+        name = Path(path).stem
+        if not NAME.holds(name):
+            raise ValueError(f"--eval-data {path}: a folder gets its name, and needs {NAME.text}")
+        return {name: path}
     if args.eval_dir is None:
         raise ValueError(f"--preset {preset} needs --eval-dir, the directory of its files")
     names = _SETS if preset == "paper" else (preset,)

@@ -27,6 +27,7 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.config.presets import read_flags
 from megatron_phf.console import program
 from megatron_phf.files.replace import write_json
+from megatron_phf.runtime.environment import for_children
 
 _LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_phf.sh"
 
@@ -104,7 +105,7 @@ def execute(run: Run, processes: int, threads: int) -> bool:
             [*command, "--no-progress"],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env=for_children({**os.environ, "OMP_NUM_THREADS": str(threads)}),
         )
     seconds = time.monotonic() - start
     if status == 0:

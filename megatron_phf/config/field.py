@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a flag takes; ``text`` says it in its help and in an error."""
+    """Which numbers, or names, a flag takes; ``text`` says it in its help and in an error."""
 
     text: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 def at_least(low: int) -> Range:
@@ -25,6 +26,10 @@ ABOVE_0 = Range("above 0", lambda value: value > 0)
 ABOVE_0_TO_1 = Range("above 0 to 1", lambda value: 0 < value <= 1)
 FROM_0_TO_1 = Range("0 to 1", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Range("0 to below 1", lambda value: 0 <= value < 1)
+NAME = Range(
+    "a name of at most 100 letters, digits, spaces and . _ - + =, the first a letter or a digit",
+    lambda value: re.fullmatch(r"\w[\w .+=-]{0,99}", str(value)) is not None,
+)
 SEED = Range("0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 
 

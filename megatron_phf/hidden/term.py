@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_phf.runtime.own_modules import search_working_directory
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -125,12 +127,14 @@ def load_term(name: str) -> HiddenTerm:
         raise ValueError(
             f"term {name!r}: name one of {', '.join(TERMS)}, or package.module:Class of your own"
         )
+    if name not in TERMS:
+        search_working_directory()
     try:
         made = getattr(importlib.import_module(module), attribute)()
     except Exception as error:
         raise ValueError(
-            f"term {name!r}: cannot be made ({type(error).__name__}: {error}); is its package on "
-            "PYTHONPATH?"
+            f"term {name!r}: cannot be made ({type(error).__name__}: {error}); is its package in "
+            "the working directory or on PYTHONPATH?"
         ) from error
     _check(made, name)
     return made

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from typing import Any
 
 from megatron_phf.config.settings import Config
+from megatron_phf.runtime.own_modules import search_working_directory
 
 FLAG = "--rollout-engine"
 
@@ -75,7 +74,7 @@ def check_engine(config: Config) -> None:
         )
     if config.model.hf_model is None or config.data.data is None:
         raise ValueError(f"{FLAG} {spec} needs --hf-model and --data")
-    _search_here()
+    search_working_directory()
     if not _exists(module):
         raise ValueError(_not_importable(spec, module, "there is no such module"))
 
@@ -95,12 +94,6 @@ def _exists(module: str) -> bool:
     return found is not None
 
 
-def _search_here() -> None:
-    """Modules of the working directory are found too, whatever torchrun started."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-
-
 def _not_importable(spec: str, module: str, why: object) -> str:
     if isinstance(why, Exception):
         why = f"{type(why).__name__}: {why}"
@@ -117,7 +110,7 @@ def load_factory(spec: str) -> Callable[..., Any]:
         ValueError: there is none that takes one argument; says why.
     """
     module, _, name = engine_row(spec).factory.partition(":")
-    _search_here()
+    search_working_directory()
     try:
         function = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # whatever the user's module raises

@@ -25,9 +25,13 @@ def set_cuda_defaults(environment: MutableMapping[str, str]) -> None:
 
 
 def for_children(environment: Mapping[str, str]) -> dict[str, str]:
-    """A copy by which child processes find this package, installed or in a checkout."""
+    """A copy by which child processes find this package, installed or in a checkout.
+
+    And Python's own modules, whatever lies in the working directory.
+    """
     import megatron_phf
 
     parent = str(Path(megatron_phf.__file__).resolve().parents[1])
     known = environment.get("PYTHONPATH", "")
-    return {**environment, "PYTHONPATH": os.pathsep.join(p for p in (parent, known) if p)}
+    path = os.pathsep.join(p for p in (parent, known) if p)
+    return {**environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
