@@ -63,10 +63,12 @@ def derived_seed(*parts: object) -> int:
 def seed_dropout(value: int, iteration: int) -> None:
     """Seed all generators for one step's masks: a resumed run draws what an unbroken one would.
 
-    Stages and data-parallel ranks get masks of their own; tensor-parallel ranks share the default
-    generator, and megatron's tracker has one for each of them.
+    Pipeline, data- and context-parallel ranks, which have other tokens or layers, get masks of
+    their own; tensor-parallel ranks share the default generator, and megatron's tracker has one for
+    each of them.
     """
-    seed(derived_seed("dropout", value, iteration, pipeline_rank(), data_parallel_rank()))
+    ranks = pipeline_rank(), data_parallel_rank(), context_parallel_rank()
+    seed(derived_seed("dropout", value, iteration, *ranks))
 
 
 def destroy() -> None:
