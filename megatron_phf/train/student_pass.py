@@ -13,7 +13,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.config.teachers import teacher_names
 from megatron_phf.hidden.rows import SequenceShards, part_rows
 from megatron_phf.hidden.tap import FlowTap
-from megatron_phf.losses import DivergenceSpec, chunked_divergence, chunked_log_probs
+from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.model.gpt import FlowGPTModel, set_padding
 from megatron_phf.model.moe import mean_aux_loss, reset_aux_loss
 from megatron_phf.runtime import device, parallel
@@ -22,6 +22,7 @@ from megatron_phf.train.batch import PlacedBatch, StepBatch, flow_windows
 from megatron_phf.train.by_teacher import metrics_by_teacher
 from megatron_phf.train.drift import DriftMeter
 from megatron_phf.train.importance import ImportanceWeights
+from megatron_phf.train.measure import SampledLogProbs
 from megatron_phf.train.metrics import OutputLoss
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.pipeline import run_pipeline
@@ -69,6 +70,7 @@ class StudentPass:
         self._importance = ImportanceWeights(method.importance_ratio_cap)
         self._head = OutputHead(models.vocab_size, method.logits_chunk_tokens)
         self._weigh = TokenWeigher(config, student, self._spec, self._head, shards)
+        self._sampled = SampledLogProbs(config, student, self._head, shards)
 
     def __call__(self, batch: StepBatch, teacher: TeacherOutput) -> StudentOutput:
         """Both losses' gradients over the microbatches; every rank calls it.
@@ -99,6 +101,8 @@ class StudentPass:
         averaged = replicas * parallel.context_parallel_size()
         flow_scale = self._config.method.phf_alpha * averaged / max(num_sequences, 1)
         weights = self._weigh(batches, teacher)
+        if measured > 0:
+            self._sampled.read_apart(batches)
         outputs = self._run(batches, teacher, token_weight, flow_scale, weights)
         extra: dict[str, Any] = {"useful_tokens_fraction": useful / computed}
         extra |= metrics_by_teacher(outputs, batch.teacher_names, teacher_names(self._config))
@@ -121,7 +125,7 @@ class StudentPass:
             if index in teacher.rows:
                 target = teacher.rows.pop(index), teacher.heads.pop(index)
             weight = None if weights is None else weights[index].own
-            return self._output_loss(batches[index], hidden, target, token_weight, weight)
+            return self._output_loss(index, batches[index], hidden, target, token_weight, weight)
 
         self._optimizer.zero_grad()
         if self._tap is not None:
@@ -147,6 +151,7 @@ class StudentPass:
 
     def _output_loss(
         self,
+        index: int,
         batch: PlacedBatch,
         hidden: Tensor,
         teacher: tuple[Tensor, Tensor] | None,
@@ -164,10 +169,10 @@ class StudentPass:
         head = self._head.split(weight)
         counts = torch.full((rows.shape[0],), token_weight, device=rows.device)
         importance = None
-        if batch.log_probs is not None:
-            known = chunked_log_probs(rows, weight, batch.targets, **head), batch.log_probs
-            self._drift.add(*known)
-            importance = self._importance.of(*known)
+        log_probs = self._sampled.of(index, rows, batch)
+        if log_probs is not None:
+            self._drift.add(log_probs, batch.log_probs)
+            importance = self._importance.of(log_probs, batch.log_probs)
         if importance is not None:
             weights = importance if weights is None else weights * importance
         if teacher is None:

@@ -130,8 +130,8 @@ RUN = (
     Breakage(
         "vLLM's log-probabilities meet those of the next token",
         "megatron_phf/train/student_pass.py",
-        "self._drift.add(*known)",
-        "self._drift.add(known[0], known[1].roll(1))",
+        "self._drift.add(log_probs, batch.log_probs)",
+        "self._drift.add(log_probs, batch.log_probs.roll(1))",
         (VLLM_JOB, "-k", "adapters or checkpoints"),
     ),
     Breakage(

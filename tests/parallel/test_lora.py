@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -56,12 +57,15 @@ GRADIENTS = {
 }
 BF16 = {"bf16": (4, "qwen3", [*TP2, *PP2, *SP, "--dtype", "bf16"], "frozen")}
 GRADIENT_CASES = [*GRADIENTS, *(n for n, case in TRAINED.items() if case[3] == "frozen")]
+CAP = ["--importance-ratio-cap", "1.5"]
 # Nothing to compare with but each other: peft's random numbers are others.
 DROPOUT = {
     "dropout": (2, "qwen3", TP2, "frozen"),
     "dropout_recompute": (2, "qwen3", [*TP2, *FULL, "1"], "frozen"),
     "dropout_sp": (2, "qwen3", TP2 + SP, "frozen"),
     "dropout_sp_recompute": (2, "qwen3", [*TP2, *SP, *FULL, "1"], "frozen"),
+    "dropout_weighed_sp": (2, "qwen3", [*TP2, *SP, *CAP], "frozen"),
+    "dropout_weighed_vpp2": (2, "qwen3", [*PP2, *VPP2, *CAP], "frozen"),
 }
 ROLLOUTS = {
     "rollouts_tp2_pp2": (4, "qwen3", [*TP2, *PP2, "--lora-dropout", "0.5"]),
@@ -87,7 +91,7 @@ def files(tmp_path_factory) -> Path:
         make_adapter(
             str(directory / f"{name}.adapter"), str(directory / name), RANK, ALPHA, targets
         )
-    make_replay(str(directory / "replay.jsonl"), LENGTHS)
+    make_replay(str(directory / "replay.jsonl"), LENGTHS, log_probs=True)
     return directory
 
 
@@ -251,6 +255,19 @@ def test_dropout_survives_recompute(name: str, results: Path, gradients: dict) -
     without = gradients["qwen3"].metrics
     assert plain[0]["teacher_entropy"] == pytest.approx(without["teacher_entropy"], rel=1e-6)
     assert abs(plain[0]["loss"] - without["loss"]) > 1e-3 * without["loss"]
+
+
+@pytest.mark.parametrize("name", ["dropout_weighed_sp", "dropout_weighed_vpp2"])
+def test_tokens_are_weighed_without_dropout(
+    name: str, results: Path, files: Path, samples: list[dict]
+) -> None:
+    """What measures the student measures it as it samples."""
+    options = dataclasses.replace(OPTIONS, ratio_cap=1.5)
+    adapter = str(files / "qwen3.adapter")
+    expected = reference.compute(str(files / "qwen3"), samples[:BATCH], options, adapter=adapter)
+    step = read(results, name)[0]
+    for key in ("importance_weight", "importance_clipped_fraction"):
+        assert step[key] == pytest.approx(expected.metrics[key], rel=1e-5), key
 
 
 def test_memory_of_the_teacher(results: Path) -> None:
