@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any
 
 
@@ -65,13 +65,31 @@ def flag(
         allowed: a range of numbers (None passes), or the choices or the table that has them.
         alias: an earlier name, whose flag stays accepted.
         named: it may be given several times as NAME=VALUE, and all of them count.
-        needs: the field without which this one has no meaning; for those that are off by default.
+        needs: the field without which this one has no effect, or ``field=value|value``.
     """
-    assert needs is None or not default
     known: dict[str, Any] = {"help": text, "needs": needs, "alias": alias, "named": named}
     known |= {"range": allowed if isinstance(allowed, Range) else None}
     known |= {"choices": None if isinstance(allowed, Range) else allowed}
     return field(default=default, metadata=known)
+
+
+def missing_need(f: Field[Any], values: Mapping[str, Any]) -> str | None:
+    """What a field with another value than its default lacks, as a flag with its value.
+
+    ``values``: of all fields, by name.
+    """
+    needs = f.metadata["needs"]
+    if needs is None or values[f.name] == f.default:
+        return None
+    name, _, wanted = needs.partition("=")
+    enough = str(values[name]) in wanted.split("|") if wanted else bool(values[name])
+    return None if enough else needed_flag(needs)
+
+
+def needed_flag(needs: str) -> str:
+    """The flag, with its value where it must have a certain one."""
+    name, _, wanted = needs.partition("=")
+    return " ".join(filter(None, ["--" + name.replace("_", "-"), wanted.replace("|", " or ")]))
 
 
 def choices_of(known: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from megatron_phf.config.field import choices_of
+from megatron_phf.config.field import choices_of, missing_need, needed_flag
 from megatron_phf.config.presets import preset_flags
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import joined
@@ -77,7 +77,7 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
     allowed, needs = f.metadata["range"], f.metadata["needs"]
     notes = [f"default: {f.default}"]
     notes += [allowed.text] if allowed else []
-    notes += [f"needs {flag_of(needs)}"] if needs else []
+    notes += [f"needs {needed_flag(needs)}"] if needs else []
     options["help"] = f"{f.metadata['help']} ({'; '.join(notes)})"
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -129,8 +129,12 @@ def parse_args(argv: list[str] | None = None) -> Config:
     Raises:
         ValueError: names an unknown or malformed flag, or preset.
     """
-    given = _given(argv)
+    given, own = _given(argv), vars(build_parser().parse_args(argv))
     config = Config().replaced(**given)
+    values = _values(config)
+    # What a preset has for something that the user switched off.
+    idle = [f for f in _fields() if f.name not in own and missing_need(f, values)]
+    config = config.replaced(**{f.name: f.default for f in idle})
     if config.is_embedded:
         defaults = dict(EMBEDDED_DEFAULTS)
         if "lr_warmup_fraction" in given:
@@ -153,18 +157,25 @@ def _problem(value: Any, known: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _values(config: Config) -> dict[str, Any]:
+    return {name: v for group in vars(config).values() for name, v in vars(group).items()}
+
+
+def _fields() -> list[dataclasses.Field[Any]]:
+    return [f for cls in config_groups().values() for f in dataclasses.fields(cls)]
+
+
 def check_fields(config: Config) -> None:
     """Raise ValueError for a value out of its field's range, or without the flag that it needs."""
-    values = {name: v for group in vars(config).values() for name, v in vars(group).items()}
-    fields = [f for cls in config_groups().values() for f in dataclasses.fields(cls)]
+    values, fields = _values(config), _fields()
     for f in fields:
         problem = _problem(values[f.name], f.metadata)
         if problem is not None:
             raise ValueError(f"{flag_of(f.name)} {problem}")
     for f in fields:
-        needs = f.metadata["needs"]
-        if values[f.name] and needs and not values[needs]:
-            raise ValueError(f"{flag_of(f.name)} needs {flag_of(needs)}")
+        needed = missing_need(f, values)
+        if needed is not None:
+            raise ValueError(f"{flag_of(f.name)} needs {needed}: without that it has no effect")
 
 
 def departures(config: Config) -> list[str]:

@@ -119,8 +119,15 @@ class ParallelConfig:
     )
     account_for_loss_in_pipeline_split: bool = flag(False, "so does the output head")
     recompute_granularity: str | None = flag(None, "activation recompute", ("full", "selective"))
-    recompute_method: str = flag("uniform", "of full recompute", ("uniform", "block"))
-    recompute_num_layers: int = flag(1, "of full recompute", at_least(1))
+    recompute_method: str = flag(
+        "uniform",
+        "of full recompute",
+        ("uniform", "block"),
+        needs="recompute_granularity=full",
+    )
+    recompute_num_layers: int = flag(
+        1, "of full recompute", at_least(1), needs="recompute_granularity=full"
+    )
     distributed_timeout_minutes: float = flag(10.0, "a collective that waits longer fails", ABOVE_0)
 
     @property

@@ -17,8 +17,19 @@ def is_named(text: str) -> bool:
 
 
 def joined(before: str | None, text: str) -> str:
-    """A flag given again: one more NAME=DIR counts beside those before it; else the last counts."""
-    return f"{before},{text}" if before and is_named(before) and is_named(text) else text
+    """A flag given again: one more NAME=DIR counts beside those before it; else the last counts.
+
+    Raises:
+        ValueError: one has a name and the other has none.
+    """
+    if not before:
+        return text
+    if is_named(before) != is_named(text):
+        raise ValueError(
+            f"--teacher-hf-model {before} and {text}: one has a name and one has none; give "
+            "NAME=DIR once a teacher, or a single DIR"
+        )
+    return f"{before},{text}" if is_named(text) else text
 
 
 def teacher_directories(config: Config) -> dict[str, str]:

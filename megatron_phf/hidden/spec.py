@@ -81,8 +81,8 @@ def flow_weights(
 ) -> dict[str, Sequence[float]]:
     """L_flow as a weighted sum: weights of each term that can be computed, by layer or pair.
 
-    PHF: L_flow = (mean over L layers + mean over L-1 pairs) / 2.  Without a pair L_adj is 0, and
-    stays in the mean.
+    PHF: L_flow = (mean over L layers + mean over L-1 pairs) / 2.  In a model of one layer L_adj is
+    0 and stays in the mean; where the chosen layers have no neighbours it leaves the mean.
 
     Args:
         equal_widths: False where student and teacher have other hidden sizes.
@@ -98,16 +98,17 @@ def flow_weights(
     usable = terms_of(spec, equal_widths)
     if not usable:
         raise ValueError(f"{','.join(spec.terms)} needs a teacher of the student's hidden size")
-    totals = _term_weights(spec, usable)
     chosen = set(range(1, num_layers + 1) if spec.layers is None else spec.layers)
     pairs = [
         {layer, after} <= chosen for layer, after in itertools.pairwise(range(1, num_layers + 1))
     ]
     layers = [i in chosen for i in range(1, num_layers + 1)]
+    left = usable if spec.layers is None or any(pairs) else [t for t in usable if t.over == "layer"]
+    totals = _term_weights(spec, left)
     weights: dict[str, Sequence[float]] = {}
     for term in usable:
         counted = layers if term.over == "layer" else pairs
-        each = totals[term.name] / max(sum(counted), 1)
+        each = totals.get(term.name, 0.0) / max(sum(counted), 1)
         weights[term.name] = [each * counts for counts in counted]
     return weights
 

@@ -21,10 +21,20 @@ def _working(x: Tensor) -> Tensor:
 def directions(hidden: Tensor, valid: Tensor) -> Tensor:
     """hidden [b, m, h], valid bool [b, m] -> unit transitions D [b, m-1, h].
 
-    d_i = delta_i / ||delta_i||, delta_i = h_{w_{i+1}} - h_{w_i}.  A zero transition, and one with
-    an invalid end, has direction 0 and no gradient.
+    d_i = delta_i / ||delta_i||, delta_i = h_{w_{i+1}} - h_{w_i}.  A transition that is rounding
+    alone (see :func:`rounding`), and one with an invalid end, has direction 0 and no gradient.
     """
     return _Directions.apply(hidden, valid)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The share of its ends' larger norm up to which a transition is rounding.
+
+    A token that repeats has one state in exact arithmetic, and in fp32 states that differ by a few
+    eps, more with depth.  Half an eps of a 16-bit type: several would hide transitions that count.
+    """
+    eps = torch.finfo(dtype).eps
+    return 32 * eps if dtype in (torch.float32, torch.float64) else eps / 2
 
 
 class _Directions(torch.autograd.Function):
@@ -35,10 +45,12 @@ class _Directions(torch.autograd.Function):
         wide = _working(hidden)
         delta = wide[:, 1:] - wide[:, :-1]
         norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        least = torch.maximum(size[:, 1:], size[:, :-1]) * rounding(hidden.dtype)
         both = (valid[:, 1:] & valid[:, :-1])[..., None]
-        still = ~(both & (norm > 0))
+        still = ~(both & (norm > least))
         inverse = norm.reciprocal_().masked_fill_(still, 0.0)
-        # What is not finite stays out where it does not count: 0 x infinity is none.
+        # Mask, do not multiply: inf * 0 is nan.
         unit = delta.mul_(inverse).masked_fill_(still, 0.0)
         ctx.save_for_backward(unit, inverse)
         ctx.dtype = hidden.dtype

@@ -22,8 +22,16 @@ def unit_transitions(hidden: Tensor) -> Tensor:
     rows = []
     for i in range(hidden.shape[0] - 1):
         delta = hidden[i + 1].float() - hidden[i].float()
-        rows.append(delta / delta.norm())
+        ends = max(float(hidden[i].float().norm()), float(hidden[i + 1].float().norm()))
+        still = float(delta.norm()) <= rounding(hidden.dtype) * ends
+        rows.append(torch.zeros_like(delta) if still else delta / delta.norm())
     return torch.stack(rows)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """A transition that is not above this share of its states' norm is rounding, and none."""
+    eps = torch.finfo(dtype).eps
+    return eps / 2 if eps > 1e-4 else 32 * eps
 
 
 def relative_depth(student_layers: int, teacher_layers: int) -> list[int]:
@@ -140,6 +148,8 @@ def flow_objective(values: dict[str, list[Tensor] | None], o: Options) -> Tensor
             continue
         kept = [v[i] for i in layers if name not in PAIRS or i + 1 in layers]
         mean = sum(kept) / len(kept) if kept else torch.zeros(())
+        if o.layers and name in PAIRS and not kept:
+            continue  # of layers without neighbours no pair is left to be a half of the loss
         if weights[name]:
             total = total + float(weights[name][0]) * mean
         else:

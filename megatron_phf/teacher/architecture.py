@@ -238,10 +238,17 @@ def check_models(models: Models, config: Config, tokenizers: bool = True) -> Non
     check_split(models.student, own)
     _check_teacher(models, config, tokenizers)
     layers, spec = models.student.num_layers, flow_spec(config)
+    terms = f"--phf-terms {config.method.phf_terms}, --phf-layers"
     try:
-        flow_weights(layers, spec, models.teacher.hidden_size == models.student.hidden_size)
+        equal_widths = models.teacher.hidden_size == models.student.hidden_size
+        weights = flow_weights(layers, spec, equal_widths)
     except ValueError as error:
-        raise ValueError(f"--phf-terms {config.method.phf_terms}, --phf-layers: {error}") from error
+        raise ValueError(f"{terms}: {error}") from error
+    if config.method.opsd_weight == 0 and not any(map(any, weights.values())):
+        raise ValueError(
+            f"{terms}: every term has weight 0 or no layers to compare, and with --opsd-weight 0 "
+            "nothing is trained on; change one of them"
+        )
 
 
 def _check_teacher(models: Models, config: Config, tokenizers: bool) -> None:

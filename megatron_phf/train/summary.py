@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from megatron_phf.config.flags import departures
 from megatron_phf.config.schedule import decay_iters
-from megatron_phf.config.settings import Config, TrainConfig
+from megatron_phf.config.settings import Config, MethodConfig, TrainConfig
 from megatron_phf.config.teachers import teacher_names
 from megatron_phf.data.rollouts import Rollout
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.estimate.memory import Machine, memory_estimate
 from megatron_phf.lora.config import num_adapter_parameters, target_modules
+from megatron_phf.losses import OBJECTIVES
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt_config import model_dtype, transformer_impl
 from megatron_phf.runtime import device, parallel
@@ -96,11 +97,20 @@ def run_summary(models: Models, config: Config) -> str:
             f"rate     {_rate(t)}",
             f"batch    {t.global_batch_size} rollouts a step, {_microbatches(config)}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
-            f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, clip "
-            f"{m.opsd_clip_mode} {m.opsd_clip}; teacher {m.teacher}",
+            f"{_output_loss(m)}; teacher {m.teacher}",
             f"memory   {sum(memory.values()):.2f} GiB a rank, activations aside ({parts})",
         )
     )
+
+
+def _output_loss(m: MethodConfig) -> str:
+    """What counts of the output loss's settings."""
+    if m.opsd_weight == 0:
+        return "no output loss"
+    if OBJECTIVES[m.opsd_objective].needs_targets:
+        return f"{m.opsd_objective}, temperature {m.opsd_temperature}, without beta and clip"
+    clip = "no clip" if m.opsd_clip_mode == "none" else f"clip {m.opsd_clip_mode} {m.opsd_clip}"
+    return f"{m.opsd_objective} beta {m.opsd_beta}, temperature {m.opsd_temperature}, {clip}"
 
 
 def _microbatches(config: Config) -> str:

@@ -14,7 +14,7 @@ class MeanSquare(HiddenTerm):
     """Mean over the window's positions and the channels of (h^S - h^T)^2, in the states' unit."""
 
     name = "mse"
-    source = "OPRD, arXiv:2606.06021, as its released code computes it"
+    source = "after OPRD, arXiv:2606.06021, on each layer's output and with a mean over sequences"
     label = "mean square"
     states = "rows"
     compares = "states"

@@ -74,8 +74,6 @@ def test_every_number_has_a_range_that_is_checked_and_in_its_help(name: str, all
         ("math=DIR/a", {"math": "DIR/a"}, ("math",)),
         ("math=DIR/a code=b=,c", {"math": "DIR/a", "code": "b=,c"}, ("math", "code")),
         ("math=DIR/a,code=b", {"math": "DIR/a", "code": "b"}, ("math", "code")),
-        ("DIR/a math=b", {"math": "b"}, ("math",)),
-        ("math=b DIR/a", {"": "DIR/a"}, ()),
     ],
 )
 def test_teachers_with_names(
@@ -86,6 +84,36 @@ def test_teachers_with_names(
     config = parse_args([w for word in given.split() for w in ("--teacher-hf-model", word)])
     assert list(teacher_directories(config).items()) == list(directories.items())
     assert teacher_names(config) == names
+
+
+@pytest.mark.parametrize("words", ["DIR/a math=b", "math=b DIR/a"])
+def test_a_teacher_is_not_dropped_for_want_of_a_name(words: str) -> None:
+    with pytest.raises(ValueError, match="one has a name and one has none"):
+        parse_args([w for word in words.split() for w in ("--teacher-hf-model", word)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        ("--ema-decay 0.9", "--ema-decay needs --teacher ema"),
+        ("--lora-dropout 0.1", "--lora-dropout needs --lora-rank"),
+        ("--lora-alpha 16", "--lora-alpha needs --lora-rank"),
+        (
+            "--token-keep-fraction 0.2",
+            "needs --token-weighting student_entropy or divergence_top_p",
+        ),
+        ("--token-entropy-threshold 1", "needs --token-weighting teacher_entropy"),
+        ("--recompute-method block", "--recompute-method needs --recompute-granularity full"),
+        ("--recompute-num-layers 2", "needs --recompute-granularity full"),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags: str, needed: str) -> None:
+    """A preset's own is dropped instead: its user has said something else."""
+    with pytest.raises(ValueError, match=needed):
+        check_fields(parse_args(flags.split()))
+    config = parse_args(["--preset", "phf", "--lora-rank", "0", "--hf-model", "m", "--data", "d"])
+    check_fields(config)
+    assert config.lora.lora_dropout == 0
 
 
 @pytest.mark.parametrize("flag", ["--engine-drift-warning", "--vllm-drift-warning"])

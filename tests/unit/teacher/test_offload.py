@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from megatron_phf.config.field import choices_of
 from megatron_phf.config.settings import MethodConfig
 from megatron_phf.model.gpt import evaluating
 from megatron_phf.teacher.average import WeightAverage
@@ -128,4 +129,4 @@ def test_a_pass_that_reads_weights_waits_for_them_once() -> None:
 
 def test_every_choice_of_a_teacher_has_a_row() -> None:
     (field,) = [f for f in dataclasses.fields(MethodConfig) if f.name == "teacher"]
-    assert field.metadata["choices"] == tuple(TEACHERS)
+    assert choices_of(field.metadata) == tuple(TEACHERS)
