@@ -52,7 +52,12 @@ class Beds:
     def _wake(self, what: str) -> None:
         if self._controls:  # every rank's cache is empty before a server takes memory
             on_every_rank(_give_back)
-        self._each(lambda control: _wake(control, what))
+
+        def wake(control: Control) -> None:
+            if control.is_asleep():
+                control.wake(what)
+
+        self._each(wake)
 
     def _each(self, action: Callable[[Control], None]) -> None:
         if self._controls:
@@ -67,11 +72,6 @@ def _give_back() -> None:
     """Give other processes what this one's allocator keeps of the device's memory unused."""
     device.synchronize()
     torch.cuda.empty_cache()
-
-
-def _wake(control: Control, what: str) -> None:
-    if control.is_asleep():
-        control.wake(what)
 
 
 def _told(control: Control, action: Callable[[Control], None], until: float) -> None:
