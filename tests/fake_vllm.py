@@ -13,6 +13,7 @@ without DIRECTORY as scripted, the second stands for the program ``vllm`` (see `
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import random
@@ -55,7 +56,13 @@ _FIELDS = {
     "/sleep": set(),
     "/wake_up": set(),
 }
-_INIT = {"master_address", "master_port", "world_size", "timeout_seconds"}
+_INIT = {
+    "torch_distributed": {"master_address", "master_port", "world_size", "timeout_seconds"},
+    "nccl": {
+        *("nccl_unique_id_b64", "rank_offset", "world_size"),
+        *("packed", "packed_buffer_size_bytes", "packed_num_buffers"),
+    },
+}
 _UPDATE = {"names", "dtype_names", "shapes"}
 SHIFT = 0.25
 
@@ -68,6 +75,50 @@ class _Problem(Exception):
 
 class _Died(Exception):
     """No answer to this request."""
+
+
+class LazyGroup:
+    """A group of two as NCCL's: the first call of a kind waits in the host for the other member.
+
+    One that has died is waited for until ``abort``.
+    """
+
+    def __init__(self, rank: int, store: Callable[[], dist.Store], seconds: timedelta) -> None:
+        self.aborted = threading.Event()
+        self._rank, self._store, self._seconds = rank, store, seconds
+        self._group: dist.ProcessGroupGloo | None = None
+        self._kinds: set[str] = set()
+
+    def __getattr__(self, kind: str) -> Callable[..., _Work]:
+        def call(*arguments: object) -> _Work:
+            if self._group is None:
+                self._group = dist.ProcessGroupGloo(self._store(), self._rank, 2, self._seconds)
+            group, work = self._group, _Work(self.aborted)
+            if kind not in self._kinds:
+                self._kinds.add(kind)
+                work.wait_for(group.barrier())
+            work.work = getattr(group, kind)(*arguments)
+            return work
+
+        return call
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+
+class _Work:
+    def __init__(self, aborted: threading.Event) -> None:
+        self._aborted, self.work = aborted, None
+
+    def wait_for(self, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError:
+            self._aborted.wait(20)
+            raise
+
+    def wait(self) -> None:
+        self.wait_for(self.work)
 
 
 class _Http(ThreadingHTTPServer):
@@ -90,6 +141,8 @@ class FakeVllm:
         delay: tuple[float, float] = (0.0, 0.0),
         slots: int = 64,
         transfer: bool = False,
+        backend: str = "torch_distributed",
+        lazy: bool = False,
         die_at_messages: tuple[int, ...] = (),
         port: int = 0,
         host: str = "127.0.0.1",
@@ -99,7 +152,8 @@ class FakeVllm:
         Args:
             delay: seconds of a completion, as its seed decides.
             slots: so many at once.
-            transfer: started with --weight-transfer-config, of this package's backend.
+            transfer: started with --weight-transfer-config, of this ``backend``.
+            lazy: its groups are as NCCL's.
             die_at_messages: the numbers (from 0) of /update_weights at which it is restarted.
         """
         self.directory, self.api_key = directory, api_key
@@ -112,6 +166,7 @@ class FakeVllm:
         self.most_at_once = self._at_once = 0
         self.scripted = [5, 6, 1]
         self.transfer, self.die_at_messages, self._messages = transfer, die_at_messages, 0
+        self.backend, self.lazy, self.packages = backend, lazy, ""
         self.transfers: list[dict[str, torch.Tensor]] = []  # those that ended well
         # By seed: completions that have two tokens when the n-th transfer (from 1) comes, not more.
         self.held: dict[int, int] = {}
@@ -247,7 +302,7 @@ class FakeVllm:
         elif route in ("/sleep", "/wake_up"):
             return self._bed(route, query)
         elif route == "/init_weight_transfer_engine":
-            assert set(body["init_info"]) == _INIT
+            assert set(body["init_info"]) == _INIT[self.backend]
             self._join(**body["init_info"])
         elif route == "/start_weight_update":
             assert self._group is not None and (self._paused or self._frozen)
@@ -277,12 +332,27 @@ class FakeVllm:
             self._lock.notify_all()
 
     def _join(
-        self, master_address: str, master_port: int, world_size: int, timeout_seconds: float
+        self,
+        world_size: int,
+        master_address: str = "127.0.0.1",
+        master_port: int = 0,
+        timeout_seconds: float = 5.0,
+        nccl_unique_id_b64: str = "",
+        **packing: object,
     ) -> None:
         assert world_size == 2
         seconds = timedelta(seconds=timeout_seconds)
+        if nccl_unique_id_b64:  # 128 bytes, here with a port in them (see the tests)
+            identity = base64.b64decode(nccl_unique_id_b64, validate=True)
+            assert len(identity) == 128
+            master_port = int(identity.rstrip(b"\0"))
         store = dist.TCPStore(master_address, master_port, None, False, seconds)
-        self._group = dist.ProcessGroupGloo(store, 1, 2, seconds)
+        if self.lazy:
+            self._group = LazyGroup(1, lambda: store, seconds)
+        else:
+            self._group = dist.ProcessGroupGloo(store, 1, 2, seconds)
+        if nccl_unique_id_b64:
+            self._group.allreduce(torch.ones(1)).wait()
 
     def _update(self, names: list[str], dtype_names: list[str], shapes: list) -> None:
         number, self._messages = self._messages, self._messages + 1
@@ -290,8 +360,14 @@ class FakeVllm:
             torch.empty(shape, dtype=getattr(torch, dtype))
             for shape, dtype in zip(shapes, dtype_names, strict=True)
         ]
-        for tensor in tensors[: len(tensors) // 2 if number in self.die_at_messages else None]:
+        packed = torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8)
+        parcels = [packed] if self.backend == "nccl" else tensors
+        for tensor in parcels[: len(parcels) // 2 if number in self.die_at_messages else None]:
             self._group.broadcast(tensor, 0).wait()
+        if self.backend == "nccl":
+            parts = packed.split([tensor.nbytes for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
         if number in self.die_at_messages:
             self._group = None  # its connections end
             self.die()
@@ -441,6 +517,7 @@ class _Handler(BaseHTTPRequestHandler):
             "/get_world_size": lambda: {"world_size": 1},
             "/weight_info": lambda: {"weight_version": fake._version},
             "/is_sleeping": lambda: {"is_sleeping": any(fake.asleep.values())},
+            "/server_info": lambda: {"system_env": {"pip_packages": fake.packages}},
         }
         if self.path not in answers:
             self._send(404, {"detail": "Not Found"})

@@ -1,4 +1,4 @@
-"""Environment variables that CUDA and its allocator read: our defaults, in one place.
+"""Environment variables that CUDA, its allocator and NCCL read: our defaults, in one place.
 
 Without torch, which must not be imported before they are set.
 """
@@ -12,16 +12,30 @@ from pathlib import Path
 # torch 2.9 renamed the first; some versions read only one of them, and for some settings only the
 # older one (pytorch/pytorch#183387).
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+_OURS = "MEGATRON_PHF_DEFAULTS"  # the names of those that the user has left open
 
 
 def set_cuda_defaults(environment: MutableMapping[str, str]) -> None:
     """Set, in place, what the user has left open; before torch is imported."""
-    # Megatron's overlap of communication and computation counts on one hardware queue.
-    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Sequences of other lengths in each step leave holes that fixed segments could not fill.
     given = [environment[name] for name in _ALLOCATOR if name in environment]
-    for name in _ALLOCATOR:
-        environment.setdefault(name, given[0] if given else "expandable_segments:True")
+    defaults = {
+        # Megatron's overlap of communication and computation counts on one hardware queue.
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        # NCCL registers the buffers of its calls in a CUDA graph, and must not where they expand.
+        "NCCL_GRAPH_REGISTER": "0",
+        # Sequences of other lengths in each step leave holes that fixed segments could not fill.
+        **dict.fromkeys(_ALLOCATOR, given[0] if given else "expandable_segments:True"),
+    }
+    ours = {name: value for name, value in defaults.items() if name not in environment}
+    if ours:
+        earlier = filter(None, [environment.get(_OURS)])  # a parent process's
+        environment.update({**ours, _OURS: ",".join([*earlier, *ours])})
+
+
+def without_defaults(environment: Mapping[str, str]) -> dict[str, str]:
+    """A copy as the user has made it: for a program with defaults of its own."""
+    ours = {_OURS, *environment.get(_OURS, "").split(",")}
+    return {name: value for name, value in environment.items() if name not in ours}
 
 
 def for_children(environment: Mapping[str, str]) -> dict[str, str]:

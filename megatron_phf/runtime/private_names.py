@@ -28,6 +28,7 @@ TORCH = Package(
     "2.11 and 2.13",
     (
         "torch:_C._autograd._get_current_graph_task_keep_graph",
+        "torch:_C._accelerator_setAllocatorSettings",
         "torch.distributed.distributed_c10d:_get_default_store",
         "torch.distributed.distributed_c10d:_world.pg_map",
         "torch.cuda.memory:_record_memory_history",
@@ -134,6 +135,11 @@ def default_store() -> Any:
 def process_groups() -> list[Any]:
     """All process groups of this process."""
     return list(find("torch.distributed.distributed_c10d:_world.pg_map"))
+
+
+def set_allocator(settings: str) -> None:
+    """Let CUDA's allocator go by ``settings``, as PYTORCH_ALLOC_CONF has them, from now on."""
+    find("torch:_C._accelerator_setAllocatorSettings")(settings)
 
 
 def record_memory_history() -> None:

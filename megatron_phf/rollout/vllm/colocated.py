@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from megatron_phf.config.settings import Config
 from megatron_phf.rollout.vllm.control import Control, ServerGone
 from megatron_phf.rollout.vllm.flags import syncs_adapters
 from megatron_phf.rollout.vllm.server import VllmServer
 from megatron_phf.rollout.vllm.sync import deadline
-from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.runtime import device
+from megatron_phf.runtime.together import on_every_rank, on_first_rank
 
 
 class Beds:
@@ -39,12 +42,22 @@ class Beds:
 
     def wake_weights(self) -> None:
         """Memory for the weights, which may then be brought."""
-        self._each(lambda control: _wake(control, "weights"))
+        self._wake("weights")
 
     def wake_cache(self) -> None:
         """Memory for keys and values: requests may come."""
-        self._each(lambda control: _wake(control, "kv_cache"))
+        self._wake("kv_cache")
         self.asleep = False
+
+    def _wake(self, what: str) -> None:
+        if self._controls:  # every rank's cache is empty before a server takes memory
+            on_every_rank(_give_back)
+
+        def wake(control: Control) -> None:
+            if control.is_asleep():
+                control.wake(what)
+
+        self._each(wake)
 
     def _each(self, action: Callable[[Control], None]) -> None:
         if self._controls:
@@ -55,9 +68,10 @@ class Beds:
             _told(control, action, until)
 
 
-def _wake(control: Control, what: str) -> None:
-    if control.is_asleep():
-        control.wake(what)
+def _give_back() -> None:
+    """Give other processes what this one's allocator keeps of the device's memory unused."""
+    device.synchronize()
+    torch.cuda.empty_cache()
 
 
 def _told(control: Control, action: Callable[[Control], None], until: float) -> None:

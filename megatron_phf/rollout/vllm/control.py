@@ -2,11 +2,13 @@
 
 As vLLM 0.32 has them (VLLM_SERVER_DEV_MODE=1): ``/pause``, ``/resume``, ``/get_world_size``,
 ``/init_weight_transfer_engine``, ``/start_weight_update``, ``/update_weights``,
-``/finish_weight_update``, ``/weight_info``, ``/sleep``, ``/wake_up``, ``/is_sleeping``.
+``/finish_weight_update``, ``/weight_info``, ``/sleep``, ``/wake_up``, ``/is_sleeping``,
+``/server_info``.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megatron_phf.files.foreign import shown
@@ -70,6 +72,16 @@ class Control:
                 "newer is needed"
             )
         return size
+
+    def nccl_version(self) -> str | None:
+        """Of the package beside its torch; None where it does not say."""
+        try:
+            answer = self._tell("/server_info", method="GET")
+        except (ServerGone, ValueError):
+            return None
+        system = answer.get("system_env") if isinstance(answer, dict) else None
+        match = re.search(r"nvidia-nccl-cu\d+==([\d.]+)", str(system))
+        return match and match[1]
 
     def init(self, info: dict[str, Any]) -> None:
         """Let its workers meet the trainer."""

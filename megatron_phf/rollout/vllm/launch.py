@@ -16,6 +16,7 @@ from megatron_phf.config.settings import Config
 from megatron_phf.rollout.vllm import watch
 from megatron_phf.rollout.vllm.flags import launch_words
 from megatron_phf.rollout.vllm.sync import deadline
+from megatron_phf.runtime.environment import without_defaults
 from megatron_phf.runtime.together import on_first_rank
 
 # torchrun's, which vLLM would take for its own.
@@ -65,10 +66,11 @@ def _start(config: Config, port: int, log: Path) -> subprocess.Popen[bytes]:
     if program is None:
         raise ValueError("there is no vllm on PATH")
     variables, words = launch_words(config)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-    for name in _LAUNCHER:
-        environment.pop(name, None)
-    environment |= variables
+    environment = {
+        name: value
+        for name, value in without_defaults(os.environ).items()
+        if not (name in _LAUNCHER or name.startswith("TORCHELASTIC_"))
+    } | variables
     address = ["--host", "127.0.0.1", "--port", str(port)]
     command = [program, "serve", config.model.hf_model, *words, *address]
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -7,11 +7,14 @@ import shutil
 import threading
 import time
 
+import torch
+
 from megatron_phf.config.settings import Config
 from megatron_phf.files.replace import is_copy, mark, not_ours
 from megatron_phf.lora.files import save_peft_adapter
 from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel
+from megatron_phf.rollout.vllm.control import Control
 from megatron_phf.rollout.vllm.flags import (
     read_api_key,
     server_urls,
@@ -50,15 +53,28 @@ def connect(config: Config, arch: Architecture) -> list[VllmServer]:
 
 
 def _check_servers(servers: list[VllmServer], config: Config, arch: Architecture) -> None:
-    _check_way(config.vllm.vllm_weight_sync)
+    way = config.vllm.vllm_weight_sync
+    _check_way(way)
     for server in servers:
         _check_server(server, config, arch)
+        if way in ("nccl", "torch_distributed") and device.has_cuda():
+            _check_nccl(server)
 
 
 def _check_way(way: str) -> None:
     if way in ("nccl", "ipc") and not device.has_cuda():
         raise ValueError(
             f"--vllm-weight-sync {way} is for GPUs, and there is none here; use torch_distributed"
+        )
+
+
+def _check_nccl(server: VllmServer) -> None:
+    ours = ".".join(str(part) for part in torch.cuda.nccl.version()[:3])
+    theirs = Control(server).nccl_version()
+    if theirs not in (None, ours):
+        raise ValueError(
+            f"--vllm-url {server.url}: it has NCCL {theirs}, the trainer NCCL {ours}, and two "
+            "versions refuse each other; install one in both environments (docs/vllm.md)"
         )
 
 

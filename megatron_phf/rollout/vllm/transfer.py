@@ -151,9 +151,7 @@ class _Round:
         """One message to all servers that are still there."""
 
         def send(control: Control) -> None:
-            sent = self._way.send(self._links[control].workers, tensors)
-            control.update(said)
-            sent()
+            self._way.send(self._links[control].workers, tensors, lambda: control.update(said))
 
         self._each(send)
 

@@ -1,27 +1,30 @@
 """How tensors travel to a server's workers: vLLM's weight-transfer backends, the trainer's end.
 
 Each way has ``message`` (every rank: what ``/update_weights`` says of some tensors), ``connect``
-(rank 0: a link to one server's workers) and ``send`` (rank 0: start the tensors on their way, then
-the server is told).  A message is received whole before its tensors are looked at, so that a
-server that refuses one leaves nobody waiting.
+(rank 0: a link to one server's workers) and ``send`` (rank 0: the tensors, while ``tell`` asks the
+server for its part and waits for the answer: over NCCL each side waits in its call for the other).
+A message is received whole before its tensors are looked at.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import os
 import pickle
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_phf.rollout.vllm import wire
 from megatron_phf.rollout.vllm.control import Control, ServerGone
-from megatron_phf.runtime import device, parallel
+from megatron_phf.runtime import device, parallel, private_names
 
 Named = Sequence[tuple[str, Tensor]]
 MESSAGE_BYTES = 2**28
@@ -44,24 +47,30 @@ def address_towards(host: str) -> str:
         return str(s.getsockname()[0])
 
 
-def _meanwhile(join: Callable[[], Any], tell: Callable[[], None], seconds: float) -> Any:
-    """What ``join`` gives, which returns once what ``tell`` asks for is done.
+def _meanwhile(
+    act: Callable[[], Any], tell: Callable[[], None], seconds: float, abort: Callable[[], None]
+) -> Any:
+    """What ``act`` gives, which blocks until the server does its part: what ``tell`` asks for.
 
-    Where the server refuses, nobody waits for the join: its own time ends it.
+    Where it refuses, or dies, ``abort`` ends what it would leave waiting: here, and on the device.
     """
-    found: list[Any] = []
+    results: list[Any] = []
 
-    def joined() -> None:
+    def acted() -> None:
         with contextlib.suppress(RuntimeError):  # the others did not come
-            found.append(join())
+            results.append(act())
 
-    thread = threading.Thread(target=device.in_thread(joined), daemon=True)
+    thread = threading.Thread(target=device.in_thread(acted), daemon=True)
     thread.start()
-    tell()
-    thread.join(seconds)
-    if not found:
-        raise ServerGone("its workers did not meet the trainer")
-    return found[0]
+    try:
+        tell()
+        thread.join(seconds)
+        if not results:
+            raise ServerGone("its workers did not meet the trainer")
+    except Exception:
+        abort()
+        raise
+    return results[0]
 
 
 class _FromRank0:
@@ -75,6 +84,20 @@ class _FromRank0:
     def message(self, tensors: Named) -> dict[str, Any]:
         """See the module."""
         return described(tensors)
+
+    def send(self, group: Any, tensors: Named, tell: Callable[[], None]) -> None:
+        """See the module."""
+
+        def broadcast() -> bool:
+            sent = self._sent(tensors)  # kept until they are read
+            for work in [group.broadcast(tensor, wire.TRAINER) for tensor in sent]:
+                work.wait()
+            return True
+
+        _meanwhile(broadcast, tell, self._seconds, group.abort)
+
+    def _sent(self, tensors: Named) -> list[Tensor]:
+        return [tensor.contiguous() for _, tensor in tensors]
 
 
 class TorchDistributed(_FromRank0):
@@ -94,56 +117,34 @@ class TorchDistributed(_FromRank0):
             lambda: wire.join(store, wire.TRAINER, size, self._seconds, cuda),
             lambda: control.init(info),
             self._seconds,
+            lambda: None,  # its own time ends it
         )
-
-    def send(self, group: Any, tensors: Named) -> Callable[[], None]:
-        """See the module; call what it gives to wait until all is sent."""
-        sent = [tensor.contiguous() for _, tensor in tensors]  # kept until they are read
-        works = [group.broadcast(tensor, wire.TRAINER) for tensor in sent]
-
-        def wait() -> None:
-            for work, _ in zip(works, sent, strict=True):
-                work.wait()
-
-        return wait
 
 
 class Nccl(_FromRank0):
-    """vLLM's ``nccl``: a communicator of this GPU and the workers' GPUs.
-
-    One packed broadcast a message, on a stream of its own: where the server dies in the midst, what
-    hangs is that stream.
-    """
+    """vLLM's ``nccl``: a communicator of this GPU and the workers', one broadcast a message."""
 
     def connect(self, control: Control, workers: int) -> Any:
         """See the module; the workers' warm-up is an all-reduce of one element."""
-        identity = torch.cuda.nccl.unique_id()
-        info = {
-            "nccl_unique_id_b64": base64.b64encode(identity).decode(),
-            "rank_offset": 1,
-            "world_size": workers + 1,
-            "packed": True,
-            "packed_buffer_size_bytes": MESSAGE_BYTES,
-            "packed_num_buffers": 1,
-        }
+        size, store = workers + 1, dist.HashStore()
+        store.set_timeout(timedelta(seconds=self._seconds))
+        group = wire.join(store, wire.TRAINER, size, self._seconds, cuda=True)
 
         def join() -> Any:
-            communicator = torch.cuda.nccl.init_rank(workers + 1, identity, 0)
-            ones = torch.ones(1, device=device.device())
-            torch.cuda.nccl.all_reduce([ones], comms=[communicator])
-            return communicator, torch.cuda.Stream()
+            group.allreduce(torch.ones(1, device=device.device())).wait()
+            return group
 
-        return _meanwhile(join, lambda: control.init(info), self._seconds)
+        def tell() -> None:
+            # torch keeps the identity of a group's first communicator so for the other ranks.
+            identity = base64.b64encode(store.get("0")).decode()
+            info = {"nccl_unique_id_b64": identity, "rank_offset": 1, "world_size": size}
+            packing = {"packed_buffer_size_bytes": MESSAGE_BYTES, "packed_num_buffers": 1}
+            control.init({**info, "packed": True, **packing})
 
-    def send(self, link: Any, tensors: Named) -> Callable[[], None]:
-        """See the module."""
-        communicator, stream = link
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            packed = _packed(tensors)
-            torch.cuda.nccl.broadcast([packed], comms=[communicator])
+        return _meanwhile(join, tell, self._seconds, group.abort)
 
-        return stream.synchronize
+    def _sent(self, tensors: Named) -> list[Tensor]:
+        return [_packed(tensors)]
 
 
 class Ipc:
@@ -164,7 +165,7 @@ class Ipc:
 
         packed = _packed(tensors)
         if self._buffer is None or len(self._buffer) < len(packed):
-            self._buffer = packed.new_empty(max(len(packed), MESSAGE_BYTES))
+            self._buffer = _shareable(max(len(packed), MESSAGE_BYTES))
             gpu = str(torch.cuda.get_device_properties(device.device()).uuid)
             self._handle = {gpu: reduce_tensor(self._buffer)[1]}
         self._buffer[: len(packed)] = packed
@@ -180,9 +181,22 @@ class Ipc:
         """See the module."""
         control.init({"packed": True})
 
-    def send(self, link: Any, tensors: Named) -> Callable[[], None]:
-        """Nothing: they are where the worker reads them."""
-        return lambda: None
+    def send(self, link: Any, tensors: Named, tell: Callable[[], None]) -> None:
+        """See the module; they are where the worker reads them."""
+        tell()
+
+
+def _shareable(size: int) -> Tensor:
+    """Bytes on this GPU, which another process may map.
+
+    In no expandable segment: to map those takes ``pidfd_getfd``, which containers refuse.
+    """
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", "")
+    private_names.set_allocator(settings.replace("segments:True", "segments:False"))
+    try:
+        return torch.empty(size, dtype=torch.uint8, device=device.device())
+    finally:
+        private_names.set_allocator(settings)
 
 
 def _packed(tensors: Named) -> Tensor:

@@ -1,11 +1,14 @@
 """Tensors from the trainer to a server's workers over torch.distributed: both ends, torch alone.
 
 The group is apart from the default one of either program: rank 0 is the trainer, the workers follow
-it in the order of their ranks.  It ends with the connection of any member.
+it in the order of their ranks.  It ends with the connection of any member, over NCCL by ``abort``:
+there the first call of a kind waits in the host for the others, and a dead member keeps it waiting.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 BACKEND = "torch_distributed"  # of vLLM's --weight-transfer-config
 TRAINER = 0
+_JOINING = threading.Lock()
 
 
 def offer(size: int, seconds: float) -> dist.TCPStore:
@@ -38,8 +42,19 @@ def join(store: dist.Store, rank: int, size: int, seconds: float, cuda: bool) ->
     Raises:
         RuntimeError: some did not, in time.
     """
-    kind = dist.ProcessGroupNCCL if cuda else dist.ProcessGroupGloo
-    return kind(store, rank, size, timedelta(seconds=seconds))
+    if not cuda:
+        return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=seconds))
+    # Else torch's watchdog ends this process where a member dies or the group is aborted.  Groups
+    # read the variable as they are made, and have no other setting for it.
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    with _JOINING:
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            return dist.ProcessGroupNCCL(store, rank, size, timedelta(seconds=seconds))
+        finally:
+            del os.environ[name]
+            os.environ.update({} if before is None else {name: before})
 
 
 def receive(

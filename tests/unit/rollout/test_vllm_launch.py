@@ -16,6 +16,7 @@ import pytest
 from megatron_phf.config.flags import parse_args
 from megatron_phf.rollout.vllm import launch, watch
 from megatron_phf.rollout.vllm.flags import check_vllm, launch_words
+from megatron_phf.runtime.environment import set_cuda_defaults
 from tests.launch import free_port
 
 FLAGS = ["--hf-model", "m", "--data", "d", "--rollout-engine", "vllm"]
@@ -77,7 +78,13 @@ def config_of(tmp_path: Path, flags: str) -> object:
     )
 
 
-def test_a_server_of_the_runs_own(vllm: Path, one_rank: None, tmp_path: Path) -> None:
+def test_a_server_of_the_runs_own(
+    vllm: Path, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}  # the user's own
+    set_cuda_defaults(rank)
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
     config, (watcher,) = launch.launched(
         config_of(tmp_path, "CUDA_VISIBLE_DEVICES=3 --max-num-seqs 9")
     )
@@ -85,6 +92,10 @@ def test_a_server_of_the_runs_own(vllm: Path, one_rank: None, tmp_path: Path) ->
     server, child, environment = json.loads(vllm.read_text())
     assert environment["CUDA_VISIBLE_DEVICES"] == "3" and environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert not {"RANK", "TORCHELASTIC_RUN_ID"} & environment.keys()
+    assert {name: environment.get(name) for name in rank} == {
+        **dict.fromkeys(rank),
+        "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64",
+    }
     log = (tmp_path / "out" / "vllm-server.log").read_text()
     assert '["serve", "m", "--max-num-seqs", "9", "--weight-transfer-config"' in log
     assert not is_gone(server) and not is_gone(child)

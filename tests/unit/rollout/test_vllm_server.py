@@ -18,7 +18,8 @@ from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.vllm.flags import check_vllm, server_urls
 from megatron_phf.rollout.vllm.http import Patience
 from megatron_phf.rollout.vllm.server import Question, VllmServer
-from megatron_phf.rollout.vllm.sync import _check_server
+from megatron_phf.rollout.vllm.sync import _check_server, _check_servers
+from megatron_phf.runtime import device
 from tests.fake_vllm import FAULTS, FakeVllm
 
 SAMPLING = SamplingParams(0.7, 0.9, 20, 8, (1, 2), seed=3)
@@ -196,6 +197,26 @@ def test_a_server_that_this_run_cannot_use(tmp_path) -> None:
         fake.max_model_len = 69
         with pytest.raises(ValueError, match=r"end at 69 tokens.*--max-model-len 70"):
             _check_server(server, config.replaced(lora_rank=4), arch)
+
+
+@pytest.mark.parametrize("way", ["torch_distributed", "nccl", "ipc"])
+def test_both_sides_have_one_nccl(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the server says which it has, and where NCCL carries the weights."""
+    arch = parse_architecture({**MODEL_CONFIG, "max_position_embeddings": 256}, "test")
+    config = parse_args(["--rollout-engine", "vllm", "--vllm-weight-sync", way])
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 29, 7, "suffix"))
+    with FakeVllm(None) as fake:
+        server = VllmServer(fake.url, PATIENCE)
+        for packages in ("torch==2.13.0", "nvidia-nccl-cu13==2.29.7\ntorch==2.13.0"):
+            fake.packages = packages
+            _check_servers([server], config, arch)
+        fake.packages = "[pip3] nvidia-nccl-cu13==2.30.7"
+        if way == "ipc":
+            _check_servers([server], config, arch)
+            return
+        with pytest.raises(ValueError, match=r"has NCCL 2\.30\.7, the trainer NCCL 2\.29\.7"):
+            _check_servers([server], config, arch)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])

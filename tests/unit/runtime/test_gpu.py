@@ -20,7 +20,7 @@ from megatron_phf.hidden.rows import SequenceShards
 from megatron_phf.model import gpt
 from megatron_phf.model.architecture import parse_architecture
 from megatron_phf.runtime import device, kernels, optional_packages
-from megatron_phf.runtime.environment import set_cuda_defaults
+from megatron_phf.runtime.environment import set_cuda_defaults, without_defaults
 from megatron_phf.runtime.visible_gpus import count_visible, visible_gpus
 from tests.launch import REPO, environment
 
@@ -373,19 +373,25 @@ def test_cuda_variables(given: dict, new: str, old: str) -> None:
     """torch reads either name of the allocator's; what the user has set holds under both."""
     variables = dict(given)
     set_cuda_defaults(variables)
-    assert variables == {
+    defaults = {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "NCCL_GRAPH_REGISTER": "0",
         "PYTORCH_ALLOC_CONF": new,
         "PYTORCH_CUDA_ALLOC_CONF": old,
     }
-    variables = {**given, "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert variables.items() >= defaults.items()
+    set_cuda_defaults(variables)  # as a child process does
+    assert without_defaults({**variables, "PATH": "/bin"}) == {**given, "PATH": "/bin"}
+    user = {**given, "CUDA_DEVICE_MAX_CONNECTIONS": "8", "NCCL_GRAPH_REGISTER": "1"}
+    variables = dict(user)
     set_cuda_defaults(variables)
-    assert variables["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert variables.items() >= user.items() and without_defaults(variables) == user
 
 
 def test_every_start_sets_cuda_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product's ranks, the tests' driver and the benchmarks, before they import torch."""
     names = ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    names += ("NCCL_GRAPH_REGISTER",)
     assert all(name in environment() for name in names)
     for name in names:
         monkeypatch.delenv(name, raising=False)
