@@ -32,7 +32,6 @@ from megatron_phf.files.replace import (
     replace_directory,
     set_aside,
 )
-from megatron_phf.lora.config import read_adapter_config
 from megatron_phf.model.architecture import check_split, read_architecture
 from megatron_phf.train.checkpoint_files import (
     MANIFEST,
@@ -40,6 +39,7 @@ from megatron_phf.train.checkpoint_files import (
     check_sizes,
     read_manifest,
 )
+from megatron_phf.weights.adapters import check_adapter
 from megatron_phf.weights.headers import check_hf_weights
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -115,7 +115,7 @@ def plan_job(args: argparse.Namespace) -> dict[str, Any]:
         tensors = check_hf_weights(job["source"], arch)
         job["dtype"] = job["dtype"] or _kept_dtype(args.source, {t.dtype for t in tensors.values()})
     if args.action == "merge-adapter":
-        read_adapter_config(args.adapter)
+        check_adapter(args.adapter, arch)
         return {**job, "adapter": os.path.abspath(args.adapter)}
     if args.action == "hf-to-megatron":
         job["hf_model"] = job["source"]

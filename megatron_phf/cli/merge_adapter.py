@@ -21,27 +21,11 @@ from megatron_phf.cli.main import leave_on_error
 from megatron_phf.config.settings import Config
 from megatron_phf.lora.files import merge_adapter, read_adapter
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.weights.adapters import check_adapter
 from megatron_phf.weights.headers import StoredTensor, check_hf_weights
 from megatron_phf.weights.hf_directory import copy_model_files, write_shards
 
-_PREFIX = "base_model.model."
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def _check_adapter(
-    directory: str, adapter: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]
-) -> None:
-    """Raise ValueError unless every matrix of the adapter has its weight in the model."""
-    for name, matrix in adapter.items():
-        base, _, kind = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        weight, axis = stored.get(base + ".weight"), {"lora_A": 1, "lora_B": 0}.get(kind)
-        other = f"{_PREFIX}{base}.{'lora_B' if kind == 'lora_A' else 'lora_A'}.weight"
-        fits = weight is not None and axis is not None and other in adapter
-        if not fits or matrix.shape[axis] != weight.shape[axis]:  # type: ignore[index,union-attr]
-            raise ValueError(
-                f"{directory}: {name} {list(matrix.shape)} does not fit the model; was it trained "
-                "on another one?"
-            )
 
 
 def _read(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
@@ -58,9 +42,10 @@ def merge(job: dict) -> None:
     Raises:
         ValueError: they do not fit, or the target cannot be written.
     """
-    stored = check_hf_weights(job["source"], read_architecture(job["source"]))
+    arch = read_architecture(job["source"])
+    stored = check_hf_weights(job["source"], arch)
+    check_adapter(job["adapter"], arch)
     adapter, scale = read_adapter(job["adapter"])
-    _check_adapter(job["adapter"], adapter, stored)
     dtype = _DTYPES[job["dtype"]]
     merged = merge_adapter(_read(stored), adapter, scale, dtype)
     try:

@@ -23,7 +23,7 @@ from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.evaluation.grader_process import check_grader
-from megatron_phf.lora.config import check_lora, target_modules
+from megatron_phf.lora.config import target_modules
 from megatron_phf.model.architecture import (
     parse_architecture,
 )
@@ -39,6 +39,7 @@ from megatron_phf.teacher.architecture import (
     flag_of_teacher,
     read_models,
 )
+from megatron_phf.weights.adapters import check_start
 from megatron_phf.weights.headers import check_hf_weights
 
 
@@ -156,7 +157,7 @@ def check_settings(config: Config) -> None:
     check_schedule(config)
     _check_batching(config)
     check_teacher_flags(config)
-    check_lora(config)
+    target_modules(config.lora)
     check_engine(config)
     check_rollouts(config)
     check_vllm(config)
@@ -173,6 +174,7 @@ def check(config: Config) -> None:
     check_fp8_model(config, models.student)
     check_models(models, config, tokenizers=reads_data(config))
     _check_weights(models, config)
+    check_start(config, models.student)
     check_decoding(config, models.student, visible_gpus())
     _check_tokenizer(config)
     _check_evaluation(config)

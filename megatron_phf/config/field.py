@@ -57,6 +57,7 @@ def flag(
     needs: str | None = None,
     alias: str | None = None,
     named: bool = False,
+    acts_with: str | None = None,
 ) -> Any:
     """A field that is a flag.
 
@@ -65,31 +66,29 @@ def flag(
         allowed: a range of numbers (None passes), or the choices or the table that has them.
         alias: an earlier name, whose flag stays accepted.
         named: it may be given several times as NAME=VALUE, and all of them count.
-        needs: the field without which this one has no effect, or ``field=value|value``.
+        needs: the field without which this one has no meaning; for those that are off by default.
+        acts_with: the field without which another value has no effect, or ``field=value|value``:
+            said at the start, as presets and shared command lines have such values.
     """
+    assert needs is None or not default
     known: dict[str, Any] = {"help": text, "needs": needs, "alias": alias, "named": named}
+    known |= {"acts_with": acts_with}
     known |= {"range": allowed if isinstance(allowed, Range) else None}
     known |= {"choices": None if isinstance(allowed, Range) else allowed}
     return field(default=default, metadata=known)
 
 
-def missing_need(f: Field[Any], values: Mapping[str, Any]) -> str | None:
-    """What a field with another value than its default lacks, as a flag with its value.
+def lacks(f: Field[Any], values: Mapping[str, Any]) -> str | None:
+    """The flag, and its values, without which another value of ``f`` than its default does nothing.
 
-    ``values``: of all fields, by name.
+    None where it does something.  ``values``: of all fields, by name.
     """
-    needs = f.metadata["needs"]
-    if needs is None or values[f.name] == f.default:
+    if f.metadata["acts_with"] is None or values[f.name] == f.default:
         return None
-    name, _, wanted = needs.partition("=")
-    enough = str(values[name]) in wanted.split("|") if wanted else bool(values[name])
-    return None if enough else needed_flag(needs)
-
-
-def needed_flag(needs: str) -> str:
-    """The flag, with its value where it must have a certain one."""
-    name, _, wanted = needs.partition("=")
-    return " ".join(filter(None, ["--" + name.replace("_", "-"), wanted.replace("|", " or ")]))
+    name, _, wanted = f.metadata["acts_with"].partition("=")
+    if str(values[name]) in wanted.split("|") if wanted else values[name]:
+        return None
+    return f"--{name.replace('_', '-')} {wanted.replace('|', ' or ')}".rstrip()
 
 
 def choices_of(known: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from megatron_phf.config.field import choices_of, missing_need, needed_flag
+from megatron_phf.config.field import choices_of, lacks
 from megatron_phf.config.presets import preset_flags
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import joined
@@ -77,7 +77,7 @@ def _add_argument(group: Any, f: dataclasses.Field[Any], hint: Any) -> None:
     allowed, needs = f.metadata["range"], f.metadata["needs"]
     notes = [f"default: {f.default}"]
     notes += [allowed.text] if allowed else []
-    notes += [f"needs {needed_flag(needs)}"] if needs else []
+    notes += [f"needs {flag_of(needs)}"] if needs else []
     options["help"] = f"{f.metadata['help']} ({'; '.join(notes)})"
     if hint is bool:
         options["action"] = argparse.BooleanOptionalAction
@@ -129,12 +129,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
     Raises:
         ValueError: names an unknown or malformed flag, or preset.
     """
-    given, own = _given(argv), vars(build_parser().parse_args(argv))
+    given = _given(argv)
     config = Config().replaced(**given)
-    values = _values(config)
-    # What a preset has for something that the user switched off.
-    idle = [f for f in _fields() if f.name not in own and missing_need(f, values)]
-    config = config.replaced(**{f.name: f.default for f in idle})
     if config.is_embedded:
         defaults = dict(EMBEDDED_DEFAULTS)
         if "lr_warmup_fraction" in given:
@@ -173,9 +169,19 @@ def check_fields(config: Config) -> None:
         if problem is not None:
             raise ValueError(f"{flag_of(f.name)} {problem}")
     for f in fields:
-        needed = missing_need(f, values)
-        if needed is not None:
-            raise ValueError(f"{flag_of(f.name)} needs {needed}: without that it has no effect")
+        needs = f.metadata["needs"]
+        if values[f.name] and needs and not values[needs]:
+            raise ValueError(f"{flag_of(f.name)} needs {flag_of(needs)}")
+
+
+def without_effect(config: Config) -> list[str]:
+    """The flags of a run that change nothing in it, and what they would need."""
+    values = _values(config)
+    return [
+        f"{flag_of(f.name)} {values[f.name]} has no effect without {lacking}"
+        for f in _fields()
+        if (lacking := lacks(f, values)) is not None
+    ]
 
 
 def departures(config: Config) -> list[str]:

@@ -123,10 +123,10 @@ class ParallelConfig:
         "uniform",
         "of full recompute",
         ("uniform", "block"),
-        needs="recompute_granularity=full",
+        acts_with="recompute_granularity=full",
     )
     recompute_num_layers: int = flag(
-        1, "of full recompute", at_least(1), needs="recompute_granularity=full"
+        1, "of full recompute", at_least(1), acts_with="recompute_granularity=full"
     )
     distributed_timeout_minutes: float = flag(10.0, "a collective that waits longer fails", ABOVE_0)
 

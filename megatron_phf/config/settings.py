@@ -91,13 +91,13 @@ class MethodConfig:
         0.5,
         "share of a response's tokens that student_entropy and divergence_top_p keep",
         ABOVE_0_TO_1,
-        needs="token_weighting=student_entropy|divergence_top_p",
+        acts_with="token_weighting=student_entropy|divergence_top_p",
     )
     token_entropy_threshold: float = flag(
         0.8,
         "nats above which a token counts twice with teacher_entropy",
         at_least(0),
-        needs="token_weighting=teacher_entropy",
+        acts_with="token_weighting=teacher_entropy",
     )
     skip_first_tokens: int = flag(
         0,
@@ -108,7 +108,7 @@ class MethodConfig:
     teacher: str = flag(
         "frozen", "the privileged teacher's weights", Choices("teacher.traits", "TRAITS")
     )
-    ema_decay: float = flag(0.999, "rho of the ema teacher", FROM_0_TO_1, needs="teacher=ema")
+    ema_decay: float = flag(0.999, "rho of the ema teacher", FROM_0_TO_1, acts_with="teacher=ema")
 
 
 @dataclass(frozen=True)

@@ -23,18 +23,21 @@ class LoraConfig:
         needs="hf_model",
     )
     lora_alpha: float = flag(
-        128.0, "the adapters' output is scaled by this / --lora-rank", ABOVE_0, needs="lora_rank"
+        128.0,
+        "the adapters' output is scaled by this / --lora-rank",
+        ABOVE_0,
+        acts_with="lora_rank",
     )
     lora_dropout: float = flag(
         0.0,
         "of the adapters' input, in the student's training pass",
         FROM_0_TO_BELOW_1,
-        needs="lora_rank",
+        acts_with="lora_rank",
     )
     lora_target_modules: str = flag(
         "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
         "linears with an adapter, by their HuggingFace names",
-        needs="lora_rank",
+        acts_with="lora_rank",
     )
     lora_adapter: str | None = flag(
         None, "start from this PEFT adapter directory", needs="lora_rank"

@@ -6,6 +6,8 @@ Without torch: the checks before launch read it too.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_phf.config.settings import Config, LoraConfig
@@ -127,8 +129,12 @@ def read_adapter_config(directory: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not the configuration of a LoRA adapter")
     _check_plain(content, path)
     targets = content.get("target_modules")
-    if not isinstance(targets, list) or not all(target in TARGETS for target in targets):
-        raise ValueError(f"{path}: target_modules must be a list out of {', '.join(TARGETS)}")
+    if not isinstance(targets, str) and not (
+        isinstance(targets, list) and targets and all(isinstance(name, str) for name in targets)
+    ):
+        raise ValueError(
+            f"{path}: target_modules must be a list of names, a regular expression or all-linear"
+        )
     fields = Fields(path, content)
     fields.size("r")
     fields.number("lora_alpha")
@@ -150,30 +156,32 @@ def _check_plain(content: dict[str, Any], path: str) -> None:
             )
 
 
-def check_lora(config: Config) -> None:
-    """Raise ValueError for LoRA flags that do not fit each other, or the adapter to start from."""
-    lora = config.lora
-    if lora.lora_rank == 0:
-        return
-    targets = target_modules(lora)
-    if lora.lora_adapter is not None:
-        _check_start(lora, targets)
+def adapted_modules(content: dict[str, Any], modules: Iterable[str], path: str) -> list[str]:
+    """Those of a model's ``modules`` that an adapter's target_modules name, as peft reads them.
 
+    A list has ends of names, a string is a regular expression for whole ones, or ``all-linear``.
 
-def _check_start(lora: LoraConfig, targets: tuple[str, ...]) -> None:
-    assert lora.lora_adapter is not None
-    found = read_adapter_config(lora.lora_adapter)
-    same = (
-        found["r"] == lora.lora_rank
-        and found["lora_alpha"] == lora.lora_alpha
-        and set(found["target_modules"]) == set(targets)
-    )
-    if not same:
-        names = ",".join(target for target in TARGETS if target in found["target_modules"])
-        raise ValueError(
-            f"--lora-adapter {lora.lora_adapter} was trained otherwise; pass --lora-rank "
-            f"{found['r']} --lora-alpha {found['lora_alpha']} --lora-target-modules {names}"
-        )
-    weights = os.path.join(lora.lora_adapter, WEIGHTS_FILE)
-    if not os.path.isfile(weights):
-        raise ValueError(f"{weights}: no such file (adapters in PEFT's safetensors format only)")
+    Raises:
+        ValueError: a name is none of ours, or nothing is named; names ``path``.
+    """
+    targets, modules = content["target_modules"], list(modules)
+    if targets == "all-linear":
+        return modules
+    if isinstance(targets, str):
+        try:
+            chosen = [name for name in modules if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise ValueError(
+                f"{path}: target_modules is no regular expression ({error})"
+            ) from error
+    else:
+        chosen = [n for n in modules if any(n == t or n.endswith(f".{t}") for t in targets)]
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise ValueError(
+                    f"{path}: target_modules names {target}, which is no linear of this model's "
+                    f"layers ({', '.join(TARGETS)})"
+                )
+    if not chosen:
+        raise ValueError(f"{path}: target_modules {targets!r} names no linear of this model")
+    return chosen

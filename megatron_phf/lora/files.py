@@ -19,11 +19,9 @@ from megatron_phf.lora.config import (
     WEIGHTS_FILE,
     adapter_config,
     read_adapter_config,
-    target_modules,
     tensor_name,
 )
 from megatron_phf.lora.linears import adapted_linears
-from megatron_phf.model.architecture import Architecture
 from megatron_phf.model.gpt import FlowGPTModel, wait_for_weights
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.together import on_every_rank
@@ -128,43 +126,24 @@ def read_adapter(directory: str) -> tuple[dict[str, Tensor], float]:
     return tensors, float(content["lora_alpha"]) / float(content["r"])
 
 
-def _load_local(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config, source: str
-) -> None:
+def _load_local(chunks: list[FlowGPTModel], source: str) -> None:
     """Fill this rank's adapters."""
-    path, matrices = os.path.join(source, WEIGHTS_FILE), ("lora_A", "lora_B")
-    known = {
-        tensor_name(layer, target, matrix)
-        for layer in range(1, arch.num_layers + 1)
-        for target in target_modules(config.lora)
-        for matrix in matrices
-    }
+    path = os.path.join(source, WEIGHTS_FILE)
     try:
         with safe_open(path, "pt") as f:
-            different = sorted(known ^ set(f.keys()))
-            if different:
-                raise ValueError(
-                    f"{path}: {different[0]} is missing there or in this model; is it another's?"
-                )
             for layer, target, adapter in _named_adapters(chunks):
-                a, b = (f.get_tensor(tensor_name(layer, target, matrix)) for matrix in matrices)
-                rank, (rows, columns) = adapter.lora_A.shape[0], adapter.shape
-                if a.shape != (rank, columns) or b.shape != (rows, rank):
-                    raise ValueError(
-                        f"{path}: {target} of layer {layer} has another shape than this model's "
-                        f"{rows} x {columns}; is it another's?"
-                    )
-                adapter.load(a, b)
+                names = (tensor_name(layer, target, matrix) for matrix in ("lora_A", "lora_B"))
+                adapter.load(*map(f.get_tensor, names))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); copy the adapter again") from error
 
 
-def load_peft_adapter(
-    chunks: list[FlowGPTModel], arch: Architecture, config: Config, source: str
-) -> None:
+def load_peft_adapter(chunks: list[FlowGPTModel], source: str) -> None:
     """Fill the adapters of ``chunks`` from PEFT's directory ``source``; every rank calls.
 
+    That it fits was checked before (``weights.adapters.check_start``).
+
     Raises:
-        ValueError: files are missing, damaged or another model's, on every rank.
+        ValueError: it cannot be read, on every rank.
     """
-    on_every_rank(_load_local, chunks, arch, config, source)
+    on_every_rank(_load_local, chunks, source)

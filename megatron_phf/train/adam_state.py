@@ -28,25 +28,40 @@ def allocate(adam: torch.optim.Optimizer) -> None:
             state.update({name: torch.zeros_like(parameter) for name in _MOMENTS})
 
 
-def convert(adam: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Lay out ``state``, one of megatron-core's optimizers as read, as it is with ``adam`` in it.
+def restored(adam: torch.optim.Optimizer, asked: Any, saved: Any, step: int) -> dict[str, Any]:
+    """``asked`` of one of megatron-core's optimizers, with the tensors of ``saved``.
 
-    In place.  Settings that only ``adam`` knows keep their values; it reads no others.
+    Settings are this run's: a checkpoint of another layout may have them in other groups, or in
+    another number of optimizers (experts under expert parallelism have one of their own).
     """
+    state = _filled(asked, saved)
     inner = state.get("optimizer", state)  # under mixed precision beside the fp32 weights
     moments, groups = inner.get("state"), inner["param_groups"]
-    steps = [int(group.pop("step")) for group in groups if group.get("step") is not None]
-    if moments is not None and "common_step" in moments:
-        steps.append(int(moments.pop("common_step")))
-    step = max(steps, default=0)
-    for group in groups:
-        for name, value in adam.defaults.items():
-            group.setdefault(name, value)
-    if not _counts_by_parameter(adam):
-        for group in groups:
-            group["step"] = step
-    elif moments is not None:
+    if moments is not None and _counts_by_parameter(adam):
         moments["common_step"] = torch.tensor(float(step))
-    else:  # the distributed optimizer's, whose moments are read apart
+    else:  # the distributed optimizer reads moments apart
         for group in groups:
-            group["step"] = float(step)
+            group["step"] = float(step) if _counts_by_parameter(adam) else step
+    return state
+
+
+def steps_taken(saved: Any) -> int:
+    """The steps that a checkpoint's optimizers have counted, wherever they did."""
+    if isinstance(saved, list):
+        return max(map(steps_taken, saved), default=0)
+    if not isinstance(saved, dict):
+        return 0
+    counts = [int(saved[name]) for name in ("step", "common_step") if saved.get(name) is not None]
+    return max([*counts, *map(steps_taken, saved.values())], default=0)
+
+
+def _filled(asked: Any, saved: Any) -> Any:
+    """Plain values of ``asked``; what it asked a checkpoint for stands in ``saved``."""
+    if isinstance(asked, dict):
+        there = saved if isinstance(saved, dict) else {}
+        return {name: _filled(value, there.get(name)) for name, value in asked.items()}
+    if isinstance(asked, list):
+        there = saved if isinstance(saved, list) else [None] * len(asked)
+        return [_filled(value, each) for value, each in zip(asked, there, strict=True)]
+    plain = asked is None or isinstance(asked, bool | int | float | str | tuple | torch.Tensor)
+    return asked if plain else saved

@@ -41,7 +41,7 @@ def load_student(arch: Architecture, config: Config, directory: str) -> list[Flo
     if config.lora.lora_rank:
         add_adapters(chunks, arch, config)
     if config.lora.lora_adapter is not None:
-        load_peft_adapter(chunks, arch, config, config.lora.lora_adapter)
+        load_peft_adapter(chunks, config.lora.lora_adapter)
     return chunks
 
 

@@ -188,12 +188,14 @@ class Checkpointer:
     def _take(self, path: str, manifest: dict[str, Any]) -> Progress:
         for change in check_compatible(path, manifest, self._manifest(Progress())):
             say(f"changed since the checkpoint: {change}")
-        state = torch_dist.read(self._state(True), path, complete=False)
+        asked = self._state(True)
+        state = torch_dist.read(asked, path, complete=False)
         load_weights_state(self._distiller.student, state)
         # Checkpoints of older versions decay over all steps, and do not say so.
         decay = manifest.get("lr_decay_iters", manifest["config"]["train"]["train_iters"])
         optimizer, train = self._distiller.optimizer, self._config.train
-        optimizer.load_state_dict(state["optimizer"], manifest["schedule_steps"], decay)
+        saved = (asked["optimizer"], state["optimizer"])
+        optimizer.load_state_dict(*saved, manifest["schedule_steps"], decay)
         if train.lr_decay_iters is None and decay != train.train_iters:
             say(f"the learning rate goes on as it began, over {decay} steps (--lr-decay-iters)")
         self._distiller.teacher.load_state_dict(state.get("teacher", {}))

@@ -24,9 +24,6 @@ from megatron_phf.model.gpt_config import model_dtype
 from megatron_phf.runtime import device
 from megatron_phf.train import adam_state
 
-# Of a parameter group: this run's, whatever a checkpoint has.
-_OWN_SETTINGS = ("betas", "eps", "max_lr", "min_lr")
-
 
 class StudentOptimizer:
     """AdamW on the student's chunks; gradients in fp32, reduced over data-parallel ranks."""
@@ -153,22 +150,23 @@ class StudentOptimizer:
             return self.optimizer.sharded_state_dict(weights, loading, metadata=metadata)
 
     def load_state_dict(
-        self, state: dict[str, Any], schedule_steps: int, lr_decay_iters: int
+        self,
+        asked: dict[str, Any],
+        saved: dict[str, Any],
+        schedule_steps: int,
+        lr_decay_iters: int,
     ) -> None:
-        """What was read for :meth:`sharded_state_dict`; rates and betas stay this run's.
+        """What was ``asked`` by :meth:`sharded_state_dict`, and what a checkpoint gave for it.
 
-        It may have been saved with another kind of Adam: torch's, or a fused one.  Without
+        It may have been saved in another layout and with another kind of Adam.  Without
         --lr-decay-iters the rate goes on over ``lr_decay_iters``, as it began, so that another
         --train-iters makes it no jump.
         """
-        kept = [{k: g[k] for k in _OWN_SETTINGS} for g in self.optimizer.param_groups]
-        each = self.optimizer.chained_optimizers
-        states = [state] if len(each) == 1 else [part for _, part in sorted(state.items())]
+        step, each = adam_state.steps_taken(saved), self.optimizer.chained_optimizers
         with device.cuda_type_names():
-            for optimizer, part in zip(each, states, strict=True):
-                _load(optimizer, part)
-        for group, values in zip(self.optimizer.param_groups, kept, strict=True):
-            group.update(values)
+            for number, optimizer in enumerate(each):
+                ask, part = (asked, saved) if len(each) == 1 else (asked[number], saved.get(number))
+                _load(optimizer, adam_state.restored(optimizer.optimizer, ask, part, step))
         if self._train.lr_decay_iters is None:
             self.lr_decay_iters = lr_decay_iters
         self._schedule = _schedule(self.optimizer, self._train, self.lr_decay_iters)
@@ -190,7 +188,6 @@ def _load(optimizer: Any, state: dict[str, Any]) -> None:
     That keeps a step a parameter, which megatron-core saves once, restores as one tensor for all
     (each parameter would then count it up), and misses when it copies the moments.
     """
-    adam_state.convert(optimizer.optimizer, state)
     moments = state.pop("param_state", None)
     optimizer.load_state_dict(state)
     if moments is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_phf.config.flags import departures
+from megatron_phf.config.flags import departures, without_effect
 from megatron_phf.config.schedule import decay_iters
 from megatron_phf.config.settings import Config, MethodConfig, TrainConfig
 from megatron_phf.config.teachers import teacher_names
@@ -98,6 +98,7 @@ def run_summary(models: Models, config: Config) -> str:
             f"batch    {t.global_batch_size} rollouts a step, {_microbatches(config)}",
             f"method   alpha {m.phf_alpha}, window {m.phf_window_size} ({m.phf_window_rule}); "
             f"{_output_loss(m)}; teacher {m.teacher}",
+            *(f"note     {text}" for text in without_effect(config)),
             f"memory   {sum(memory.values()):.2f} GiB a rank, activations aside ({parts})",
         )
     )

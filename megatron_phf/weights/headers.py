@@ -41,7 +41,7 @@ class StoredTensor:
     end: int = 0
 
 
-def _read_header(path: str) -> dict[str, StoredTensor]:
+def read_header(path: str) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file whose size is what its header says."""
     try:
         size = os.path.getsize(path)
@@ -121,7 +121,7 @@ def stored_tensors(directory: str) -> dict[str, StoredTensor]:
     index = read_json_object(path)["weight_map"] if os.path.isfile(path) else {}
     found: dict[str, StoredTensor] = {}
     for name in files:
-        tensors = _read_header(os.path.join(directory, name))
+        tensors = read_header(os.path.join(directory, name))
         for tensor in tensors.keys() & found.keys():
             raise ValueError(
                 f"{directory}: {tensor} is in {name} and in {os.path.basename(found[tensor].file)};"
@@ -215,6 +215,14 @@ def check_hf_weights(directory: str, arch: Architecture) -> dict[str, StoredTens
                 f"{tensor.file}: {name} is {tensor.dtype}, not one of {', '.join(_FLOATS)}; "
                 "quantised models must be dequantised first"
             )
+    fused = next(
+        (n for n in found if n.endswith((".experts.gate_up_proj", ".experts.down_proj"))), ""
+    )
+    if fused and arch.experts is not None:
+        raise ValueError(
+            f"{found[fused].file}: {fused} holds all experts in one tensor, as transformers 5 has "
+            "them in memory; write the model with its save_pretrained, which splits them"
+        )
     for name, shape in expected.items():
         if name not in found:
             raise ValueError(

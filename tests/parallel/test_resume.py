@@ -14,6 +14,7 @@ from megatron_phf.demo.task import make_hf_directory, make_problems
 from tests.launch import unmeasured
 from tests.models import make_model, make_replay
 from tests.parallel.cases import compare_tensors, launch
+from tests.parallel.test_moe import EXPERTS
 from tests.parallel.test_parity import PP2, TP2
 
 STEPS, HALF, BATCH = 6, 3, 4
@@ -29,6 +30,10 @@ EXACT = {
     "lora_ema_dp2": ["--lora-rank", "4", "--teacher", "ema"],
     "ema_tp2_async": [*TP2, "--teacher", "ema", "--async-save"],
 }
+EP2 = ["--expert-model-parallel-size", "2"]
+# A model with experts: saved and loaded in these layouts, by 2 processes.  Under expert parallelism
+# its experts have an optimizer of their own.
+EXPERTS_MOVED = {"ep1_to_2": ([], EP2), "ep2_to_1": (EP2, [])}
 RESHARDED = {"pp2": (2, PP2), "tp2_pp2": (4, TP2 + PP2), "dp2": (2, [])}
 TRAIN = ["--train-iters", str(STEPS), "--global-batch-size", str(BATCH), "--lr", "1e-3"]
 TRAIN += ["--max-prompt-length", "64", "--max-teacher-prompt-length", "128", "--seed", "9"]
@@ -109,6 +114,19 @@ def files(tmp_path_factory) -> Path:
         job("reshard-straight", d, [*replayed, *TP2], **{"save-hf": str(d / "reshard-straight")})
     )
     cases.append(job("reshard-half", d, [*replayed, *TP2, *half], save=save))
+    make_model(str(d / "experts"), **EXPERTS)
+    moe = ["--hf-model", str(d / "experts"), *replayed[2:], "--moe-aux-loss-coeff", "0"]
+    straight = {"save-hf": str(d / "reshard-experts-straight")}
+    cases.append(job("reshard-experts-straight", d, moe, **straight))
+    for name, (first, second) in EXPERTS_MOVED.items():
+        for more in ([], DISTRIBUTED):
+            run, save_moe = (
+                f"{name}{'_distributed' * bool(more)}",
+                str(d / f"{name}{len(more)}.ckpt"),
+            )
+            export = {"save-hf": str(d / f"reshard-{run}")}
+            cases.append(job(f"{run}-half", d, [*moe, *first, *more, *half], save=save_moe))
+            cases.append(job(f"reshard-{run}", d, [*moe, *second, *more], load=save_moe, **export))
     for processes in (2, 4):
         for name, (count, layout) in RESHARDED.items():
             if count == processes:
@@ -133,15 +151,18 @@ def test_resumed_run_is_bit_equal(files: Path, name: str) -> None:
     assert len(lines(files / f"{name}.rollouts")) == STEPS * BATCH
 
 
-@pytest.mark.parametrize("name", RESHARDED)
+@pytest.mark.parametrize(
+    "name", [*RESHARDED, *EXPERTS_MOVED, *(f"{name}_distributed" for name in EXPERTS_MOVED)]
+)
 def test_resharded_run_continues(files: Path, name: str) -> None:
-    straight, resumed = (lines(files / f"reshard-{n}.jsonl") for n in ("straight", name))
+    whole = "straight" if name in RESHARDED else "experts-straight"
+    straight, resumed = (lines(files / f"reshard-{n}.jsonl") for n in (whole, name))
     assert [line["step"] for line in resumed] == list(range(HALF + 1, STEPS + 1))
     for a, b in zip(straight[HALF:], resumed, strict=True):
         for key in ("loss", "opsd", "flow", "grad_norm", "teacher_entropy"):
             assert b[key] == pytest.approx(a[key], rel=1e-5, abs=1e-7), key
     expected, found = (
-        load_file(files / f"reshard-{n}" / "model.safetensors") for n in ("straight", name)
+        load_file(files / f"reshard-{n}" / "model.safetensors") for n in (whole, name)
     )
     compare_tensors(found, expected, 1e-5)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_phf.cli import preflight
-from megatron_phf.config.flags import build_parser, check_fields, parse_args
+from megatron_phf.config.flags import build_parser, check_fields, parse_args, without_effect
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import teacher_directories, teacher_names
 from tests.models import make_model, make_replay
@@ -92,28 +92,22 @@ def test_a_teacher_is_not_dropped_for_want_of_a_name(words: str) -> None:
         parse_args([w for word in words.split() for w in ("--teacher-hf-model", word)])
 
 
-@pytest.mark.parametrize(
-    ("flags", "needed"),
-    [
-        ("--ema-decay 0.9", "--ema-decay needs --teacher ema"),
-        ("--lora-dropout 0.1", "--lora-dropout needs --lora-rank"),
-        ("--lora-alpha 16", "--lora-alpha needs --lora-rank"),
-        (
-            "--token-keep-fraction 0.2",
-            "needs --token-weighting student_entropy or divergence_top_p",
-        ),
-        ("--token-entropy-threshold 1", "needs --token-weighting teacher_entropy"),
-        ("--recompute-method block", "--recompute-method needs --recompute-granularity full"),
-        ("--recompute-num-layers 2", "needs --recompute-granularity full"),
-    ],
-)
-def test_a_flag_without_effect_is_refused(flags: str, needed: str) -> None:
-    """A preset's own is dropped instead: its user has said something else."""
-    with pytest.raises(ValueError, match=needed):
-        check_fields(parse_args(flags.split()))
-    config = parse_args(["--preset", "phf", "--lora-rank", "0", "--hf-model", "m", "--data", "d"])
-    check_fields(config)
-    assert config.lora.lora_dropout == 0
+IDLE = {
+    "--ema-decay 0.9": "--ema-decay 0.9 has no effect without --teacher ema",
+    "--lora-dropout 0.1": "without --lora-rank",
+    "--lora-alpha 16": "without --lora-rank",
+    "--token-keep-fraction 0.2": "without --token-weighting student_entropy or divergence_top_p",
+    "--token-entropy-threshold 1": "without --token-weighting teacher_entropy",
+    "--recompute-method block": "without --recompute-granularity full",
+    "--recompute-num-layers 2": "without --recompute-granularity full",
+}
+
+
+@pytest.mark.parametrize("flags", IDLE)
+def test_a_flag_without_effect_is_said(flags: str) -> None:
+    (text,) = without_effect(parse_args(flags.split()))
+    assert IDLE[flags] in text
+    assert without_effect(parse_args(["--teacher", "ema", "--ema-decay", "0.9"])) == []
 
 
 @pytest.mark.parametrize("flag", ["--engine-drift-warning", "--vllm-drift-warning"])

@@ -233,9 +233,20 @@ def saved(adam: torch.optim.Optimizer, *, distributed: bool) -> dict:
     return {"state": moments, "param_groups": state["param_groups"]}
 
 
+def asked(adam: torch.optim.Optimizer, *, distributed: bool) -> dict:
+    """What they ask a checkpoint for: places of moments, and plain values of their own."""
+    state = saved(adam, distributed=distributed)
+    moments = state["param_state"] if distributed else state["state"]
+    for number, each in moments.items():
+        if isinstance(each, dict):
+            moments[number] = {name: Ellipsis for name in each}
+    return state
+
+
 def resume(adam: torch.optim.Optimizer, state: dict) -> None:
     """As megatron-core's optimizers do."""
-    adam_state.convert(adam, state)
+    places = asked(adam, distributed="param_state" in state)
+    state = adam_state.restored(adam, places, state, adam_state.steps_taken(state))
     inner = state.get("optimizer", state)
     moments = state.get("param_state", inner.get("state"))
     if "param_state" in state and isinstance(adam, torch.optim.Adam):
