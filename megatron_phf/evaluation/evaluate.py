@@ -15,6 +15,7 @@ from megatron_phf.data.prompts import PromptTemplates, fill, problem_prompt, pro
 from megatron_phf.data.rollouts import written_stop
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.data.unknown import unknown_tokens
+from megatron_phf.evaluation.answers import same_answer
 from megatron_phf.evaluation.grading import (
     Grader,
     average_at_k,
@@ -119,10 +120,14 @@ class Evaluation:
 def majority(answers: Sequence[str | None]) -> int | None:
     """Position of the first sample with the most frequent answer; the earliest wins a tie.
 
-    Samples without an answer have no vote; None where no sample has one.
+    Answers are one where ``same_answer`` says so.  Samples without an answer have no vote; None
+    where no sample has one.
     """
-    counts = Counter(answer for answer in answers if answer is not None)
-    return answers.index(counts.most_common(1)[0][0]) if counts else None
+    votes = Counter[str]()
+    for text, count in Counter(answer for answer in answers if answer is not None).items():
+        first = next((earlier for earlier in votes if same_answer(text, earlier)), text)
+        votes[first] += count
+    return answers.index(votes.most_common(1)[0][0]) if votes else None
 
 
 @dataclass(frozen=True)

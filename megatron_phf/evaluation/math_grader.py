@@ -11,10 +11,11 @@ import re
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import N
+from sympy import Float, Integer, Interval, MatrixBase, N
 
 from megatron_phf.data.problems import Problem
-from megatron_phf.evaluation.answers import readable
+from megatron_phf.evaluation.reading import read, same
+from megatron_phf.evaluation.spelling import readable
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is ours
 
@@ -27,8 +28,9 @@ _EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0),)
 _APPROXIMATELY = re.compile(r"\u2248|\\(?:approx|simeq|doteq|cong)(?![A-Za-z])")
 _DEGREES = re.compile(r"\\(?:text)?degree(?![A-Za-z])|[\u00b0\u00ba]")
 _EXPONENT = re.compile(r"(?<![\w.])(\d+\.?\d*|\.\d+)[eE]([-+]?\d+)(?![\w.])")
-# math-verify rounds floats to 6 decimals: of small numbers that leaves nothing.
-_RELATIVE = 1e-5
+# math-verify rounds floats to 6 decimals: of small numbers that leaves nothing.  A decimal is
+# near; two closed forms are equal.
+_RELATIVE, _EXACT = Float("1e-5", 50), Float("1e-30", 50)
 
 
 def _parsed(answer: str) -> list[Any]:
@@ -39,21 +41,34 @@ def _parsed(answer: str) -> list[Any]:
 
 
 def _far_apart(one: Any, other: Any) -> bool:
-    """Whether both are numbers, and neither near the other nor near its hundredfold (percent)."""
-    if not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
-        return False
-    try:
-        a, b = complex(N(one.doit())), complex(N(other.doit()))
+    """Whether math-verify's rounding alone makes both equal: their numbers differ, at any size."""
+    if isinstance(one, (Interval, MatrixBase)) and isinstance(other, type(one)):
+        parts = ((x.start, x.end) if isinstance(x, Interval) else tuple(x) for x in (one, other))
+        return any(_far_apart(x, y) for x, y in zip(*parts, strict=False))
+    symbols = getattr(one, "free_symbols", set()) | getattr(other, "free_symbols", set())
+    try:  # at one point: two expressions in x are equal at any
+        point = {s: Integer(7 + i) / 5 for i, s in enumerate(sorted(symbols, key=str))}
+        exact = not (one.has(Float) or other.has(Float))
+        a, b = (x.subs(point).doit() for x in (one, other))
+        if not (a.is_number and b.is_number):
+            return False
+        a, b = N(a, 50), N(b, 50)
+        near = _EXACT if exact else _RELATIVE
+        # Also its hundredfold: a percentage.
         pairs = ((a, b), (100 * a, b), (a, 100 * b))
-        return all(abs(x - y) > _RELATIVE * max(abs(x), abs(y)) for x, y in pairs)
-    except (TypeError, ValueError, OverflowError):  # beyond floats
+        return all(bool(abs(x - y) > near * max(abs(x), abs(y))) for x, y in pairs)
+    except (AttributeError, TypeError, ValueError, OverflowError):  # sets, relations, infinities
         return False
 
 
 def same_value(answer: str, problem: Problem) -> bool:
-    """Whether ``answer`` (extracted) has the value of the problem's."""
+    """Whether ``answer`` (extracted) has the value of the problem's, member by member of a list."""
     assert problem.answer is not None
-    gold, found = _parsed(problem.answer), _parsed(answer)
-    if not verify(gold, found, timeout_seconds=None):
+    return same(read(answer), read(problem.answer), _verified) is True
+
+
+def _verified(answer: str, wanted: str) -> bool:
+    gold, parsed = _parsed(wanted), _parsed(answer)
+    if not verify(gold, parsed, timeout_seconds=None):
         return False
-    return not (gold and found and _far_apart(gold[0], found[0]))
+    return not (gold and parsed and _far_apart(gold[0], parsed[0]))
