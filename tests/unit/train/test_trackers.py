@@ -14,9 +14,10 @@ import pytest
 from megatron_phf.cli import preflight
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import read_jsonl
+from megatron_phf.data.rollouts import Rollout, read_rollouts
 from megatron_phf.files.appended import AppendedLines
 from megatron_phf.runtime import parallel
-from megatron_phf.train import logging
+from megatron_phf.train import logging, nonfinite, record
 from megatron_phf.train.logging import RunLogger
 from megatron_phf.train.metrics import StepMetrics
 
@@ -125,6 +126,32 @@ def test_lines_wait_for_a_full_disk(
     logger.close()
     (warning,) = [line for line in said if str(path) in line]
     assert warning.startswith("warning: metrics ") and "the run goes on" in warning
+
+
+def test_recordings_and_samples_on_a_full_disk(
+    tmp_path: Path, said: list[str], full_disk: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A step's rollouts wait; samples of a step that is skipped are not there, and that is said."""
+    for module in (record, nonfinite):
+        monkeypatch.setattr(module, "on_first_rank", lambda action, *args: action(*args))
+    for name in ("gather_over_data_parallel", "gather_objects"):
+        monkeypatch.setattr(parallel, name, lambda value: [value])
+    monkeypatch.setattr(parallel, "data_parallel_rank", lambda: 0)
+    rollouts = [Rollout((1,), (2,), (3, 4), (-0.5, -1.0)), Rollout((5,), (6,), (7,), (-2.0,))]
+    path, cap = str(tmp_path / "r.jsonl"), config(tmp_path, importance_ratio_cap=2.0)
+    source = SimpleNamespace(rollouts=lambda iteration: rollouts)
+    recording = record.RecordingSource(source, path, cap, done=0)
+    full_disk(10)
+    assert recording.rollouts(1) == rollouts
+    assert "--record-rollouts" in recording.at_end(1, False) and len(said) == 1
+    where = nonfinite._dump(3, rollouts, {1}, cap)
+    assert where.startswith(f"samples not written ({tmp_path / 'nonfinite_step_3.jsonl'}: ")
+    full_disk(-1)
+    assert recording.at_end(1, False) is None and read_rollouts(path, 9) == rollouts
+    # With what weighs their tokens, for a replay that does.
+    assert nonfinite._dump(3, rollouts, {1}, cap) == f"samples in {tmp_path}/nonfinite_step_3.jsonl"
+    assert read_rollouts(str(tmp_path / "nonfinite_step_3.jsonl"), 9) == rollouts[1:]
 
 
 def test_a_log_on_a_full_disk_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
