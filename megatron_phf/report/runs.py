@@ -188,6 +188,15 @@ def _flow_spec(info: Line, path: str) -> FlowSpec | None:
         raise ValueError(f"{path}: settings of the flow loss: {error}") from error
 
 
+def _metrics_path(directory: str, info: Line) -> str:
+    """Of ``--metrics-file``, where there is none beside ``run.json``."""
+    path, output = os.path.join(directory, METRICS_FILE), (info.get("config") or {}).get("output")
+    named = output.get("metrics_file") if isinstance(output, dict) else None
+    if isinstance(named, str) and not os.path.exists(path) and os.path.isfile(named):
+        return named
+    return path
+
+
 def read_run(directory: str) -> Run:
     """The run in ``directory``.
 
@@ -205,7 +214,7 @@ def read_run(directory: str) -> Run:
         _integer(info, "seed", path),
         directory,
         info,
-        _read_lines(os.path.join(directory, METRICS_FILE), _METRICS),
+        _read_lines(_metrics_path(directory, info), _METRICS),
         _read_lines(os.path.join(directory, EVALUATIONS_FILE), _EVALUATION),
         _flow_spec(info, path),
     )

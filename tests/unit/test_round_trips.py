@@ -151,6 +151,18 @@ def test_run_files(argv: list[str], tmp_path: Path) -> None:
         assert run.flow == flow_spec(config)
 
 
+def test_metrics_of_another_place(tmp_path: Path) -> None:
+    """--metrics-file; a report finds it by the run's settings."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    named = str(tmp_path / "elsewhere" / "m.jsonl")
+    write_run(tmp_path / "out", Config().replaced(metrics_file=named), [{"loss": 1.0}])
+    (tmp_path / "out" / "metrics.jsonl").rename(named)
+    assert [line["loss"] for line in read_run(str(tmp_path / "out")).steps] == [1.0]
+    Path(named).unlink()
+    assert read_run(str(tmp_path / "out")).steps == []
+
+
 ids = st.lists(st.integers(0, 250), min_size=1, max_size=5).map(tuple)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 version = st.none() | st.integers(0, 9)
