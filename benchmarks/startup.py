@@ -102,7 +102,7 @@ def _parts(flags: list[str], metrics: Path) -> dict[str, float]:
     seen = _job(flags)
     line = json.loads(metrics.read_text().splitlines()[-1])
     step = sum(line["seconds"].values())
-    parts["load"] = seen["step"] - seen["summary"] - step
+    parts["load"] = max(seen["step"] - seen["summary"] - step, 0.0)
     return {"total": seen["step"], **parts, "step": step}
 
 

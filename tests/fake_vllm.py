@@ -17,6 +17,7 @@ import base64
 import json
 import os
 import random
+import select
 import signal
 import sys
 import threading
@@ -172,6 +173,8 @@ class FakeVllm:
         self.held: dict[int, int] = {}
         # By seed: a completion that never ends; as soon as the function says so, the server dies.
         self.dies: dict[int, Callable[[], bool]] = {}
+        # What a slow answer waits for, as long as who asked does.
+        self.slow_until: Callable[[], bool] = lambda: False
         self._holding: set[int] = set()
         self._lock, self._counter = threading.Condition(), threading.Lock()
         self._load()
@@ -583,8 +586,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "not_json":
             self._send(200, "<html>")
         else:
-            if fault == "slow":
-                time.sleep(1.0)
+            while fault == "slow" and not self.fake.slow_until():
+                if select.select([self.connection], [], [], 0.01)[0]:  # who asked has gone
+                    break
             answer = _spoiled(self.fake.complete(body), fault, body)
             self._send(200, answer, part=fault)
 
@@ -633,6 +637,7 @@ def main() -> None:
     parser.add_argument("directory", nargs="?")
     parser.add_argument("--delay", type=float, nargs=2, default=(0.0, 0.0))
     parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--slow-from", type=int, default=0, help="no answer behind so many")
     parser.add_argument("--host", default="" if serve else "127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--weight-transfer-config", type=json.loads)
@@ -643,8 +648,9 @@ def main() -> None:
     transfer = arguments.weight_transfer_config
     assert transfer in (None, {"backend": "torch_distributed"})
     torch.set_num_threads(1)
+    faults = ["ok"] * arguments.slow_from + ["slow"] * 99 if arguments.slow_from else []
     with FakeVllm(
-        arguments.directory, delay=tuple(arguments.delay), slots=arguments.slots,
+        arguments.directory, faults, delay=tuple(arguments.delay), slots=arguments.slots,
         lora=arguments.enable_lora, transfer=transfer is not None,
         host=arguments.host, port=arguments.port,
     ) as server:  # fmt: skip

@@ -6,6 +6,7 @@ rank asks again, with torchrun's real world size, before it joins the others.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -149,6 +150,33 @@ def _check_weights(models: Models, config: Config) -> None:
                 raise ValueError(f"{flag}: {error}") from error
 
 
+def _check_trackers(config: Config) -> None:
+    """What rank 0 alone uses; a directory of a package's name is none."""
+    output, first = config.output, os.environ.get("RANK", "0") == "0"
+    packages = {
+        "tensorboard": ("--tensorboard", output.tensorboard, "or add --no-tensorboard"),
+        "wandb": ("--wandb-project", output.wandb_project is not None, "or leave the flag out"),
+    }
+    for name, (flag, on, remedy) in packages.items():
+        spec = importlib.util.find_spec(name) if first and on else None
+        if first and on and (spec is None or spec.origin is None):
+            raise ValueError(f"{flag} needs the package {name}: pip install {name}, {remedy}")
+    if first and output.wandb_project is not None:
+        _check_wandb()
+
+
+def _check_wandb() -> None:
+    try:
+        import wandb
+
+        wandb.login()  # asks nobody for a key where there is no terminal
+    except Exception as error:
+        raise ValueError(
+            f"--wandb-project: {' '.join(str(error).split())}; run `wandb login`, set "
+            "WANDB_API_KEY, or set WANDB_MODE=offline"
+        ) from error
+
+
 def check_settings(config: Config) -> None:
     """Raise ValueError for flags that are wrong whatever the models and the files."""
     _check_combinations(config)
@@ -178,6 +206,7 @@ def check(config: Config) -> None:
     check_decoding(config, models.student, visible_gpus())
     _check_tokenizer(config)
     _check_evaluation(config)
+    _check_trackers(config)
     data = config.data
     check_privileged(config, reads_data(config))
     for path in (config.rollout.replay_file, data.student_template, data.teacher_template):

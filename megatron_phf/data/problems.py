@@ -200,13 +200,6 @@ def write_jsonl(path: str, objects: Iterable[dict[str, Any]]) -> None:
         f.write(jsonl(objects))
 
 
-def append_jsonl(path: str, objects: Iterable[dict[str, Any]]) -> None:
-    """Append one JSON object a line; the directory is made where it is not there (any more)."""
-    os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-    with open(path, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(each) + "\n" for each in objects)
-
-
 def keep_lines(
     path: str, wanted: Callable[[int, str], bool], ours: Callable[[str], bool] = lambda line: True
 ) -> None:

@@ -158,9 +158,12 @@ def _write_results(demo: Demo, known: dict[str, Any]) -> str:
     variants = read_variants([arm.output.output_dir for arm in _arms(demo.job)])
     summary = {**_summary(demo.job, variants), **known}
     write_json(os.path.join(directory, _SUMMARY), summary)
-    page = write_report(variants, os.path.join(directory, _REPORT))
     picture = f"final_average_{summary['eval_samples']}.png"
-    shutil.copyfile(os.path.join(os.path.dirname(page), picture), os.path.join(directory, _PLOT))
+    try:
+        page = write_report(variants, os.path.join(directory, _REPORT))
+        shutil.copyfile(f"{os.path.dirname(page)}/{picture}", os.path.join(directory, _PLOT))
+    except Exception as error:  # the runs and their summary are there
+        page = f"warning: no report ({error}); make it with: python tools/report.py {directory}"
     return f"{_verdict(summary)}\n{page}"
 
 

@@ -63,11 +63,14 @@ class Utilisation:
     def mfu(self, rollouts: Sequence[Rollout], seconds: float) -> float | None:
         """Of a step on this data-parallel rank's ``rollouts`` whose student took ``seconds``.
 
-        None where the device's peak is not known; every rank calls it.
+        None where the device's peak is not known: a step that is beyond what was measured for one,
+        on a CPU that was busy then, says that it is not.  Every rank calls it.
         """
         lengths = [len(r.student_prompt_ids) + len(r.response_ids) for r in rollouts]
         scored = sum(sum(r.scored) for r in rollouts)
         student, teacher = self._models.student, self._models.teacher
         flops = student_flops(student, teacher, self._config, lengths, scored)
         total = sum(parallel.gather_over_data_parallel(flops))
-        return None if self._peak is None else total / (self._peak * seconds)
+        if self._peak is None or total > self._peak * seconds:
+            return None
+        return total / (self._peak * seconds)

@@ -27,7 +27,12 @@ def _is_number(value: object) -> bool:
 
 
 def _is_numbers(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+    """Null: one that was not finite."""
+    return isinstance(value, list) and all(v is None or _is_number(v) for v in value)
+
+
+def _is_interval(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _is_table(value: object) -> bool:
@@ -64,7 +69,7 @@ def _is_object(value: object) -> bool:
 
 _Kind = tuple[str, Callable[[object], bool]]
 _NUMBER: _Kind = ("a number", _is_number)
-_NUMBERS: _Kind = ("a list of numbers", _is_numbers)
+_NUMBERS: _Kind = ("a list of numbers or nulls", _is_numbers)
 _TABLE: _Kind = ("an object of numbers", _is_table)
 _OBJECT: _Kind = ("an object", _is_object)
 _RUN: dict[str, _Kind] = {
@@ -85,7 +90,7 @@ _METRICS: dict[str, _Kind] = {
 LISTS = ("_per_layer", "_per_pair")
 _EVALUATION: dict[str, _Kind] = {
     **dict.fromkeys(("k", "average_at_k", "pass_at_k", "majority_at_k", "seconds"), _NUMBER),
-    "interval_95": ("two numbers", lambda v: _is_numbers(v) and len(v) == 2),  # type: ignore[arg-type]
+    "interval_95": ("two numbers", _is_interval),
     "correct": ("a list of lists of true or false, one a problem, all of one length", _is_verdicts),
     "samples": ("a list of samples", _is_samples),
 }
@@ -183,6 +188,15 @@ def _flow_spec(info: Line, path: str) -> FlowSpec | None:
         raise ValueError(f"{path}: settings of the flow loss: {error}") from error
 
 
+def _metrics_path(directory: str, info: Line) -> str:
+    """Of ``--metrics-file``, where there is none beside ``run.json``."""
+    path, output = os.path.join(directory, METRICS_FILE), (info.get("config") or {}).get("output")
+    named = output.get("metrics_file") if isinstance(output, dict) else None
+    if isinstance(named, str) and not os.path.exists(path) and os.path.isfile(named):
+        return named
+    return path
+
+
 def read_run(directory: str) -> Run:
     """The run in ``directory``.
 
@@ -200,7 +214,7 @@ def read_run(directory: str) -> Run:
         _integer(info, "seed", path),
         directory,
         info,
-        _read_lines(os.path.join(directory, METRICS_FILE), _METRICS),
+        _read_lines(_metrics_path(directory, info), _METRICS),
         _read_lines(os.path.join(directory, EVALUATIONS_FILE), _EVALUATION),
         _flow_spec(info, path),
     )

@@ -168,12 +168,17 @@ def _for_curve(values: Sequence[float]) -> Estimate:
     return estimate(values) if len(values) > 2 else Estimate(math.fsum(values) / len(values))
 
 
+def _whole(values: Sequence[float | None] | None) -> bool:
+    """Whether there are such values, all of them finite."""
+    return bool(values) and None not in values  # type: ignore[operator]
+
+
 def layer_rows(variant: Variant, key: str) -> tuple[list[int], list[list[float]]]:
-    """(steps, [layers][steps]): a per-layer metric, its mean over the runs that have it."""
+    """(steps, [layers][steps]): a per-layer metric, its mean over the runs that have it whole."""
     found: dict[int, list[list[float]]] = {}
     for run in variant.runs:
         for line in run.steps:
-            if line.get(key) is not None:
+            if _whole(line.get(key)):
                 found.setdefault(line["step"], []).append(line[key])
     steps = sorted(found)
     columns = [[math.fsum(v) / len(v) for v in zip(*found[step], strict=False)] for step in steps]
@@ -189,6 +194,8 @@ def flow_shares(step: Line, spec: FlowSpec | None) -> list[float] | None:
     found = {}
     for term in [] if spec is None else terms_of(spec):
         values = step.get(f"flow_{term.name}_per_{term.over}")
+        if values and not _whole(values):
+            return None
         if values is not None:
             found[term.name] = term, values
     if spec is None or not found:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Protocol
 
 from megatron_phf.config.settings import Config
 from megatron_phf.config.teachers import teacher_names
-from megatron_phf.data.problems import append_jsonl, keep_lines
-from megatron_phf.data.rollouts import Rollout, is_rollout, read_rollouts, rollout_to_json
+from megatron_phf.data.rollouts import Rollout, read_rollouts
 from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.checked import CheckedEngine, CheckedEngineBeside
 from megatron_phf.rollout.context import RolloutContext
@@ -25,7 +23,6 @@ from megatron_phf.rollout.order import (
 from megatron_phf.rollout.protocol import Response, RolloutEngine
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
-from megatron_phf.runtime.together import on_first_rank
 
 
 class RolloutSource(Protocol):
@@ -159,38 +156,3 @@ def make_source(context: RolloutContext) -> RolloutSource:
     if isinstance(engine, CheckedEngineBeside):
         return AheadSource(engine, _order(context), sampling, room, config)
     return OnPolicySource(engine, _order(context), sampling, room)
-
-
-def recorded(source: RolloutSource, config: Config, done: int) -> RolloutSource:
-    """With ``--record-rollouts`` in that file too, behind the rollouts of ``done`` steps."""
-    path = config.rollout.record_rollouts
-    if path is None:
-        return source
-    weighted = config.method.importance_ratio_cap is not None
-    return RecordingSource(source, path, done * config.train.global_batch_size, weighted)
-
-
-class RecordingSource:
-    """Another source, every rollout of which is also appended to a replay file.
-
-    A resumed run keeps the first ``kept`` lines that the file has.  ``log_probs``: with those, for
-    a replay that weighs tokens by them.
-    """
-
-    def __init__(
-        self, source: RolloutSource, path: str, kept: int = 0, log_probs: bool = False
-    ) -> None:
-        self._source, self._path, self._log_probs = source, path, log_probs
-        on_first_rank(self._begin, kept)
-
-    def _begin(self, kept: int) -> None:
-        os.makedirs(os.path.dirname(os.path.realpath(self._path)), exist_ok=True)
-        keep_lines(self._path, lambda number, line: number <= kept, is_rollout)
-
-    def rollouts(self, iteration: int) -> list[Rollout]:
-        """See ``RolloutSource``."""
-        local = self._source.rollouts(iteration)
-        lines = [rollout_to_json(rollout, self._log_probs) for rollout in local]
-        shares = parallel.gather_over_data_parallel(lines)
-        on_first_rank(append_jsonl, self._path, [r for share in shares for r in share])
-        return local

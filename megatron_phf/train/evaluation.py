@@ -7,7 +7,7 @@ import json
 import os
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.problems import append_jsonl, keep_lines
+from megatron_phf.data.problems import keep_lines
 from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_phf.evaluation.evaluate import (
     Evaluation,
@@ -16,8 +16,10 @@ from megatron_phf.evaluation.evaluate import (
     read_test_set,
 )
 from megatron_phf.evaluation.grading import make_grader
+from megatron_phf.files.appended import AppendedLines
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.megatron.engine import student_engine
+from megatron_phf.runtime import parallel
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.teacher.architecture import Models
@@ -34,6 +36,7 @@ class EvaluationLog:
     def __init__(self, directory: str, done: int = 0) -> None:
         """``done``: steps of a run that is resumed; later evaluations are forgotten."""
         self._path = os.path.join(directory, "evaluations.jsonl")
+        self._lines = AppendedLines(self._path, "evaluations")
         self.averages = on_first_rank(self._begin, done)
 
     def _begin(self, done: int) -> dict[int, float]:
@@ -49,7 +52,13 @@ class EvaluationLog:
     def add(self, step: int, evaluation: Evaluation) -> None:
         """Record the evaluation after ``step`` steps."""
         self.averages[step] = evaluation.average
-        on_first_rank(append_jsonl, self._path, [{"step": step, **evaluation.record(_SHOWN)}])
+        line = {"step": step, **evaluation.record(_SHOWN)}
+        if parallel.is_first_rank() and (warning := self._lines.add([line])):
+            say(warning)
+
+    def problem(self) -> str | None:
+        """What the disk has not taken in the end; every rank calls it."""
+        return on_first_rank(self._lines.last_problem)
 
     def describe(self) -> str:
         """Best and last, in one line."""
@@ -96,11 +105,12 @@ class Evaluations(RunHook):
         if done == 0 or (interval > 0 and done % interval == 0):
             self._evaluate(done)
 
-    def at_end(self, iteration: int, stopped: bool) -> None:
+    def at_end(self, iteration: int, stopped: bool) -> str | None:
         """Evaluate what is exported."""
         if not stopped:
             self._evaluate(iteration)
         say(self._log.describe())
+        return self._log.problem()
 
     def close(self) -> None:
         """End the grader's process."""

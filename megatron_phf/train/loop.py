@@ -14,7 +14,7 @@ from megatron_phf.estimate.utilisation import Utilisation
 from megatron_phf.rollout.ahead import AheadSource
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import reads_data
-from megatron_phf.rollout.sources import RolloutSource, make_source, recorded
+from megatron_phf.rollout.sources import RolloutSource, make_source
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.teacher.architecture import read_models
@@ -34,6 +34,7 @@ from megatron_phf.train.metrics import (
     rollout_staleness,
     timing,
 )
+from megatron_phf.train.record import RecordingSource
 from megatron_phf.train.run_files import write_run_file
 from megatron_phf.train.session import Checkpoints, EndOfRun
 from megatron_phf.train.step import Distiller
@@ -181,6 +182,8 @@ def train(
         assert prompts is not None, "checked before launch: an engine that samples"
         source = GradedSource(source, config, prompts)
         hooks.append(source)
-    source = recorded(source, config, done)
+    if config.rollout.record_rollouts is not None:
+        source = RecordingSource(source, config.rollout.record_rollouts, config, done)
+        hooks.append(source)
     steps = Steps(source, distiller, prompts, heartbeat, not brief, signs, ahead)
     return run_steps(steps, hooks, done, config.train.train_iters)

@@ -66,7 +66,7 @@ class PhaseTimer:
     def split(self, name: str, part: str, seconds: float) -> None:
         """Take ``seconds`` of phase ``name`` for a ``part`` of it."""
         self.seconds[part] = seconds
-        self.seconds[name] -= seconds
+        self.seconds[name] = max(self.seconds[name] - seconds, 0.0)
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def summarize(
 ) -> StepMetrics:
     """Reduce one step over the world; every rank calls it and gets the same metrics.
 
-    Means are of nothing (NaN) where none of the rollouts is kept.
+    Where none of the rollouts is kept, means are of nothing (NaN) and the flow's are not known.
     """
     flow, output = _local_sums(outputs, tap, num_layers)
     sums = torch.cat((flow.flatten(), output))
@@ -182,8 +182,8 @@ def summarize(
     tokens = count or math.nan
     opsd, clipped, teacher_entropy, student_entropy, agreement = (x / tokens for x in means)
     alpha = config.method.phf_alpha
-    per_layer = sums[:-6].view_as(flow) / (sequences or math.nan)
-    fields = _flow_metrics(per_layer if alpha > 0 else None, tap, config)
+    per_layer = sums[:-6].view_as(flow) / sequences if alpha > 0 and sequences else None
+    fields = _flow_metrics(per_layer, tap, config)
     return StepMetrics(
         loss=config.method.opsd_weight * opsd + alpha * (fields["flow"] or 0.0),
         opsd=opsd,

@@ -15,6 +15,7 @@ from megatron_phf.data.rollouts import Rollout, rollout_to_json
 from megatron_phf.files.replace import free_number
 from megatron_phf.runtime import device, parallel
 from megatron_phf.runtime.together import on_first_rank
+from megatron_phf.train.logging import say
 from megatron_phf.train.metrics import OutputLoss
 
 
@@ -53,17 +54,16 @@ class NonfiniteSteps:
         # A gradient names no sample: the whole batch is written then.
         every = set(range(len(rollouts)))
         named = _bad_sequences(outputs, values, order) if loss_bad else every
-        path = _dump(iteration, rollouts, named, self._config)
+        where = _dump(iteration, rollouts, named, self._config)
         limit = self._config.checkpoint.max_consecutive_nonfinite_steps
-        text = f"step {iteration}: the {what} is not finite; weights unchanged, samples in {path} "
+        text = f"step {iteration}: the {what} is not finite; weights unchanged, {where} "
         if self.in_a_row >= limit:
             raise ValueError(
                 f"{text}(replay them with --rollout-engine replay --replay-file; try a lower --lr "
                 f"or --clip-grad); {self.in_a_row} in a row, --max-consecutive-nonfinite-steps "
                 f"{limit}"
             )
-        if parallel.is_first_rank():
-            print(f"warning: {text}({self.in_a_row} in a row)", flush=True)
+        say(f"warning: {text}({self.in_a_row} in a row)")
         return True
 
 
@@ -91,16 +91,20 @@ def _bad_sequences(
 
 
 def _dump(iteration: int, rollouts: Sequence[Rollout], bad: set[int], config: Config) -> str:
-    """Write the samples named by any rank, as a replay file; collective."""
-    mine = {(parallel.data_parallel_rank(), i): rollout_to_json(rollouts[i]) for i in sorted(bad)}
+    """Write the samples named by any rank, as a replay file; where they are; collective."""
+    rank = parallel.data_parallel_rank()
+    mine = {(rank, i): rollout_to_json(rollouts[i], log_probs=True) for i in sorted(bad)}
     samples = {k: sample for rank in parallel.gather_objects(mine) for k, sample in rank.items()}
     return on_first_rank(_write, iteration, [samples[key] for key in sorted(samples)], config)
 
 
 def _write(iteration: int, samples: list[dict], config: Config) -> str:
     path = os.path.join(config.output.output_dir, f"nonfinite_step_{iteration}.jsonl")
-    os.makedirs(config.output.output_dir, exist_ok=True)
     if os.path.exists(path):  # an earlier run's, which this one may replay
         path = f"{path}.{free_number([path])}"
-    write_jsonl(path, samples)
-    return path
+    try:
+        os.makedirs(config.output.output_dir, exist_ok=True)
+        write_jsonl(path, samples)
+    except OSError as error:
+        return f"samples not written ({path}: {error.strerror})"
+    return f"samples in {path}"

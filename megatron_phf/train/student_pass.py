@@ -87,7 +87,8 @@ class StudentPass:
         totals = parallel.sum_over_data_parallel(device.from_host(torch.tensor(counts)))
         num_tokens, num_sequences, useful, computed, read, measured = totals.tolist()
         self._importance.check(measured, read)
-        if num_tokens == 0 and self._config.rollout.keep_rollouts == "all":
+        # Of a batch of which some are not kept, here or in what is replayed, there may be nothing.
+        if num_tokens == 0 and num_sequences == read:
             raise ValueError(
                 "all responses of a global batch are empty, or nothing in them is the student's "
                 "or behind --skip-first-tokens: nothing to train on"

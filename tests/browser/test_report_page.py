@@ -46,7 +46,7 @@ def chromium(directory: Path, *flags: str) -> str:
             "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
             f"--user-data-dir={directory / 'profile'}", "--virtual-time-budget=5000", *flags,
         ],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     return done.stdout
 

@@ -49,14 +49,14 @@ def test_on_the_cpu(tmp_path: Path) -> None:
                     "skipped: needs several GPUs"}  # fmt: skip
     assert float(result["decoding in process, 4 rows"][0].split()[0]) > 0
     assert "nan" not in done.stdout
-    rendered = run([sys.executable, "tools/acceptance.py", "--table", report], timeout=60)
+    rendered = run([sys.executable, "tools/acceptance.py", "--table", report], timeout=300)
     assert rendered.stdout in done.stdout and "| pass |" in rendered.stdout
     times = {case["name"]: case for case in json.loads(Path(report).read_text())["cases"]}
     assert 0 < times["decode"]["seconds"] < times["decode"]["limit"]
 
 
 def test_dry_run_says_what_would_run() -> None:
-    done = run(["bash", SCRIPT, "--dry-run", "--gpus", "8"], timeout=60)
+    done = run(["bash", SCRIPT, "--dry-run", "--gpus", "8"], timeout=300)
     assert done.returncode == 0, done.stderr
     *cases, skipped, total = done.stdout.splitlines()
     names = [line.split()[0] for line in cases]

@@ -185,7 +185,7 @@ def test_what_is_refused_before_anything_starts(
         ([*to_hf, str(checkpoint), new, "--max-shard-size", "5"], "write it as 5GB"),
     ]
     for command, message in mistakes:
-        done = run(command, timeout=60)
+        done = run(command, timeout=300)
         assert done.returncode == 2
         fails_once(done, message)
         assert not Path(new).exists()

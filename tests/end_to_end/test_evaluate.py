@@ -77,7 +77,7 @@ def check_summary(directory: Path, output: str) -> None:
 def test_every_draw_is_graded_as_it_must_be(files: list[str], tmp_path: Path) -> None:
     """Two ranks; killed after two problems; gone on with; graded again from the file alone."""
     arguments = [*files, "--output-dir", str(tmp_path), "--rollout-batch-size", str(K)]
-    done = torchrun(2, TOOL, *arguments, timeout=120)
+    done = torchrun(2, TOOL, *arguments)
     assert done.returncode == 0, done.stderr[-2000:]
     check_summary(tmp_path, done.stdout)
     kept = tmp_path / "sums" / "generations.jsonl"
@@ -86,7 +86,7 @@ def test_every_draw_is_graded_as_it_must_be(files: list[str], tmp_path: Path) ->
     assert (first["problem"], first["answer"], len(first["answers"])) == ("1+0", "7", K)
     assert [a["text"] for a in first["answers"]] == [f"\\boxed{{{says(i)}}}" for i in range(K)]
     kept.write_text("\n".join(lines[:2]) + "\n" + lines[2][:30])
-    again = torchrun(1, TOOL, *arguments, timeout=120)
+    again = torchrun(1, TOOL, *arguments)
     assert again.returncode == 0, again.stderr[-2000:]
     assert "sums: 2 problems were done before" in again.stdout
     assert kept.read_text().splitlines() == lines
@@ -107,7 +107,7 @@ def test_evaluation_in_training(files: list[str], tmp_path: Path) -> None:
     job += ["--save", str(tmp_path / "saved"), "--load", str(tmp_path / "saved")]
     job += ["--privileged", "hint:0.5-1", "--record-rollouts", str(tmp_path / "recorded.jsonl")]
     for more, steps in ((["--exit-interval", "1"], [0]), ([], [0, 1, 2])):
-        done = torchrun(2, SCRIPT, *files, *job, *more, timeout=120)
+        done = torchrun(2, SCRIPT, *files, *job, *more)
         assert done.returncode == 0, done.stderr[-2000:]
         lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
@@ -133,7 +133,7 @@ def test_evaluation_in_training(files: list[str], tmp_path: Path) -> None:
     weights = load_file(broken / "model.safetensors")
     save_file({n: torch.zeros_like(w) for n, w in weights.items()}, broken / "model.safetensors")
     again = ["--load", str(tmp_path / "saved"), "--output-dir", str(tmp_path / "again")]
-    done = torchrun(2, TOOL, "--hf-model", str(broken), *files[2:], *again, timeout=120)
+    done = torchrun(2, TOOL, "--hf-model", str(broken), *files[2:], *again)
     assert done.returncode == 0, done.stderr[-2000:]
     check_summary(tmp_path / "again", done.stdout)
 
@@ -144,7 +144,7 @@ def test_a_vllm_server_samples(files: list[str], tmp_path: Path) -> None:
     with FakeVllm(str(served)) as server:
         engine = ["--rollout-engine", "vllm", "--vllm-url", server.url]
         engine += ["--vllm-sync-dir", str(served), "--eval-temperature", "0"]
-        done = torchrun(2, TOOL, *files, *engine, "--output-dir", str(tmp_path), timeout=120)
+        done = torchrun(2, TOOL, *files, *engine, "--output-dir", str(tmp_path))
         assert done.returncode == 0, done.stderr[-2000:]
         assert len(server.bodies("/v1/completions")) == len(ANSWERS) * K
     report = json.loads((tmp_path / "sums" / "summary.json").read_text())
@@ -163,6 +163,6 @@ def test_mistakes(files: list[str], tmp_path: Path) -> None:
         ([*files[:2], "--preset", "paper", *preset[2:]], "aime2025.jsonl is missing (30 problems"),
         (files[:2], "name either --eval-data FILE, or --preset and --eval-dir"),
     ):
-        done = torchrun(1, TOOL, *flags, timeout=120)
+        done = torchrun(1, TOOL, *flags)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and message in errors[0], done.stderr[-2000:]

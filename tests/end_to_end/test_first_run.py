@@ -58,7 +58,7 @@ class Machine:
         environment = {**os.environ, "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}"}
         environment |= {"CALLS": str(calls), "BROKEN": "", "TORCH": "", "CUDA_HOME": ""}
         done = subprocess.run(
-            ["bash", SCRIPT, "--state", str(self.state), *flags], cwd=REPO, text=True, timeout=60,
+            ["bash", SCRIPT, "--state", str(self.state), *flags], cwd=REPO, text=True, timeout=300,
             env={**environment, **variables}, capture_output=True, check=False,
         )  # fmt: skip
         return done, calls.read_text().splitlines()

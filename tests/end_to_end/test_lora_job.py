@@ -36,7 +36,7 @@ def files(tmp_path_factory) -> dict[str, str]:
 
 def job(files: dict[str, str], *more: str):
     real = ["--hf-model", files["model"], "--replay-file", files["replay"]]
-    return torchrun(2, SCRIPT, *real, *REPLAY, *more, timeout=180)
+    return torchrun(2, SCRIPT, *real, *REPLAY, *more)
 
 
 def test_exports_check(files: dict[str, str], tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(model: Path, out: Path, *more: str):
     files = ["--hf-model", str(model), "--tokenizer-model", str(model / "tokenizer.model")]
     files += ["--data", str(model / "data.jsonl"), "--output-dir", str(out)]
-    return torchrun(2, SCRIPT, *files, *FLAGS, *more, timeout=180)
+    return torchrun(2, SCRIPT, *files, *FLAGS, *more)
 
 
 def test_training_on_a_sentencepiece_model(model: Path, tmp_path: Path) -> None:

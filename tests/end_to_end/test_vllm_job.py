@@ -318,5 +318,5 @@ def test_a_server_that_lost_its_weights_beside_training_gets_them_again(ahead: d
 def test_a_request_for_ever_refused_ends_all_ranks_with_one_error(files: Path, tmp_path) -> None:
     with FakeVllm(str(files / "served"), ["ok", "ok", "ok", "400"]) as server:
         more = ["--vllm-sync-dir", str(files / "served"), "--output-dir", str(tmp_path)]
-        done = torchrun(2, SCRIPT, *flags(files, server.url, *more), timeout=120)
+        done = torchrun(2, SCRIPT, *flags(files, server.url, *more), timeout=300)
     fails_once(done, f"--vllm-url {server.url}: POST /v1/completions: status 400: 'scripted troubl")

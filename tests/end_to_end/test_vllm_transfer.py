@@ -114,7 +114,8 @@ def test_a_job_with_a_server_of_its_own_is_killed_and_goes_on(results: dict, tmp
     argv = [*argv[:at], *argv[at + 2 :], "--output-dir", str(out), "--save-interval", "1"]
     argv += ["--save", str(tmp_path / "ckpt"), "--load", str(tmp_path / "ckpt")]
     saved = tmp_path / "ckpt" / "latest_checkpointed_iteration.txt"
-    first = start(argv, tmp_path / "vllm", tmp_path / "log")
+    held = [word.replace("--slots 4", f"--slots 4 --slow-from {2 * BATCH}") for word in argv]
+    first = start(held, tmp_path / "vllm", tmp_path / "log")  # does not get beyond step 2
     assert soon(lambda: saved.exists() or first.poll() is not None)
     assert servers_of(files / "hf"), (tmp_path / "log").read_text()[-3000:]
     first.send_signal(signal.SIGKILL)

@@ -126,5 +126,5 @@ def test_the_model_does_what_the_test_says(files: Path) -> None:
 def test_a_wrong_answer_on_one_rank_ends_all_with_one_error(files: Path) -> None:
     """The rank that is right does not wait for ever."""
     engine = "tests.own_engines:short_on_one_rank"
-    done = torchrun(2, "examples/pretrain_phf.sh", *flags(files, engine), timeout=120)
+    done = torchrun(2, "examples/pretrain_phf.sh", *flags(files, engine), timeout=300)
     fails_once(done, f"--rollout-engine {engine}: generate gave 1 responses to 2 prompts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ CASES = {
     "ema_offload": (1, OFFLOAD, "ema", 0.1),
     "frozen_offload_pp2": (2, PP2 + OFFLOAD, "frozen", 0.1),
     "ema_offload_tp2": (2, TP2 + OFFLOAD, "ema", 0.1),
+    "gap_ema_pp2": (2, PP2, "ema", 0.1),
+    "gap_ema_packed_dp2": (2, PACKED + DISTRIBUTED, "ema", 0.1),
 }
 # A teacher that never moves tells nothing of its decay: move it fast.
 DECAY, RATE = 0.6, 1e-2
@@ -51,6 +54,11 @@ def files(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("training")
     make_model(str(directory / "model"))
     make_replay(str(directory / "replay.jsonl"), LENGTHS)
+    # As a run with --keep-rollouts records it: of the second step nothing is trained on.
+    lines = (directory / "replay.jsonl").read_text().splitlines()
+    dropped = [json.dumps({**json.loads(line), "kept": False}) for line in lines[:BATCH]]
+    lines[BATCH:BATCH] = dropped
+    (directory / "gap.jsonl").write_text("\n".join(lines))
     return directory
 
 
@@ -61,6 +69,7 @@ def results(files: Path) -> Path:
     for processes in (1, 2, 4):
         cases = []
         for name, (count, layout, teacher, clip) in CASES.items():
+            replay, steps = ("gap", STEPS + 1) if name.startswith("gap") else ("replay", STEPS)
             more = {
                 "teacher": teacher,
                 "ema-decay": DECAY,
@@ -68,12 +77,12 @@ def results(files: Path) -> Path:
                 "adam-eps": EPSILON,
                 "lr-decay-style": "constant",
                 "clip-grad": clip,
-                "train-iters": STEPS,
+                "train-iters": steps,
             }
-            replay = str(files / "replay.jsonl")
-            argv = flags(OPTIONS, str(files / "model"), replay, BATCH, **more) + layout
+            path = str(files / f"{replay}.jsonl")
+            argv = flags(OPTIONS, str(files / "model"), path, BATCH, **more) + layout
             if count == processes:
-                cases.append({"name": name, "kind": "train", "steps": STEPS, "argv": argv})
+                cases.append({"name": name, "kind": "train", "steps": steps, "argv": argv})
         launch(processes, cases, output)
     return output
 
@@ -103,6 +112,10 @@ def test_equals_reference(name: str, results: Path, references: dict, files: Pat
     _, _, teacher, clip = CASES[name]
     history, weights = references[teacher, clip]
     found = json.loads((results / f"{name}.json").read_text())
+    if name.startswith("gap"):  # a step that changes nothing, and says that it knows nothing
+        gap = found.pop(1)
+        assert gap["rollout_tokens"] == 0 and math.isnan(gap["loss"])
+        assert {value for key, value in gap.items() if key.startswith("flow")} == {None}
     for ours, expected in zip(found, history, strict=True):
         compare_metrics(ours, expected, 5e-5)
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=5e-5)

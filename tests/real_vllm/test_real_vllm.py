@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
@@ -18,6 +18,7 @@ from megatron_phf.rollout.protocol import Response
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.rollout.vllm.http import Patience
 from megatron_phf.rollout.vllm.server import Question, VllmServer
+from tests.doorway import Doorway
 from tests.end_to_end.test_vllm_job import (
     BATCH,
     STEPS,
@@ -76,32 +77,26 @@ def transfers(files: Path, tmp_path_factory) -> Iterator[RealVllm]:
         yield server
 
 
-def answers_of(server: RealVllm) -> int:
-    return server.log().count("POST /v1/completions")
-
-
-def kill_in_step(step: int, server: RealVllm, job: Future) -> None:
-    """SIGKILL once the job has some answers of ``step``; start it again on the same port."""
-    first = answers_of(server) + (step - 1) * BATCH
-    while answers_of(server) <= first:
-        assert not job.done(), job.result().stderr[-3000:]
-        time.sleep(0.005)
-    server.kill()
-    assert first < answers_of(server) < first + BATCH
-    server.start()
-
-
 def drift_of_job(
     files: Path, server: RealVllm, output: Path, *more: str, kill_in: int | None = None
 ) -> list[float]:
-    """``rollout_drift`` of each step of a job of two processes."""
-    argv = flags(files, server.url, "--tensor-model-parallel-size", "2", *more)
-    argv += ["--vllm-concurrency", "1", "--vllm-backoff-seconds", "1", "--vllm-timeout-seconds"]
-    argv += ["120", "--output-dir", str(output)]
-    with ThreadPoolExecutor(1) as pool:
+    """``rollout_drift`` of each step of a job of two processes.
+
+    ``kill_in``: the step whose second question finds no server; it is started again then.
+    """
+    number = 0 if kill_in is None else (kill_in - 1) * BATCH + 2
+    with (
+        Doorway(server.url, "/v1/completions", number, server.kill) as door,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        argv = flags(files, door.url, "--tensor-model-parallel-size", "2", *more)
+        argv += ["--vllm-concurrency", "1", "--vllm-backoff-seconds", "1"]
+        argv += ["--vllm-timeout-seconds", "120", "--output-dir", str(output)]
         job = pool.submit(torchrun, 2, "examples/pretrain_phf.sh", *argv, timeout=600)
         if kill_in is not None:
-            kill_in_step(kill_in, server, job)
+            while not door.acted.wait(0.1):
+                assert not job.done(), job.result().stderr[-3000:]
+            server.start()
         done = job.result()
     assert done.returncode == 0, done.stderr[-3000:]
     lines = (output / "metrics.jsonl").read_text().splitlines()

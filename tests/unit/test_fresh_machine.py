@@ -82,7 +82,7 @@ def _said(command: list[str | Path], path: str | None = None) -> str:
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
         command, cwd="/", env={**variables, "PATH": path or os.environ["PATH"]},
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     return done.stderr.strip()
 

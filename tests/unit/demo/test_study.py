@@ -36,6 +36,21 @@ def test_the_summary_is_of_this_demonstration_alone(demo, monkeypatch) -> None:
     assert seen == ["d/opsd/seed7", "d/phf/seed7", "d/opsd/seed8", "d/phf/seed8"]
 
 
+def test_pictures_that_cannot_be_drawn_end_nothing(demo, monkeypatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    written: list[str] = []
+    monkeypatch.setattr(study, "read_variants", lambda paths: [])
+    monkeypatch.setattr(study, "_summary", lambda job, variants: {"eval_samples": 4})
+    monkeypatch.setattr(study, "_verdict", lambda summary: "82.7 %")
+    monkeypatch.setattr(study, "write_json", lambda path, content: written.append(path))
+    monkeypatch.setattr(study, "write_report", full)
+    text = study._write_results(demo[0], {})
+    assert written == ["d/summary.json"] and text.startswith("82.7 %\nwarning: no report (")
+    assert text.endswith("No space left on device); make it with: python tools/report.py d")
+
+
 def test_both_methods_over_the_seeds(demo) -> None:
     study_, runs, _ = demo
     assert study._run_arms(study_)

@@ -7,11 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_phf.config.settings import Config
+from megatron_phf.data.rollouts import Rollout
+from megatron_phf.estimate import utilisation
 from megatron_phf.estimate.flops import forward_flops, student_flops
 from megatron_phf.estimate.memory import Machine, last_layer_bytes, memory_estimate
 from megatron_phf.estimate.utilisation import gpu_peak, measured_peak
 from megatron_phf.model.architecture import read_architecture
 from megatron_phf.reference import load_model
+from megatron_phf.runtime import parallel
 from megatron_phf.teacher.architecture import Models
 from tests.models import make_model
 
@@ -54,6 +57,20 @@ def test_lora_and_peaks(tmp_path) -> None:
     assert gpu_peak("NVIDIA H100 80GB HBM3, 79 GiB, NCCL") == 989e12
     assert gpu_peak("NVIDIA GeForce") is None
     assert 1e8 < measured_peak(torch.float32) < 1e14
+
+
+def test_no_step_is_faster_than_its_machine(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak that was measured while others computed is no peak; then the MFU is not known."""
+    arch = read_architecture(make_model(str(tmp_path / "model")))
+    peaks = iter([1e9, 1e3])
+    monkeypatch.setattr(utilisation, "measured_peak", lambda dtype: next(peaks))
+    monkeypatch.setattr(parallel, "gather_objects", lambda value: [value])
+    monkeypatch.setattr(parallel, "gather_over_data_parallel", lambda value: [value])
+    rollouts = [Rollout((1,) * 20, (1,), (1,) * 20)]
+    quiet, busy = (utilisation.Utilisation(Config(), Models(arch)) for _ in range(2))
+    seconds = student_flops(arch, arch, Config(), [40], 20) / 1e9
+    assert quiet.mfu(rollouts, 4 * seconds) == pytest.approx(0.25)
+    assert quiet.mfu(rollouts, seconds / 2) is None and busy.mfu(rollouts, 4 * seconds) is None
 
 
 def test_the_last_layers_targets(tmp_path) -> None:

@@ -132,7 +132,7 @@ def test_what_is_waited_for_and_what_goes_on_beside(monkeypatch: pytest.MonkeyPa
     now = 20.0
     ahead.beside()
     go[3].set()
-    ahead._pending[3].result(5)
+    ahead._pending[3].result(60)
     now += 0.1
     ahead.rollouts(3)
     beside = ahead.beside()
@@ -257,6 +257,7 @@ def test_sampled_rollouts_keep_all_that_is_known(tmp_path: Path) -> None:
 
 def test_workers_begin_in_order_and_never_too_many() -> None:
     at_once, most, order, lock = 0, 0, [], threading.Lock()
+    all_there = threading.Barrier(3)
 
     def task(number: int) -> int:
         nonlocal at_once, most
@@ -264,24 +265,24 @@ def test_workers_begin_in_order_and_never_too_many() -> None:
             order.append(number)
             at_once += 1
             most = max(most, at_once)
-        time.sleep(0.01)
+        all_there.wait(60)
         with lock:
             at_once -= 1
         return number
 
     workers = Workers(3, "test")
     futures = [workers.submit(lambda n=n: task(n)) for n in range(9)]
-    assert [future.result(5) for future in futures] == list(range(9))
+    assert [future.result(60) for future in futures] == list(range(9))
     assert most == 3 and sorted(order[:3]) == [0, 1, 2]
     waiting = threading.Event()
     blocked = [workers.submit(waiting.wait) for _ in range(3)]
     late = workers.submit(lambda: order.append(99))
     assert late.cancel()
     waiting.set()
-    assert all(future.result(5) for future in blocked) and 99 not in order
+    assert all(future.result(60) for future in blocked) and 99 not in order
     with pytest.raises(SystemExit):
-        workers.submit(lambda: exec("raise SystemExit")).result(5)
-    assert workers.submit(lambda: 5).result(5) == 5  # the thread lives on
+        workers.submit(lambda: exec("raise SystemExit")).result(60)
+    assert workers.submit(lambda: 5).result(60) == 5  # the thread lives on
 
 
 def test_a_closed_gate_waits_for_those_within_and_holds_the_others() -> None:
@@ -291,16 +292,16 @@ def test_a_closed_gate_waits_for_those_within_and_holds_the_others() -> None:
         with gate.passed():
             log.append(f"{name} in")
             inside.set()
-            leave.wait(5)
+            leave.wait(60)
             log.append(f"{name} out")
 
     first = threading.Thread(target=request, args=("a",))
     first.start()
-    inside.wait(5)
+    inside.wait(60)
     with pytest.raises(ValueError, match=r"--vllm-url: 1 request\(s\) still run, and new weights"):
         gate.close(time.monotonic() + 0.05)
     threading.Timer(0.05, leave.set).start()
-    gate.close(time.monotonic() + 5)
+    gate.close(time.monotonic() + 60)
     second = threading.Thread(target=request, args=("b",))
     second.start()
     second.join(0.05)

@@ -149,10 +149,9 @@ def test_what_a_server_refuses_is_one_clear_error(
     elif spoil:
         tensors["model.other"] = torch.zeros(8)
     with FakeVllm(str(directory), **{"transfer": True, **settings}) as server:
-        start = time.monotonic()
         outcome = send([control(server)], {}, tensors)
     assert outcome["refused"].startswith(f"--vllm-url {server.url}: {message}")
-    assert outcome["gone"] == [] and time.monotonic() - start < 3
+    assert outcome["gone"] == []
 
 
 def test_an_update_that_a_killed_job_left_open_is_closed_first(directory: Path) -> None:
