@@ -84,9 +84,7 @@ def test_half_a_tokenizer_is_refused_everywhere(model: Path, tmp_path: Path, wha
         lambda: _check_tokenizer(Config().replaced(hf_model="m", tokenizer_model=str(model))),
         # A replay needs none, but its export would have half of one.
         lambda: _check_tokenizer(Config().replaced(**data, rollout_engine="replay")),
-        lambda: convert_checkpoint.plan_job(
-            convert_checkpoint.build_parser().parse_args(arguments)
-        ),
+        lambda: convert_checkpoint.plan_job(arguments),
     ):
         with pytest.raises(ValueError, match=rf"model.*: .*{what}.*copy"):
             refuses()
