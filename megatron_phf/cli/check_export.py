@@ -15,6 +15,7 @@ import sys
 from typing import Any
 
 from megatron_phf.console import program
+from megatron_phf.data.tokenizer import load_hf
 from megatron_phf.files.foreign import read_json_object
 
 
@@ -107,12 +108,8 @@ _MESSAGES = [{"role": "user", "content": "What is 1 + 1?"}]
 
 def _tokenizer(directory: str) -> Any:
     """A directory's tokenizer without foreign code, or why it does not load."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        return load_hf(directory)
     except Exception as error:  # of many kinds, by file and format
         return f"{type(error).__name__}: {error}"
 

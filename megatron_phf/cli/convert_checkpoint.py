@@ -24,6 +24,7 @@ from megatron_phf.cli.job_paths import JobPath, Role, check_paths
 from megatron_phf.config.flags import check_fields
 from megatron_phf.config.settings import Config
 from megatron_phf.console import program
+from megatron_phf.data.vocabulary import has_tokenizer
 from megatron_phf.files.replace import (
     PARTIAL,
     mark,
@@ -96,6 +97,12 @@ def _check_target(args: argparse.Namespace) -> None:
     check_paths([*paths, JobPath("TARGET", args.target, Role.WHOLE)], Config())
 
 
+def _check_tokenizer(directory: str, name: str) -> None:
+    """Raise ValueError where half a tokenizer would be copied; say where there is none."""
+    if not has_tokenizer(directory, name, required=False):
+        print(f"warning: {name} {directory} has no tokenizer, and the target will have none")
+
+
 def plan_job(args: argparse.Namespace) -> dict[str, Any]:
     """The job for ``megatron_phf.cli.convert``, every check without torch done.
 
@@ -114,6 +121,7 @@ def plan_job(args: argparse.Namespace) -> dict[str, Any]:
         arch = read_architecture(job["source"])
         tensors = check_hf_weights(job["source"], arch)
         job["dtype"] = job["dtype"] or _kept_dtype(args.source, {t.dtype for t in tensors.values()})
+        _check_tokenizer(job["source"], "SOURCE")
     if args.action == "merge-adapter":
         check_adapter(args.adapter, arch)
         return {**job, "adapter": os.path.abspath(args.adapter)}
@@ -122,6 +130,8 @@ def plan_job(args: argparse.Namespace) -> dict[str, Any]:
     else:
         job |= _checkpoint(args)
         arch = read_architecture(job["hf_model"])
+        if args.action == "megatron-to-hf":
+            _check_tokenizer(job["hf_model"], "--hf-model")
     job["tensor_model_parallel_size"] = args.tensor_model_parallel_size
     job["pipeline_model_parallel_size"] = args.pipeline_model_parallel_size
     _check_layout(job, arch)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import field_names, read_test_problems
-from megatron_phf.data.tokenizer import check_token_ids, load_tokenizer, stop_token_ids
 from megatron_phf.evaluation.evaluate import (
     Evaluation,
     TestSet,
@@ -21,6 +21,7 @@ from megatron_phf.evaluation.evaluate import (
 )
 from megatron_phf.evaluation.generations import GenerationStore, read_generations
 from megatron_phf.evaluation.grading import Grader, canonical_answer, make_grader
+from megatron_phf.files.foreign import read_json_object
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import engine_row
@@ -31,7 +32,7 @@ from megatron_phf.rollout.sources import make_engine
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.together import on_first_rank
 from megatron_phf.teacher.architecture import read_models
-from megatron_phf.train.build import load_student
+from megatron_phf.train.build import job_tokenizer, load_student, run_moment
 from megatron_phf.train.checkpoint_files import newest_weights
 from megatron_phf.train.checkpoint_inputs import inputs
 from megatron_phf.train.logging import say
@@ -47,7 +48,7 @@ def evaluate_sets(config: Config, files: dict[str, str]) -> None:
     Raises:
         ValueError: a file is damaged, or --output-dir cannot be written or is another's.
     """
-    student = _Student(config)
+    student = _Student(config, files)
     with make_grader(config.evaluation.grader) as grader:
         results = {name: student.evaluate(name, file, grader) for name, file in files.items()}
     _print_table(results, say)
@@ -94,13 +95,18 @@ def _print_table(results: dict[str, Evaluation], say: Callable[[str], Any]) -> N
 class _Student:
     """The model, and what samples from it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, files: dict[str, str]) -> None:
         self._config, directory = config, config.model.hf_model
         assert directory is not None
-        self._models, self._tokenizer = read_models(config), load_tokenizer(config)
+        self._models = read_models(config)
         self._arch = self._models.student
-        self._stop_ids = stop_token_ids(self._tokenizer, directory)
-        check_token_ids(self._tokenizer, self._stop_ids, self._arch.vocab_size)
+        self._tokenizer, self._stop_ids, self._rendering = job_tokenizer(
+            config, self._arch.vocab_size, _moment(config, files)
+        )
+        self._tests = {
+            name: read_test_set(file, "--eval-data", config, self._tokenizer)
+            for name, file in files.items()
+        }
         prompts = Prompts(self._tokenizer, [], self._stop_ids)
         context = RolloutContext(config, self._models, prompts, lambda: self._load(directory))
         self._engine = self._make_engine(context)
@@ -121,12 +127,15 @@ class _Student:
     def evaluate(self, name: str, file: str, grader: Grader) -> Evaluation:
         """One test set, part by part, from where an earlier start ended."""
         config = self._config
-        tests = read_test_set(file, "--eval-data", config, self._tokenizer)
+        tests = self._tests[name]
         if tests.unknown is not None:
             say(f"warning  {tests.unknown}")
         room = self._arch.max_position_embeddings - tests.longest_prompt
         sampling = evaluation_sampling(config, self._stop_ids, room)
-        stores, parts = _open_store(name, _settings(config, file, sampling), config, tests)
+        settings = _settings(config, file, sampling)
+        if self._tokenizer.says_the_date:
+            settings["moment"] = self._rendering["moment"]
+        stores, parts = _open_store(name, settings, config, tests)
         k, total = config.evaluation.eval_samples, len(tests.problems)
         # As many at once as the ranks generate together.
         together = config.rollout.rollout_batch_size * parallel.data_parallel_size()
@@ -140,6 +149,20 @@ class _Student:
         whole = joined(parts)
         on_first_rank(lambda: stores[0].finish(whole))
         return whole
+
+
+def _moment(config: Config, files: dict[str, str]) -> datetime:
+    """What the chat template reads as now: as an evaluation here, or the run of --load, had it."""
+
+    def recorded() -> str | None:
+        for name in files:
+            path = Path(config.output.output_dir, name, "settings.json")
+            if path.is_file():
+                return read_json_object(str(path)).get("moment")
+        return None
+
+    moment = on_first_rank(recorded)
+    return run_moment(config.checkpoint.load) if moment is None else datetime.fromisoformat(moment)
 
 
 def _open_store(

@@ -60,15 +60,15 @@ def convert(source: str, output: str) -> None:
 
     try:
         folder, name = str(file.parent), file.name
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, gguf_file=name, local_files_only=True, trust_remote_code=False
+        )
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=name,
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, gguf_file=name, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds, by file and format
         raise ValueError(f"{file}: transformers cannot read it ({error})") from error

@@ -22,6 +22,7 @@ from megatron_phf.console import program
 from megatron_phf.data.privileged import check_privileged
 from megatron_phf.data.problems import field_names, read_test_problems
 from megatron_phf.data.prompts import prompt_templates
+from megatron_phf.data.vocabulary import has_tokenizer
 from megatron_phf.demo.task import MODEL_CONFIG
 from megatron_phf.evaluation.grader_process import check_grader
 from megatron_phf.lora.config import target_modules
@@ -106,6 +107,9 @@ def _check_tokenizer(config: Config) -> None:
     if path is None:
         if kind == "SentencePieceTokenizer":
             raise ValueError(f"--tokenizer-type {kind} needs --tokenizer-model, the model file")
+        if config.model.hf_model is not None:
+            needed = reads_data(config) or config.evaluation.eval_data is not None
+            has_tokenizer(config.model.hf_model, "--hf-model", needed)
         return
     if kind == "HFTokenizer" and not os.path.isdir(path):
         raise ValueError(
@@ -114,6 +118,8 @@ def _check_tokenizer(config: Config) -> None:
         )
     if kind == "SentencePieceTokenizer" and not os.path.isfile(path):
         raise ValueError(f"--tokenizer-model {path}: no such file")
+    if kind == "HFTokenizer":
+        has_tokenizer(path, "--tokenizer-model", required=True)
 
 
 def check_expert_flags(models: Models, config: Config) -> None:

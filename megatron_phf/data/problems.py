@@ -16,6 +16,17 @@ from megatron_phf.config.teachers import named_teacher
 from megatron_phf.files.foreign import RefusedJson, parse_json, shown
 from megatron_phf.files.replace import free_number, new_file
 
+# How files begin that hold problems in another form.
+_FORMS = {
+    "compressed with gzip": b"\x1f\x8b",
+    "compressed with zstd": b"\x28\xb5\x2f\xfd",
+    "compressed with xz": b"\xfd7zXZ",
+    "compressed with bzip2": b"BZh",
+    "a zip archive": b"PK\x03\x04",
+    "a Parquet file": b"PAR1",
+    "an Arrow file": b"ARROW1",
+}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -67,9 +78,20 @@ def _lines(path: str, flag: str) -> Iterator[tuple[int, bytes]]:
         while line := _next_line(file, f"{flag} {path}"):
             number += 1
             if number == 1:
+                _check_form(line, f"{flag} {path}")
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield number, line
+
+
+def _check_form(line: bytes, name: str) -> None:
+    """Raise ValueError where a file begins as no text does."""
+    for form, start in _FORMS.items():
+        if line.startswith(start):
+            raise ValueError(
+                f"{name}: is {form}; what is read is JSON Lines: UTF-8 text, not compressed, one "
+                "JSON object a line; write it as that"
+            )
 
 
 def _next_line(file: BinaryIO, name: str) -> bytes:

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+
+from tqdm import tqdm
 
 from megatron_phf.config.settings import DataConfig
 from megatron_phf.data.privileged import (
@@ -21,6 +24,9 @@ from megatron_phf.data.problems import Problem
 from megatron_phf.data.tokenizer import Tokenizer
 
 STUDENT_TEMPLATE = "Problem: {problem}\n\n" + CLOSING
+# What is tokenised at once: the library does that in parallel.
+_BATCH = 256
+_SILENT_SECONDS = 2.0
 _PLACEHOLDER = re.compile(r"\{(problem|solution)\}")
 
 
@@ -93,18 +99,39 @@ def fill(template: str, problem: Problem, protect: Callable[[str], str] = str) -
     return _PLACEHOLDER.sub(lambda match: protect(values[match[1]]), template)
 
 
-def problem_prompt(
-    tokenizer: Tokenizer, template: str, problem: Problem, thinking: bool
-) -> list[int]:
-    """Token ids of the problem in the template; its own text is text, whatever it says.
+def problem_prompts(
+    tokenizer: Tokenizer,
+    template: str,
+    thinking: bool,
+    problems: Sequence[Problem],
+    show: bool = False,
+) -> list[list[int]]:
+    """Token ids of each problem in the template; its own text is text, whatever it says.
+
+    ``show``: with a progress bar where it takes long.
 
     Raises:
         ValueError: the tokenizer cannot do that, or its chat template fails; names the problem.
     """
-    try:
-        return tokenizer.prompt(fill(template, problem, tokenizer.protect), thinking)
-    except ValueError as error:
-        raise ValueError(f"problem {problem.index}: {error}") from error
+    prompts: list[list[int]] = []
+    starts = range(0, len(problems), _BATCH)
+    hidden = None if show else True  # None: no bar in a file
+    for start in tqdm(starts, "prompts", leave=False, delay=_SILENT_SECONDS, disable=hidden):
+        part = problems[start : start + _BATCH]
+        try:
+            texts = [fill(template, problem, tokenizer.protect) for problem in part]
+            prompts += tokenizer.prompts(texts, thinking)
+        except ValueError as error:
+            if len(part) == 1:
+                raise ValueError(f"problem {part[0].index}: {error}") from error
+            for problem in part:  # one of them raises, with its name
+                problem_prompts(tokenizer, template, thinking, [problem])
+            raise
+    return prompts
+
+
+# Prompts of some problems.
+Encode = Callable[[Sequence[Problem]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -132,39 +159,46 @@ def build_prompt_pairs(
     max_teacher_tokens: int,
     too_long: str = "drop",
     view: TeacherView | None = None,
+    spread: Callable[[Encode, Sequence[Problem]], list[list[int]]] = lambda make, all_: make(all_),
 ) -> tuple[list[PromptPair], int]:
     """Prompts of all problems that fit, and how many did not.
 
-    ``view``: the problems as the teacher is shown them (default: as they are).
+    Args:
+        view: the problems as the teacher is shown them (default: as they are).
+        spread: how the work is done, for instance in shares.
 
     Raises:
         ValueError: a prompt is too long and ``too_long`` is ``error``, or all are.
     """
     pairs, dropped = [], 0
 
-    def teacher_ids(shown: Problem) -> list[int]:
-        return problem_prompt(tokenizer, templates.teacher, shown, templates.teacher_thinking)
+    def for_teacher(part: Sequence[Problem], step: int | None = None) -> list[list[int]]:
+        shown = part if view is None else [view.of(problem, step) for problem in part]
+        thinking = templates.teacher_thinking
+        return problem_prompts(tokenizer, templates.teacher, thinking, shown, show=step is None)
 
-    for problem in problems:
-        student = problem_prompt(tokenizer, templates.student, problem, templates.student_thinking)
-        teacher = teacher_ids(problem if view is None else view.of(problem))
-        sides = (
+    thinking = templates.student_thinking
+    for_student = partial(problem_prompts, tokenizer, templates.student, thinking, show=True)
+    sides = (spread(make, problems) for make in (for_student, for_teacher))
+    for problem, student, teacher in zip(problems, *sides, strict=True):
+        limits = (
             (student, max_student_tokens, "student", "--max-prompt-length"),
             (teacher, max_teacher_tokens, "teacher", "--max-teacher-prompt-length"),
         )
-        over = next((side for side in sides if len(side[0]) > side[1]), None)
+        over = next((side for side in limits if len(side[0]) > side[1]), None)
         if over is None:
             changed = None
             if view is not None and view.changes:
-                changed = lambda i, p=problem: tuple(teacher_ids(view.of(p, i)))  # noqa: E731
+                changed = lambda i, p=problem: tuple(for_teacher([p], i)[0])  # noqa: E731
             pairs.append(PromptPair(problem, tuple(student), tuple(teacher), changed))
             continue
         dropped += 1
         if too_long == "error" or dropped == len(problems):
             ids, limit, name, flag = over
             count = f"all {dropped} problems are too long; " if dropped == len(problems) else ""
+            drop = ", or drop such problems with --overlong-prompts drop"
             raise ValueError(
                 f"{count}problem {problem.index}: its {name} prompt has {len(ids)} tokens, over "
-                f"{flag} {limit}; raise it, or drop such problems with --overlong-prompts drop"
+                f"{flag} {limit}; raise it{'' if count else drop}"
             )
     return pairs, dropped

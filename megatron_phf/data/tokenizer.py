@@ -7,16 +7,17 @@ megatron-core's tokenizer library.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from itertools import groupby
 from typing import Any, Protocol
 
 from megatron_phf.config.settings import Config
+from megatron_phf.data.chat_template import check_chance, dated, template_text
 from megatron_phf.data.special_text import SpecialText
-from megatron_phf.files.foreign import read_json_object
 
 # What a tokenizer without a chat template makes of a message, with BOS before it where it has one.
 PLAIN_TEMPLATE = "{message}\n"
@@ -24,6 +25,9 @@ PLAIN_TEMPLATE = "{message}\n"
 _CONTROL_LIKE = re.compile(
     r"<\|[^<>|\s]+\|>|</?(?:s|bos|eos|pad|(?:start|end)_of_\w+)>|\[/?[A-Z_]{2,}\]"
 )
+
+
+_ANSWER = "7351"  # which no template has
 
 
 class Tokenizer(Protocol):
@@ -34,6 +38,7 @@ class Tokenizer(Protocol):
     eos_id: int | None
     unknown_id: int | None  # of the token that stands for what it does not know
     has_chat_template: bool
+    says_the_date: bool  # its chat template does
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without special tokens around it or in it."""
@@ -44,19 +49,19 @@ class Tokenizer(Protocol):
     def protect(self, text: str) -> str:
         """``text`` so that :meth:`prompt` takes all of it as text, names of special tokens too."""
 
-    def prompt(self, message: str, thinking: bool) -> list[int]:
-        """Ids of a user's message, up to where the answer starts.
+    def prompts(self, messages: Sequence[str], thinking: bool) -> list[list[int]]:
+        """Ids of users' messages, each up to where the answer starts.
 
         ``thinking``: the chat template's ``enable_thinking``.  Without a chat template:
         ``PLAIN_TEMPLATE``.
         """
 
+    def prompt(self, message: str, thinking: bool) -> list[int]:
+        """Those of one message."""
+        return self.prompts([message], thinking)[0]
 
-def _has_template(template: Any) -> bool:
-    """Whether a tokenizer's ``chat_template`` is one: a text, or named ones with any in it."""
-    if isinstance(template, dict):  # with a "default"; else transformers refuses to choose
-        return bool(template) and _has_template(template.get("default", "none"))
-    return template is not None and bool(str(template).strip())
+    def turn_end(self) -> list[int]:
+        """Ids that the chat template puts behind an answer; none where that cannot be told."""
 
 
 def _unknown_id(tokenizer: Any) -> int | None:
@@ -66,16 +71,27 @@ def _unknown_id(tokenizer: Any) -> int | None:
     return None if not token else tokenizer.convert_tokens_to_ids(token)
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A transformers tokenizer."""
 
-    def __init__(self, tokenizer: Any, source: str = "--hf-model") -> None:
+    def __init__(
+        self, tokenizer: Any, source: str = "--hf-model", moment: datetime | None = None
+    ) -> None:
+        """``moment``: what a chat template reads as now (default: when this is made).
+
+        Raises:
+            ValueError: the chat template draws random numbers.
+        """
         self._tokenizer = tokenizer
         self.source = source
         self.largest_id = max(tokenizer.get_vocab().values())
         self.eos_id: int | None = tokenizer.eos_token_id
         self.unknown_id = _unknown_id(tokenizer)
-        self.has_chat_template = _has_template(getattr(tokenizer, "chat_template", None))
+        template = template_text(getattr(tokenizer, "chat_template", None))
+        check_chance(template, source)
+        self.has_chat_template = bool(template)
+        self.says_the_date = "strftime_now" in template
+        self._dated = dated(template, moment or datetime.now()) if self.says_the_date else {}
         self._special = SpecialText(tokenizer, self.unknown_id)
 
     def encode(self, text: str) -> list[int]:
@@ -90,35 +106,49 @@ class HFTokenizer:
         """``text`` with marks in the names of special tokens."""
         return self._special.protect(text)
 
-    def prompt(self, message: str, thinking: bool) -> list[int]:
+    def prompts(self, messages: Sequence[str], thinking: bool) -> list[list[int]]:
         """By the chat template; without one, plain text behind the tokenizer's BOS.
 
         Raises:
-            ValueError: the chat template fails, or makes nothing of the message.
+            ValueError: the chat template fails, or makes nothing of a message.
         """
         if not self.has_chat_template:
-            text = PLAIN_TEMPLATE.format(message=message)
-            return self._before_text + self._text_ids(text)
-        if self._special.is_protected(message):
-            ids = self._text_ids(self._apply_chat_template(message, thinking, tokenize=False))
-        else:
-            ids = self._apply_chat_template(message, thinking, tokenize=True, return_dict=False)
-        if not ids:
+            texts = [PLAIN_TEMPLATE.format(message=message) for message in messages]
+            return [self._before_text + self._text_ids(text) for text in texts]
+        protected = [m for m in messages if self._special.is_protected(m)]
+        plain = [m for m in messages if not self._special.is_protected(m)]
+        texts = self._render(protected, thinking, tokenize=False)
+        encoded = self._render(plain, thinking, tokenize=True, return_dict=False)
+        if not all(encoded) or not all(texts):
             raise ValueError(
                 f"{self.source}: its chat template makes an empty prompt; correct "
                 "chat_template.jinja, or chat_template in tokenizer_config.json"
             )
-        return list(ids)
+        ids, others = iter(encoded), map(self._text_ids, texts)
+        return [list(next(others if self._special.is_protected(m) else ids)) for m in messages]
 
-    def _apply_chat_template(self, message: str, thinking: bool, **options: bool) -> Any:
+    def turn_end(self) -> list[int]:
+        """What stands behind the last message; nothing without a template that takes answers."""
+        roles = (("user", "0"), ("assistant", _ANSWER))
+        chat = [{"role": role, "content": text} for role, text in roles]
+        end = ""
+        with contextlib.suppress(Exception):  # a template is a program, and can fail in any way
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False, **self._dated)
+            end = text.rpartition(_ANSWER)[2].strip()
+        return self._text_ids(end)
+
+    def _render(self, messages: Sequence[str], thinking: bool, **options: bool) -> Any:
+        if not messages:
+            return []
         try:
             return self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": message}],
+                [[{"role": "user", "content": message}] for message in messages],
                 add_generation_prompt=True,
                 enable_thinking=thinking,
+                **self._dated,
                 **options,
             )
-        except Exception as error:  # a template is a program, and can fail in any way
+        except Exception as error:  # as above
             raise ValueError(
                 f"{self.source}: its chat template fails ({type(error).__name__}: {error}); "
                 "correct chat_template.jinja, or chat_template in tokenizer_config.json"
@@ -139,10 +169,10 @@ class HFTokenizer:
         return whole[: next((i for i in starts if whole[i : i + len(bare)] == bare), 0)]
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file, which has no chat template; ``thinking`` changes nothing."""
 
-    has_chat_template = False
+    has_chat_template = says_the_date = False
 
     def __init__(self, library: Any, source: str = "--tokenizer-model") -> None:
         self._library = library
@@ -182,9 +212,13 @@ class SentencePieceTokenizer:
                 )
         return text
 
-    def prompt(self, message: str, thinking: bool) -> list[int]:
+    def prompts(self, messages: Sequence[str], thinking: bool) -> list[list[int]]:
         """Plain text, after BOS where the file has one."""
-        return self._bos + self.encode(PLAIN_TEMPLATE.format(message=message))
+        return [self._bos + self.encode(PLAIN_TEMPLATE.format(message=m)) for m in messages]
+
+    def turn_end(self) -> list[int]:
+        """Nothing: plain text has no turns."""
+        return []
 
     def _is_special(self, token: int) -> bool:
         return token > self.largest_id or self._library.tokenizer.is_control(token)
@@ -193,28 +227,38 @@ class SentencePieceTokenizer:
         return self._library.vocab[token] if token <= self.largest_id else f"<{token}>"
 
 
-def _load_hf(path: str, source: str, trust_remote_code: bool) -> Tokenizer:
+def load_hf(path: str, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of a directory.
+
+    Raises:
+        ValueError: it has special tokens alone.
+        Exception: of any kind, by file and format, where it does not load.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
         path, local_files_only=True, trust_remote_code=trust_remote_code
     )
-    return HFTokenizer(tokenizer, source)
+    added = {token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
+    if not set(tokenizer.get_vocab()) - added:
+        raise ValueError(
+            f"transformers' {type(tokenizer).__name__} finds special tokens there and no "
+            "vocabulary; copy tokenizer.json, or what this class reads"
+        )
+    return tokenizer
 
 
-def _load_sentencepiece(path: str, source: str, trust_remote_code: bool) -> Tokenizer:
+def _load_sentencepiece(path: str, source: str) -> Tokenizer:
     from megatron.core.tokenizers.text.libraries import sentencepiece_tokenizer
 
     return SentencePieceTokenizer(sentencepiece_tokenizer.SentencePieceTokenizer(path), source)
 
 
-TOKENIZER_TYPES = {"HFTokenizer": _load_hf, "SentencePieceTokenizer": _load_sentencepiece}
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
+def load_tokenizer(config: Config, moment: datetime | None = None) -> Tokenizer:
     """The tokenizer of ``--tokenizer-model``, else of ``--hf-model``.
 
-    Nothing is downloaded, and no code from there is run without ``--trust-remote-code``.
+    ``moment``: what its chat template reads as now.  Nothing is downloaded, and no code from there
+    is run without ``--trust-remote-code``.
 
     Raises:
         ValueError: it is missing or damaged, or needs code that is not trusted.
@@ -223,60 +267,12 @@ def load_tokenizer(config: Config) -> Tokenizer:
     assert path is not None
     source = f"{'--tokenizer-model' if config.tokenizer.tokenizer_model else '--hf-model'} {path}"
     try:
-        return TOKENIZER_TYPES[config.tokenizer.tokenizer_type](
-            path, source, config.model.trust_remote_code
-        )
+        if config.tokenizer.tokenizer_type == "SentencePieceTokenizer":
+            return _load_sentencepiece(path, source)
+        library = load_hf(path, config.model.trust_remote_code)
     except Exception as error:  # each library raises many kinds, by file and format
         reason = f"{type(error).__name__}: {error}"
         if "trust_remote_code" in reason:
             reason = "it is Python code; read it, and allow it with --trust-remote-code"
         raise ValueError(f"{source}: its tokenizer does not load ({reason})") from error
-
-
-def check_token_ids(tokenizer: Tokenizer, stop_ids: Sequence[int], vocab_size: int) -> None:
-    """Raise ValueError where a token, added ones too, or a stop id has no row in the embedding."""
-    largest = max(tokenizer.largest_id, *stop_ids)
-    if largest >= vocab_size:
-        files = "config.json or generation_config.json"
-        what = "a tokenizer" if largest == tokenizer.largest_id else files
-        raise ValueError(
-            f"{tokenizer.source}: {what} with token ids up to {largest}, but the model's embedding "
-            f"has {vocab_size} rows (ids 0 to {vocab_size - 1}); tokenizer and weights are of "
-            "different models, or the embedding was not resized for added tokens"
-        )
-
-
-def _generation_stop_ids(directory: str) -> set[int]:
-    """What ``generate`` of transformers stops at.
-
-    ``generation_config.json`` alone decides where there is one, also by naming none; without it
-    ``config.json`` does (``GenerationMixin.adjust_generation_fn``).
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = os.path.join(directory, name)
-        if os.path.isfile(path):
-            break
-    else:
-        return set()
-    found = read_json_object(path).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"{path}: eos_token_id is no token id; copy the model again")
-    return set(ids)
-
-
-def stop_token_ids(tokenizer: Tokenizer, directory: str) -> tuple[int, ...]:
-    """Ids that end a rollout: the tokenizer's EOS, and those that ``generate`` stops at.
-
-    Raises:
-        ValueError: there are none, or the file that names them is damaged.
-    """
-    ids = _generation_stop_ids(directory)
-    if tokenizer.eos_id is not None:
-        ids.add(tokenizer.eos_id)
-    if not ids:
-        raise ValueError(
-            f"{tokenizer.source}: no end-of-sequence token, and none in {directory}'s "
-            "generation_config.json (config.json without it); name one there as eos_token_id"
-        )
-    return tuple(sorted(ids))
+    return HFTokenizer(library, source, moment)

@@ -19,7 +19,8 @@ from typing import Any
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem, jsonl
 from megatron_phf.data.prompts import build_prompt_pairs
-from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_phf.data.stop_tokens import stop_token_ids
+from megatron_phf.data.tokenizer import load_tokenizer
 from megatron_phf.demo.task import ARITHMETIC_TEMPLATES, make_hf_directory, make_problems
 from megatron_phf.demo.warm_start import LossReached, warm_start_config, warm_start_prompts
 from megatron_phf.files.directories import write_directory

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem, field_names, read_test_problems
-from megatron_phf.data.prompts import PromptTemplates, fill, problem_prompt, prompt_templates
+from megatron_phf.data.prompts import PromptTemplates, fill, problem_prompts, prompt_templates
 from megatron_phf.data.rollouts import written_stop
 from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.data.unknown import unknown_tokens
@@ -157,12 +157,11 @@ def make_test_set(
     Raises:
         ValueError: a prompt is too long.  To leave problems out would change the result.
     """
-    prompts = []
-    for problem in problems:
-        prompts.append(problem_prompt(tokenizer, templates.student, problem, thinking))
-        if len(prompts[-1]) > max_prompt_length:
+    prompts = problem_prompts(tokenizer, templates.student, thinking, problems)
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if len(prompt) > max_prompt_length:
             raise ValueError(
-                f"{name}: problem {problem.index + 1} has {len(prompts[-1])} tokens, over "
+                f"{name}: problem {problem.index + 1} has {len(prompt)} tokens, over "
                 f"--max-prompt-length {max_prompt_length}; raise it"
             )
     return TestSet(problems, prompts)

@@ -6,22 +6,18 @@ Without torch: the checks before launch read it too.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_phf.config.settings import Config
 from megatron_phf.config.teachers import teacher_directories
-from megatron_phf.files.foreign import parse_json
+from megatron_phf.data.vocabulary import read_vocabulary, vocabulary_file
 from megatron_phf.hidden.layer_map import check_layer_map, relative_layer_map
 from megatron_phf.hidden.spec import flow_spec, flow_weights
 from megatron_phf.model.architecture import Architecture, check_split, read_architecture
 from megatron_phf.teacher.traits import traits_of
 
 TEACHER_FLAG = "--teacher-hf-model"
-# Whatever both directories have of these is compared; the first decides.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Teachers that take turns may differ in how far they read, and in how they were made.
 _FREE = ("max_position_embeddings", "initializer_range")
 
@@ -135,34 +131,33 @@ def layer_map(config: Config, student_layers: int, teacher_layers: int) -> tuple
     return layers
 
 
-def _vocabulary(path: str) -> dict[str, int]:
-    """Token -> id of a ``tokenizer.json`` (added tokens too) or a ``vocab.json``."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = parse_json(f.read())
-        if path.endswith("vocab.json"):
-            return dict(content)
-        vocab: Any = content["model"]["vocab"]
-        if isinstance(vocab, list):  # Unigram: [token, score] in the order of their ids
-            vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return {**vocab, **added}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no readable vocabulary ({error}); copy it again") from error
+def check_tokenizers(student: str, teacher: str, common: int, required: bool) -> None:
+    """Raise ValueError where the directories' tokenizers, of any form, give a token another id.
 
-
-def _compare_vocabularies(student: str, teacher: str, common: int) -> None:
-    ours, theirs = _vocabulary(student), _vocabulary(teacher)
+    ``common``: token ids that both models have; ``required``: whether a directory without a
+    tokenizer is a mistake (a replay needs none).
+    """
+    first, second = vocabulary_file(student), vocabulary_file(teacher)
+    if first is None or second is None:
+        if required:
+            raise ValueError(
+                f"{TEACHER_FLAG} {teacher}: no tokenizer to compare with that of {student}; copy "
+                "tokenizer.json, or vocab.json and merges.txt, to the one that lacks it"
+            )
+        return
+    if first.endswith(".model") and second.endswith(".model") and _same_bytes(first, second):
+        return  # of whatever form
+    ours, theirs = read_vocabulary(first), read_vocabulary(second)
     for token in [*ours, *theirs]:
         if ours.get(token) != theirs.get(token):
             raise ValueError(
-                f"{TEACHER_FLAG}: token {token!r} has id {theirs.get(token)} in {teacher} and "
-                f"{ours.get(token)} in {student}; the teacher must have the student's tokenizer"
+                f"{TEACHER_FLAG}: token {token!r} has id {theirs.get(token)} in {second} and "
+                f"{ours.get(token)} in {first}; the teacher must have the student's tokenizer"
             )
     largest = max(ours.values(), default=0)
     if largest >= common:
         raise ValueError(
-            f"{TEACHER_FLAG}: {student} gives token ids up to {largest}, but student and teacher "
+            f"{TEACHER_FLAG}: {first} gives token ids up to {largest}, but student and teacher "
             f"have embeddings for 0 to {common} - 1 only"
         )
 
@@ -170,31 +165,6 @@ def _compare_vocabularies(student: str, teacher: str, common: int) -> None:
 def _same_bytes(first: str, second: str) -> bool:
     with open(first, "rb") as a, open(second, "rb") as b:
         return a.read() == b.read()
-
-
-def check_tokenizers(student: str, teacher: str, common: int, required: bool) -> None:
-    """Raise ValueError where the directories' tokenizers give a token another id.
-
-    ``common``: token ids that both models have; ``required``: whether a directory without a
-    tokenizer is a mistake (a replay needs none).
-    """
-    for name in _TOKENIZER_FILES:
-        ours, theirs = (os.path.join(directory, name) for directory in (student, teacher))
-        if not (os.path.isfile(ours) and os.path.isfile(theirs)):
-            continue
-        if name.endswith(".json"):
-            _compare_vocabularies(ours, theirs, common)
-        elif not _same_bytes(ours, theirs):
-            raise ValueError(
-                f"{TEACHER_FLAG}: {theirs} is not the student's {ours}; the teacher must have the "
-                "student's tokenizer"
-            )
-        return
-    if required:
-        raise ValueError(
-            f"{TEACHER_FLAG} {teacher}: no tokenizer file ({', '.join(_TOKENIZER_FILES)}) to "
-            f"compare with that of {student}; copy it there"
-        )
 
 
 def check_teacher_flags(config: Config) -> None:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
@@ -49,8 +50,14 @@ class Checkpointer:
     ``sampled``: rollouts of steps to come, of the checkpoint that was taken up.
     """
 
-    def __init__(self, config: Config, distiller: Distiller) -> None:
-        self._config, self._distiller = config, distiller
+    def __init__(
+        self,
+        config: Config,
+        distiller: Distiller,
+        rendering: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """``rendering``: how the run makes prompts (``build.job_tokenizer``)."""
+        self._config, self._distiller, self._rendering = config, distiller, dict(rendering)
         self._directory = config.checkpoint.save
         self._inputs = on_first_rank(inputs, config)
         # A group of its own: the thread's collectives must not mix with those of the steps.
@@ -138,6 +145,7 @@ class Checkpointer:
             "dtype": str(model_dtype(self._config)),
             "layout": self._layout(),
             "inputs": self._inputs,
+            "rendering": self._rendering,
             "files": {},
         }
 

@@ -11,6 +11,7 @@ Plain Python, no torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -131,6 +132,15 @@ def saved_iterations(directory: str) -> list[int]:
     except (OSError, ValueError):
         return found
     return [i for i in found if i <= newest] or found
+
+
+def recorded_rendering(directory: str) -> dict[str, str]:
+    """How the run whose checkpoints lie in ``directory`` makes prompts; empty where unknown."""
+    for iteration in saved_iterations(directory):
+        with contextlib.suppress(ValueError):  # a damaged one: all of a run say the same
+            manifest = read_manifest(iteration_directory(directory, iteration))
+            return dict(manifest.get("rendering") or {})
+    return {}
 
 
 def keep_last(directory: str, count: int) -> None:

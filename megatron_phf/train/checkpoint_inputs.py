@@ -121,6 +121,7 @@ def check_compatible(path: str, saved: dict[str, Any], now: dict[str, Any]) -> l
             if group not in _FREE and name not in _READ + _MODELS:
                 changes.append(text)
     _check_inputs(path, saved, now)
+    _check_rendering(path, saved.get("rendering") or {}, now["rendering"])
     return changes
 
 
@@ -140,6 +141,17 @@ def _check_inputs(path: str, saved: dict[str, Any], now: dict[str, Any]) -> None
                 f"{flag_of(name)} {_value(now, name)}: {what}not what the run of {path} read"
                 f"{_sizes(old, new)}; restore it, or start anew without --load"
             )
+
+
+def _check_rendering(path: str, saved: dict[str, str], now: dict[str, str]) -> None:
+    """Equal files can make other prompts: the program that reads them, or its surroundings."""
+    name = "prompts_sha256"
+    if saved.get(name, now.get(name)) != now.get(name, saved.get(name)):
+        raise ValueError(
+            f"--load: the tokenizer and its chat template make other prompts than in the run of "
+            f"{path}, of the same files; install the versions of transformers and tokenizers that "
+            "it had, or start anew without --load"
+        )
 
 
 def _changed(field: str, old: Any, new: Any) -> str | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import dataclass
 
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import keep_lines
-from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_phf.data.tokenizer import Tokenizer
 from megatron_phf.evaluation.evaluate import (
     Evaluation,
+    TestSet,
     evaluate,
     evaluation_sampling,
     read_test_set,
@@ -19,6 +21,7 @@ from megatron_phf.evaluation.grading import make_grader
 from megatron_phf.files.appended import AppendedLines
 from megatron_phf.model.gpt import FlowGPTModel
 from megatron_phf.rollout.megatron.engine import student_engine
+from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import parallel
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.together import on_first_rank
@@ -71,6 +74,27 @@ class EvaluationLog:
         )
 
 
+@dataclass(frozen=True)
+class Questions:
+    """The test set of ``--eval-data``, and how it is asked."""
+
+    tests: TestSet
+    tokenizer: Tokenizer
+    sampling: SamplingParams
+
+
+def read_questions(
+    config: Config, models: Models, tokenizer: Tokenizer, stop_ids: tuple[int, ...]
+) -> Questions:
+    """Those of ``--eval-data``; ValueError names what is wrong with them."""
+    assert config.evaluation.eval_data is not None
+    tests = read_test_set(config.evaluation.eval_data, "--eval-data", config, tokenizer)
+    if tests.unknown is not None:
+        say(f"warning  {tests.unknown}")
+    room = models.student.max_position_embeddings - tests.longest_prompt
+    return Questions(tests, tokenizer, evaluation_sampling(config, stop_ids, room))
+
+
 class Evaluations(RunHook):
     """Average@k on ``--eval-data``: before the first step, where it is time to, after the last."""
 
@@ -79,25 +103,18 @@ class Evaluations(RunHook):
         config: Config,
         models: Models,
         student: list[FlowGPTModel],
+        questions: Questions,
         logger: RunLogger,
         heartbeat: Heartbeat,
         done: int,
     ) -> None:
         """``done``: steps of a run that is resumed."""
-        e, directory = config.evaluation, config.model.hf_model
-        assert e.eval_data is not None and directory is not None
-        self._settings, self._logger, self._heartbeat = e, logger, heartbeat
-        self._tokenizer = load_tokenizer(config)
-        self._tests = read_test_set(e.eval_data, "--eval-data", config, self._tokenizer)
-        if self._tests.unknown is not None:
-            say(f"warning  {self._tests.unknown}")
-        room = models.student.max_position_embeddings - self._tests.longest_prompt
-        stop_ids = stop_token_ids(self._tokenizer, directory)
-        self._sampling = evaluation_sampling(config, stop_ids, room)
+        self._settings, self._questions = config.evaluation, questions
+        self._logger, self._heartbeat = logger, heartbeat
         self._engine = student_engine(config, models, student)
         self._log = EvaluationLog(config.output.output_dir, done)
         self._closing = contextlib.ExitStack()
-        self._grader = self._closing.enter_context(make_grader(e.grader))
+        self._grader = self._closing.enter_context(make_grader(config.evaluation.grader))
 
     def before_step(self, iteration: int) -> None:
         """Evaluate what the steps before have made, if it is time to."""
@@ -120,10 +137,8 @@ class Evaluations(RunHook):
         if step in self._log.averages:
             return
         self._heartbeat.at(f"step {step}, evaluation")
-        k = self._settings.eval_samples
-        result = evaluate(
-            self._engine, self._tokenizer, self._tests, self._sampling, k, self._grader
-        )
+        q, k = self._questions, self._settings.eval_samples
+        result = evaluate(self._engine, q.tokenizer, q.tests, q.sampling, k, self._grader)
         self._log.add(step, result)
         say(f"evaluation after step {step}: {result.describe()}, {result.seconds:.0f} s")
         values = {"average_at_k": result.average, "pass_at_k": result.pass_at_k}

@@ -18,9 +18,15 @@ from megatron_phf.rollout.sources import RolloutSource, make_source
 from megatron_phf.runtime.heartbeat import Heartbeat
 from megatron_phf.runtime.signals import StopSignals
 from megatron_phf.teacher.architecture import read_models
-from megatron_phf.train.build import load_student, make_distiller, make_prompts
+from megatron_phf.train.build import (
+    job_tokenizer,
+    load_student,
+    make_distiller,
+    make_prompts,
+    run_moment,
+)
 from megatron_phf.train.collapse import CollapseSigns, copied_words
-from megatron_phf.train.evaluation import Evaluations
+from megatron_phf.train.evaluation import Evaluations, read_questions
 from megatron_phf.train.export import Export
 from megatron_phf.train.hooks import RunHook, Stop
 from megatron_phf.train.keep import GradedSource
@@ -154,8 +160,15 @@ def train(
     models = read_models(config)
     if not brief:
         say(run_summary(models, config))
-    if prompts is None and reads_data(config):
-        prompts = make_prompts(config, models)
+    questions, rendering = None, dict[str, str]()
+    asks = prompts is None and reads_data(config)
+    if asks or config.evaluation.eval_data is not None:
+        moment = run_moment(config.checkpoint.load)
+        tokenizer, stop_ids, rendering = job_tokenizer(config, models.vocab_size, moment)
+        if asks:
+            prompts = make_prompts(config, tokenizer, stop_ids)
+        if config.evaluation.eval_data is not None:
+            questions = read_questions(config, models, tokenizer, stop_ids)
     load = partial(load_student, models.student, config, directory)
     context = RolloutContext(config, models, prompts, load)
     source = make_source(context)  # what can be refused without weights is
@@ -163,7 +176,7 @@ def train(
     student = context.student
     distiller = make_distiller(models, config, student)
     signs, end = CollapseSigns(config), EndOfRun(config, signals)
-    checkpoints = Checkpoints(config, distiller, heartbeat, signs, ahead)
+    checkpoints = Checkpoints(config, distiller, heartbeat, signs, ahead, rendering)
     done = checkpoints.resume()
     signals.install()  # from here on they wait for the end of a step
     write_run_file(config, models.student, done)
@@ -176,8 +189,8 @@ def train(
         *more,
         Export(config, models.student, student),
     ]
-    if config.evaluation.eval_data is not None:  # of what is exported: behind it
-        hooks.append(Evaluations(config, models, student, logger, heartbeat, done))
+    if questions is not None:  # of what is exported: behind it
+        hooks.append(Evaluations(config, models, student, questions, logger, heartbeat, done))
     if config.rollout.keep_rollouts != "all":
         assert prompts is not None, "checked before launch: an engine that samples"
         source = GradedSource(source, config, prompts)

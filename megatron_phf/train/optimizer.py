@@ -151,8 +151,8 @@ class StudentOptimizer:
 
     def load_state_dict(
         self,
-        asked: dict[str, Any],
-        saved: dict[str, Any],
+        asked: dict[Any, Any],
+        saved: dict[Any, Any],
         schedule_steps: int,
         lr_decay_iters: int,
     ) -> None:
@@ -165,8 +165,10 @@ class StudentOptimizer:
         step, each = adam_state.steps_taken(saved), self.optimizer.chained_optimizers
         with device.cuda_type_names():
             for number, optimizer in enumerate(each):
-                ask, part = (asked, saved) if len(each) == 1 else (asked[number], saved.get(number))
-                _load(optimizer, adam_state.restored(optimizer.optimizer, ask, part, step))
+                pair: list[Any] = [asked, saved]
+                if len(each) > 1:
+                    pair = [asked[number], saved.get(number)]
+                _load(optimizer, adam_state.restored(optimizer.optimizer, *pair, step))
         if self._train.lr_decay_iters is None:
             self.lr_decay_iters = lr_decay_iters
         self._schedule = _schedule(self.optimizer, self._train, self.lr_decay_iters)

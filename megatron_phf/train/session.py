@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from megatron_phf.config.settings import Config
 from megatron_phf.rollout.ahead import AheadSource
@@ -28,17 +30,19 @@ class Checkpoints(RunHook):
         heartbeat: Heartbeat,
         signs: CollapseSigns,
         ahead: AheadSource | None = None,
+        rendering: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Of ``distiller``.
 
         Args:
             signs: once one has fired, the checkpoint before is the last.
             ahead: what samples for steps to come.
+            rendering: how this run makes prompts.
         """
         self._settings, self._distiller = config.checkpoint, distiller
         self._heartbeat, self._signs, self._ahead = heartbeat, signs, ahead
         used = self._settings.save is not None or self._settings.load is not None
-        self._checkpoints = Checkpointer(config, distiller) if used else None
+        self._checkpoints = Checkpointer(config, distiller, rendering) if used else None
         self._saved = 0
 
     def resume(self) -> int:

@@ -95,7 +95,10 @@ def test_mistakes(files: Path, tmp_path: Path) -> None:
         str(p) for p in (tmp_path / "n", files / "run", files / "adapter")
     )
     mistakes = [
-        (["merge-adapter", other, adapter, new, "--no-verify"], "does not fit the model"),
+        (
+            ["merge-adapter", other, adapter, new, "--no-verify"],
+            "against its adapter_config.json (target_modules) and this model",
+        ),
         (["merge-adapter", other, other, new], "adapter_config.json: cannot be read"),
         (["adapter-to-peft", str(cut), new], f"{data.name}: has "),
         (["adapter-to-peft", run_directory, new, "--hf-model", "/none"], "pass --hf-model"),

@@ -8,7 +8,8 @@ import torch
 
 from megatron_phf.config.settings import Config
 from megatron_phf.data.rollouts import rollout_to_json
-from megatron_phf.data.tokenizer import load_tokenizer, stop_token_ids
+from megatron_phf.data.stop_tokens import stop_token_ids
+from megatron_phf.data.tokenizer import load_tokenizer
 from megatron_phf.rollout.context import Prompts, RolloutContext
 from megatron_phf.rollout.engines import engine_row
 from megatron_phf.rollout.protocol import Response

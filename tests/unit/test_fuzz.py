@@ -17,7 +17,7 @@ from megatron_phf.config.flags import build_parser, parse_args
 from megatron_phf.data.problems import read_problems
 from megatron_phf.data.prompts import PromptTemplates, fill, load_template
 from megatron_phf.data.rollouts import read_rollouts
-from megatron_phf.data.tokenizer import stop_token_ids
+from megatron_phf.data.stop_tokens import stop_token_ids
 from megatron_phf.evaluation.grading import is_correct
 from megatron_phf.files.foreign import check_weight_index
 from megatron_phf.model.architecture import check_split, read_architecture

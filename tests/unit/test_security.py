@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.tokenizer import HFTokenizer, load_tokenizer, stop_token_ids
+from megatron_phf.data.stop_tokens import stop_token_ids
+from megatron_phf.data.tokenizer import HFTokenizer, load_tokenizer
 from megatron_phf.demo.task import make_hf_directory, make_tokenizer
 from megatron_phf.files.foreign import check_file_name, check_weight_index
 from megatron_phf.lora.config import read_adapter_config

@@ -148,10 +148,9 @@ class ThinkingTokenizer:
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}
 
-    def apply_chat_template(self, messages, **options) -> list[int]:
+    def apply_chat_template(self, chats, **options) -> list[list[int]]:
         assert options["add_generation_prompt"] is True
-        (message,) = messages
-        return [int(options["enable_thinking"]), len(message["content"])]
+        return [[int(options["enable_thinking"]), len(chat[0]["content"])] for chat in chats]
 
 
 def test_each_side_has_its_own_thinking_mode() -> None:

@@ -43,8 +43,8 @@ class Letters:
     def protect(self, text: str) -> str:
         return text
 
-    def prompt(self, message: str, thinking: bool) -> list[int]:
-        return self.encode(message + (" /think" if thinking else ""))
+    def prompts(self, messages: list[str], thinking: bool) -> list[list[int]]:
+        return [self.encode(m + (" /think" if thinking else "")) for m in messages]
 
 
 def pairs_of(kind: str, problems=PROBLEMS, **flags: object) -> list[PromptPair]:

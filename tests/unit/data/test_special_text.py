@@ -24,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_phf.config.settings import Config
 from megatron_phf.data.problems import Problem
 from megatron_phf.data.prompts import PromptTemplates, build_prompt_pairs, fill
-from megatron_phf.data.tokenizer import HFTokenizer, load_tokenizer, stop_token_ids
+from megatron_phf.data.stop_tokens import stop_token_ids
+from megatron_phf.data.tokenizer import HFTokenizer, load_tokenizer
 from megatron_phf.data.unknown import unknown_tokens
 from megatron_phf.demo.task import ARITHMETIC_TEMPLATES, make_tokenizer
 from megatron_phf.evaluation.evaluate import make_test_set, read_test_set

@@ -10,13 +10,8 @@ import sentencepiece
 from tokenizers import AddedToken
 
 from megatron_phf.config.settings import Config
-from megatron_phf.data.tokenizer import (
-    HFTokenizer,
-    Tokenizer,
-    check_token_ids,
-    load_tokenizer,
-    stop_token_ids,
-)
+from megatron_phf.data.stop_tokens import check_token_ids, stop_token_ids
+from megatron_phf.data.tokenizer import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_phf.demo.task import make_tokenizer
 from tests.models import make_sentencepiece
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from megatron_phf.lora.config import (
 )
 from megatron_phf.lora.files import merge_adapter, read_adapter
 from megatron_phf.model.architecture import read_architecture
+from megatron_phf.weights.adapters import check_adapter
 from tests.models import make_adapter, make_model
 
 REAL = "--hf-model MODEL --data DATA --max-new-tokens 64 --max-prompt-length 64 "
@@ -173,7 +175,6 @@ def test_initialisations_that_change_the_base_are_refused(adapter: Path, value: 
     ("values", "message"),
     [
         ({"a_later_variant": 0.5}, "a_later_variant: only plain LoRA"),
-        ({"target_modules": "all-linear"}, "target_modules must be a list"),
         ({"target_modules": [["q_proj"]]}, "target_modules must be a list"),
         ({"r": 0}, "'r' is 0"),
         ({"r": True}, "'r' is True"),
@@ -248,3 +249,73 @@ def test_merging_into_a_dtype_rounds_once(
         assert found[name].dtype is kind
         unit = 2.0**-22 if dtype == "fp32" else 2.0**-8  # of the last digit, and of fp32's sum
         assert ((found[name].double() - exact).abs() <= unit * (exact.abs() + 0.1)).all(), name
+
+
+def rewrite(adapter: Path, change) -> None:
+    """Write the adapter's tensors as ``change`` leaves them."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, {"format": "pt"})
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+NOT_WHOLE = {
+    "a key is missing": (lambda t: t.pop(FIRST), {}, "q_proj.lora_A.weight is not in it"),
+    "a target is missing": (
+        lambda t: [t.pop(n) for n in list(t) if "up_proj" in n], {}, "up_proj.lora_A.weight is not",
+    ),
+    "one too many": (lambda t: t.update(x=t[FIRST].clone()), {}, "x is in it"),
+    "another rank": (lambda t: None, {"r": 2}, "has shape [4, 64], but r in its"),
+    "other targets": (lambda t: None, {"target_modules": ["q_proj"]}, "is in it, against its"),
+    "another width": (lambda t: t.update({FIRST: t[FIRST][:, :9]}), {}, "has shape [4, 9]"),
+    "no such linear": (lambda t: None, {"target_modules": ["q_proj", "lm_head"]}, "names lm_head"),
+    "a bad pattern": (lambda t: None, {"target_modules": "("}, "no regular expression"),
+}  # fmt: skip
+START = (REAL + "--lora-alpha 6 --lora-target-modules q_proj,up_proj --lora-adapter").split()
+
+
+@pytest.mark.parametrize("name", NOT_WHOLE)
+def test_an_adapter_that_is_not_whole(adapter: Path, files: dict, name: str, capsys) -> None:
+    """Refused at its headers, before a weight is read: to merge, and to start from."""
+    change_tensors, values, message = NOT_WHOLE[name]
+    rewrite(adapter, change_tensors)
+    change(adapter, **values)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_adapter(str(adapter), read_architecture(files["MODEL"]))
+    assert preflight.main([*(files.get(word, word) for word in START), str(adapter)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        r"model\.layers\.\d+\.(self_attn\.q_proj|mlp\.up_proj)",
+        [f"model.layers.{i}.{n}" for i in range(4) for n in ("self_attn.q_proj", "mlp.up_proj")],
+        ["self_attn.q_proj", "up_proj"],
+    ],
+)
+def test_targets_as_peft_saves_them(adapter: Path, files: dict, targets: object) -> None:
+    change(adapter, target_modules=targets)
+    _, modules = check_adapter(str(adapter), read_architecture(files["MODEL"]))
+    assert len(modules) == 8
+    merged, base = merged_by_peft(files["MODEL"], adapter)
+    tensors, scale = read_adapter(str(adapter))
+    for name, ours in merge_adapter(base.items(), tensors, scale):
+        assert torch.allclose(ours, merged[name], atol=1e-6), name
+
+
+def test_all_linears(files: dict, tmp_path: Path) -> None:
+    adapter = make_adapter(str(tmp_path / "all"), files["MODEL"])
+    change(Path(adapter), target_modules="all-linear")
+    assert len(check_adapter(adapter, read_architecture(files["MODEL"]))[1]) == 4 * 7
+
+
+def test_adapters_on_some_layers_are_merged_and_not_trained(
+    adapter: Path, files: dict, capsys
+) -> None:
+    rewrite(adapter, lambda t: [t.pop(n) for n in list(t) if ".layers.0." not in n])
+    change(adapter, target_modules=r"model\.layers\.0\..*(q_proj|up_proj)")
+    assert len(check_adapter(str(adapter), read_architecture(files["MODEL"]))[1]) == 2
+    assert preflight.main([*(files.get(word, word) for word in START), str(adapter)]) == 2
+    assert "adapts q_proj in 1 of 4 layers" in capsys.readouterr().err
