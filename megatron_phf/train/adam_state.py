@@ -61,7 +61,7 @@ def _filled(asked: Any, saved: Any) -> Any:
         there = saved if isinstance(saved, dict) else {}
         return {name: _filled(value, there.get(name)) for name, value in asked.items()}
     if isinstance(asked, list):
-        there = saved if isinstance(saved, list) else [None] * len(asked)
-        return [_filled(value, each) for value, each in zip(asked, there, strict=True)]
+        each = saved if isinstance(saved, list) else [None] * len(asked)
+        return [_filled(*pair) for pair in zip(asked, each, strict=True)]
     plain = asked is None or isinstance(asked, bool | int | float | str | tuple | torch.Tensor)
     return asked if plain else saved
