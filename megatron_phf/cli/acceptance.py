@@ -5,7 +5,7 @@
 
 Parity with plain transformers, losses in bf16 and FP8, resume, and of a large model (a random
 Qwen3-1.7B, or the one that is named) step time by phase, MFU, the flow loss's price, memory beside
-its formula, synchronisations, decoding and an asynchronous save.  Local layers and bf16 need CUDA
+its formula, synchronisations and decoding.  Local layers and bf16 need CUDA
 alone; rows that need Transformer Engine say so where it is missing.  Without CUDA the same runs on
 CPUs with a small model, whose speed is shown without a verdict.
 """
@@ -30,6 +30,7 @@ from megatron_phf.cli.accept.table import render, write_report
 from megatron_phf.cli.accept.verdicts import evaluate
 from megatron_phf.console import program
 from megatron_phf.runtime.environment import for_children
+from megatron_phf.runtime.visible_gpus import visible_gpus
 
 _PACKAGES = ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine")
 
@@ -61,7 +62,7 @@ def _asked(code: str) -> str:
     return done.stdout.strip() if good else f"unknown ({done.stderr.strip()[-200:]})"
 
 
-def _job(args: argparse.Namespace, tiny: str, steps: int) -> list[str]:
+def _job(args: argparse.Namespace, tiny: str, steps: int, processes: int) -> list[str]:
     """Flags of the training whose losses are compared: the given model, or the tiny one."""
     model = args.model or os.path.join(tiny, "trained")
     job = ["--hf-model", model, "--data", args.data or os.path.join(tiny, "problems.jsonl")]
@@ -72,6 +73,9 @@ def _job(args: argparse.Namespace, tiny: str, steps: int) -> list[str]:
         job += ["--max-teacher-prompt-length", "128"]
     else:
         job += ["--max-new-tokens", "128"]
+    if args.model is None and processes == 8:  # three layers over two stages
+        job += ["--num-layers-in-first-pipeline-stage", "2"]
+        job += ["--num-layers-in-last-pipeline-stage", "1"]
     return [*job, "--train-iters", str(steps), "--global-batch-size", "16"]
 
 
@@ -81,10 +85,12 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     from megatron_phf.runtime import device
 
     cuda = device.has_cuda()
-    processes = args.gpus or (1 if cuda else 2)
+    # All that are there, of the layouts that there are: a second GPU is what NCCL is met on.
+    most = max((n for n in LAYOUTS if n <= visible_gpus()), default=1)
+    processes = args.gpus or (most if cuda else 2)
     tiny = os.path.join(directory, "tiny")
     write_tiny(tiny)
-    steps = args.steps or ((10 if args.model else 50) if cuda else 4)
+    steps = args.steps or (10 if cuda else 4)
     if args.model is None:
         config = {"model_type": "qwen3", **large_settings(cuda), "rope_theta": 1e6}
         arch = parse_architecture(config, "the large model")
@@ -99,7 +105,7 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
         engine=engine_problem(cuda),
         processes=processes,
         steps=steps,
-        job=[*_job(args, tiny, steps), *LAYOUTS[processes]],
+        job=[*_job(args, tiny, steps, processes), *LAYOUTS[processes]],
     )
 
 
@@ -161,16 +167,15 @@ def run(args: argparse.Namespace, directory: str) -> int:
     return 1 if any(row.result in ("fail", "late") for row in rows) else 0
 
 
-@program
-def main(argv: list[str] | None = None) -> int:
-    """0 passed, 1 failed, 2 for a mistake in the command line."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; SystemExit for a mistake in it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", nargs="?", help="HuggingFace directory; a random model without")
     parser.add_argument("data", nargs="?", help="problems.jsonl")
-    parser.add_argument("--gpus", type=int, choices=sorted(LAYOUTS), help="default 1")
-    parser.add_argument("--steps", type=int, default=0, help="of the loss curves, default 50")
+    parser.add_argument("--gpus", type=int, choices=sorted(LAYOUTS), help="default: all there are")
+    parser.add_argument("--steps", type=int, default=0, help="of the loss curves, default 10")
     parser.add_argument("--minutes", type=float, default=10, help="until what is left is not run")
     parser.add_argument("--json", default="runs/acceptance.json", help="the report")
     parser.add_argument("--dry-run", action="store_true", help="print what would run")
@@ -180,6 +185,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a model needs its problems.jsonl")
     if args.steps and args.steps < 4:
         parser.error("--steps: need at least 4")
+    return args
+
+
+@program
+def main(argv: list[str] | None = None) -> int:
+    """0 passed, 1 failed, 2 for a mistake in the command line."""
+    args = parse(argv)
     with tempfile.TemporaryDirectory() as directory:
         if args.table is not None:
             print(render(args.table))

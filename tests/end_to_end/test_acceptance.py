@@ -14,6 +14,7 @@ from megatron_phf.cli.accept import launch, model, table, verdicts
 from megatron_phf.cli.accept.plan import LAYOUTS, Plan
 from megatron_phf.config.flags import parse_args
 from megatron_phf.model.architecture import parse_architecture, read_architecture
+from megatron_phf.runtime import device
 from tests.launch import REPO, run
 
 SCRIPT = "examples/h100/acceptance.sh"
@@ -42,11 +43,11 @@ def test_on_the_cpu(tmp_path: Path) -> None:
     assert shown == {
         "a step of 128 tokens", "MFU of the student's pass",
         "a step with the flow loss, over OPSD's", "peak memory against the formula",
-        "decoding in process, 4 rows", "asynchronous save of the large model",
+        "decoding in process, 4 rows",
     }  # fmt: skip
     rest = {word for name, (_, word) in result.items() if name not in passed | shown}
     assert rest == {"skipped: needs CUDA and Transformer Engine", "skipped: needs CUDA",
-                    "skipped: needs several GPUs"}  # fmt: skip
+                    "skipped: needs several GPUs", "skipped: needs CUDA graphs"}  # fmt: skip
     assert float(result["decoding in process, 4 rows"][0].split()[0]) > 0
     assert "nan" not in done.stdout
     rendered = run([sys.executable, "tools/acceptance.py", "--table", report], timeout=300)
@@ -62,7 +63,7 @@ def test_dry_run_says_what_would_run() -> None:
     names = [line.split()[0] for line in cases]
     assert names == ["parity_fp32", "parity_bf16", "parity_packed", "train", "train_bf16",
                      "save_half", "save_resumed", "async_save_half", "async_save_resumed", "step",
-                     "synchronisations", "decode", "async_save"]  # fmt: skip
+                     "synchronisations", "decode"]  # fmt: skip
     assert "(8 process(es), expected 5 s" in done.stdout and "--overlap-grad-reduce" in done.stdout
     assert skipped == "skipped: what needs CUDA and Transformer Engine"
     assert total.endswith(" s on an H100 of 600 s at most")
@@ -143,7 +144,7 @@ GOOD = {
     "step": {"seconds": {"teacher": 0.1, "student": 0.3}, "price": 1.02, "mfu": 0.41,
              "peak_gib": 52.0, "formula_gib": 50.0, "tokens": 9216},
     "decode": {"seconds": 0.002, "tokens_per_second": 32000.0, "memory_seconds": 0.0011,
-               "bandwidth": 3e12, "rows": 64},
+               "bandwidth": 3e12, "rows": 64, "graphs_equal": True},
     "train": [{"loss": 1.0}] * 4,
     "train_bf16": [{"loss": 1.04}] * 4,
     "save_resumed": [{"loss": 1.00005}] * 2,
@@ -168,6 +169,7 @@ def evaluated(directory: Path, cuda: bool, **changed: object) -> dict[str, table
         ("peak memory against the formula", "step", {"peak_gib": 56.0}),
         ("peak memory against the formula", "step", {"peak_gib": 44.0}),
         ("decoding in process", "decode", {"seconds": 0.0023}),
+        ("tokens with CUDA graphs and without", "decode", {"graphs_equal": False}),
         ("loss over 4 steps", "train_bf16", [{"loss": 1.06}] * 4),
         ("losses", "save_resumed", [{"loss": 1.0002}] * 2),
         ("losses", "save_resumed", [{"loss": 1.0}] * 4),  # it started anew
@@ -230,6 +232,29 @@ def test_the_page_has_the_tables_of_the_reports() -> None:
     written = page.partition(begin)[2].partition(end)[0].strip()
     tables = "\n\n".join(table.render(str(path)) for path in reports)
     assert written == (tables or "No GPU has run it yet.")
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("gpus", sorted(LAYOUTS))
+def test_every_case_passes_its_own_checks(
+    gpus: int, cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of GPUs: before launch, and in each rank."""
+    monkeypatch.setattr(device, "has_cuda", lambda: cuda)
+    monkeypatch.setattr(preflight, "check_gpu", lambda config: None)  # there is none here
+    monkeypatch.setattr(preflight, "check_fp8_model", lambda config, arch: None)
+    monkeypatch.setattr(acceptance, "engine_problem", lambda cuda: None if cuda else "CUDA")
+    whole = acceptance.make_plan(acceptance.parse(["--gpus", str(gpus)]), str(tmp_path))
+    # Its weights are not written: what reads their headers is another test's.
+    monkeypatch.setattr(preflight, "_check_weights", lambda models, config: None)
+    model.write_large(whole.large, cuda=False)
+    for case in whole.cases():
+        config = parse_args(case.argv)
+        if case.settings and gpus == 8 and case.kind != "decode":
+            continue  # two layers in place of 28
+        preflight.check(config)
+        preflight.check_world_size(config, gpus)
+        assert case.kind != "decode" or config.parallel.pipeline_model_parallel_size == 1
 
 
 @pytest.mark.parametrize("given", [["model"], ["--gpus", "3"], ["--steps", "2"]])

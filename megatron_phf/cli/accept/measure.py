@@ -8,10 +8,10 @@ padding and no luck of the draw in a figure.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
-import shutil
 import statistics
 import time
 import warnings
@@ -28,13 +28,13 @@ from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.memory import Machine, kv_cache_bytes, peak_estimate
 from megatron_phf.estimate.utilisation import Utilisation
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.rollout.megatron.engine import MegatronRollouts
+from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
+from megatron_phf.rollout.megatron.graphs import wants_graphs
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import device, parallel
 from megatron_phf.teacher.architecture import read_models
-from megatron_phf.teacher.kinds import make_teacher
+from megatron_phf.teacher.kinds import Teacher, make_teacher
 from megatron_phf.train.build import load_student
-from megatron_phf.train.checkpoint import Checkpointer, Progress
 from megatron_phf.train.metrics import PhaseTimer
 from megatron_phf.train.optimizer import StudentOptimizer
 from megatron_phf.train.step import Distiller
@@ -53,8 +53,6 @@ class Large:
         self.arch = self.models.student
         parallel.initialize(config.parallel)
         self.student = load_student(self.arch, config, config.model.hf_model)
-        self.teacher = make_teacher(self.student, self.models, config)
-        self.optimizer = StudentOptimizer(self.student, config)
         self.utilisation = Utilisation(config, self.models)
         generator = random.Random(parallel.data_parallel_rank())
         count = case["batch"] // parallel.data_parallel_size()
@@ -68,10 +66,21 @@ class Large:
         ]
         self._steps = 0
 
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        """Not where the student decodes alone."""
+        return make_teacher(self.student, self.models, self.config)
+
+    @functools.cached_property
+    def optimizer(self) -> StudentOptimizer:
+        """Behind the teacher, which starts at the student's weights."""
+        return StudentOptimizer(self.student, self.config)
+
     def distiller(self, flow: bool = True) -> Distiller:
         """With the flow loss or without, around the same models and optimizer."""
         config = self.config if flow else self.config.replaced(phf_alpha=0.0)
-        return Distiller(config, self.models, self.student, self.teacher, self.optimizer)
+        teacher = self.teacher
+        return Distiller(config, self.models, self.student, teacher, self.optimizer)
 
     def step(self, distiller: Distiller, timer: PhaseTimer | None = None) -> PhaseTimer:
         """One more of them."""
@@ -177,7 +186,7 @@ def decode(large: Large) -> dict[str, Any]:
     prompts = [
         generator.choices(range(large.arch.vocab_size), k=c["prompt"]) for _ in range(c["rows"])
     ]
-    engine = MegatronRollouts(large.student, large.arch.vocab_size, c["rows"])
+    engine = student_engine(large.config, large.models, large.student)
     few = max(2, c["tokens"] // 8)
 
     def seconds(tokens: int) -> float:
@@ -187,8 +196,15 @@ def decode(large: Large) -> dict[str, Any]:
         engine.generate(prompts, sampling, range(len(prompts)))
         return time.perf_counter() - start
 
+    def tokens(engine: MegatronRollouts) -> list[list[int]]:
+        sampling = SamplingParams(1.1, 0.95, 20, few, (), 2)
+        responses = engine.generate(prompts, sampling, range(len(prompts)))
+        return [[*response.token_ids] for response in responses]
+
     seconds(few)
     token = token_seconds(seconds, few, c["tokens"])
+    graphs = wants_graphs(large.config, large.arch)
+    plain = MegatronRollouts(large.student, large.models.vocab_size, c["rows"])
     tp = large.config.parallel.tensor_model_parallel_size
     width = model_dtype(large.config).itemsize
     length = c["prompt"] + few + c["tokens"] // 2
@@ -204,31 +220,11 @@ def decode(large: Large) -> dict[str, Any]:
         "memory_seconds": (large.arch.num_parameters() * width / tp + cache) / copied,
         "bandwidth": copied,
         "rows": c["rows"],
+        "graphs_equal": tokens(engine) == tokens(plain) if graphs else None,
     }
 
 
-def async_save(large: Large) -> dict[str, Any]:
-    """How long training waits for an asynchronous save, and how long it is on its way."""
-    directory = large.case["directory"]
-    config = large.config.replaced(save=directory, async_save=True)
-    checkpoints = Checkpointer(config, large.distiller())
-    start = time.perf_counter()
-    checkpoints.save(Progress(1), {})
-    waited = time.perf_counter() - start
-    timer = large.step(large.distiller())
-    checkpoints.finish()
-    whole = time.perf_counter() - start
-    size = sum(p.stat().st_size for p in Path(directory).rglob("*") if p.is_file())
-    torch.distributed.barrier()
-    if parallel.is_first_rank():
-        shutil.rmtree(directory)  # of the acceptance's own folder
-    return {
-        "waited": waited, "whole": whole, "gigabytes": size / 1e9,
-        "step": sum(timer.seconds.values()),
-    }  # fmt: skip
-
-
-KINDS = {f.__name__: f for f in (step, synchronisations, decode, async_save)}
+KINDS = {f.__name__: f for f in (step, synchronisations, decode)}
 
 
 def main() -> None:

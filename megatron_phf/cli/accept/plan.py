@@ -8,7 +8,6 @@ launches), files at 0.5 GB/s.
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,8 @@ from megatron_phf.estimate.flops import forward_flops
 from megatron_phf.model.architecture import Architecture
 
 # Starts: cases of one share processes.
-WRITE, PARITY, TRAIN, LARGE, ENGINE, ENGINE_TRAIN, ENGINE_LARGE, ENGINE_FP8 = range(8)
+WRITE, PARITY, TRAIN, LARGE, DECODE = range(5)
+ENGINE, ENGINE_TRAIN, ENGINE_LARGE, ENGINE_DECODE, ENGINE_FP8 = range(5, 10)
 CASES, MEASURE = "megatron_phf.cli.cases", "megatron_phf.cli.accept.measure"
 MODEL = "megatron_phf.cli.accept.model"
 LAYOUTS = {
@@ -25,6 +25,8 @@ LAYOUTS = {
     8: ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2",
         "--sequence-parallel", "--use-distributed-optimizer", "--overlap-grad-reduce"],
 }  # fmt: skip
+# A token passes all stages, which no CUDA graph holds.
+DECODE_LAYOUTS = {**LAYOUTS, 8: LAYOUTS[2]}
 _FLOPS, _BYTES, _LAUNCH, _DISK = 0.35 * 989e12, 2.5e12, 300e-6, 0.5e9
 START, START_LIMIT = 20.0, 150.0  # a process: imports, CUDA, NCCL, and, for LARGE, the weights
 _WARM, _ROUNDS = 2, 5
@@ -105,9 +107,11 @@ class Plan:
     def cases(self) -> list[Case]:
         """All of them, in the order in which they run."""
         cases = [*self._parity(), *self._training(), *self._large(LARGE, "", _LOCAL)]
+        cases.append(self._decode(DECODE, "", _LOCAL))
         if self.engine is None:
             cases += [*self._engine(), *self._large(ENGINE_LARGE, "_te", _TE)]
-            cases += self._large(ENGINE_FP8, "_fp8", [*_TE, *_FP8])[:1]
+            cases.append(self._decode(ENGINE_DECODE, "_te", _TE))
+            cases += self._large(ENGINE_FP8, "_fp8", [*_TE, *_FP8])
         return cases
 
     def make_large(self) -> Case:
@@ -171,28 +175,30 @@ class Plan:
         return [self._driver(start, name, "job", s, argv) for s, name, argv in cases]
 
     def _large(self, start: int, suffix: str, flags: list[str]) -> list[Case]:
+        seconds = {"step": 2 * (_WARM + _ROUNDS) * self.step_seconds()}
+        if not suffix:  # the rest does not depend on the layers
+            seconds["synchronisations"] = 2 * self.step_seconds()
+        argv = self._large_flags([*self.layout, *flags])
+        return [self._measured(start, kind + suffix, argv, s) for kind, s in seconds.items()]
+
+    def _decode(self, start: int, suffix: str, flags: list[str]) -> Case:
+        layout = DECODE_LAYOUTS[self.processes]
+        argv = self._large_flags([*layout, *flags])
+        return self._measured(start, "decode" + suffix, argv, self.decode_seconds())
+
+    def _measured(self, start: int, name: str, argv: list[str], seconds: float) -> Case:
+        settings = {**vars(self.lengths), "warm": _WARM, "rounds": _ROUNDS if self.cuda else 1}
+        kind = name.split("_")[0]
+        return Case(start, name, kind, argv, seconds, self._limit(seconds), settings)
+
+    def _large_flags(self, more: list[str]) -> list[str]:
         lengths, dtype = self.lengths, "bf16" if self.cuda else "fp32"
         argv = ["--hf-model", self.large, "--data", os.path.join(self.tiny, "problems.jsonl")]
         argv += ["--global-batch-size", str(lengths.batch), "--train-iters", "1000"]
         argv += ["--micro-batch-size", str(lengths.micro_batch), "--lr", "1e-6"]
-        argv += ["--max-new-tokens", str(lengths.response), "--dtype", dtype, *self.layout, *flags]
+        argv += ["--max-new-tokens", str(lengths.response), "--dtype", dtype, *more]
         argv += ["--rollout-batch-size", str(lengths.rows), "--output-dir", self.path("large")]
-        seconds = {
-            "step": 2 * (_WARM + _ROUNDS) * self.step_seconds(),
-            "synchronisations": 2 * self.step_seconds(),
-            "decode": self.decode_seconds(),
-            "async_save": self.save_seconds(),
-        }
-        if suffix:  # the rest does not depend on the layers
-            seconds = {"step": seconds["step"], "decode": seconds["decode"]}
-        elif shutil.disk_usage(self.directory).free < 1.2 * self.save_bytes():
-            del seconds["async_save"]
-        settings = {**vars(lengths), "warm": _WARM, "rounds": _ROUNDS if self.cuda else 1}
-        settings |= {"directory": self.path("large.checkpoints")}
-        return [
-            Case(start, kind + suffix, kind, argv, expected, self._limit(expected), settings)
-            for kind, expected in seconds.items()
-        ]
+        return argv
 
     def step_seconds(self) -> float:
         """Teacher's pass, student's two, and Adam, which reads and writes 18 bytes a weight."""
@@ -209,14 +215,6 @@ class Plan:
         tokens = 3 * (8 + self.lengths.tokens / 8) + self.lengths.tokens
         token = max(2 * self.arch.num_parameters() / _BYTES, self.arch.num_layers * _LAUNCH)
         return tokens * token
-
-    def save_bytes(self) -> float:
-        """Of a checkpoint with all weights, fp32 copies and moments."""
-        return (14.0 if self.cuda else 12.0) * self.arch.num_parameters()
-
-    def save_seconds(self) -> float:
-        """Of one checkpoint."""
-        return self.save_bytes() / _DISK
 
     def expected_seconds(self) -> float:
         """Of the whole run on one H100, the making of the large model included."""

@@ -133,22 +133,15 @@ def decode_row(plan: Plan, suffix: str) -> list[Row]:
         f"cache at {found['bandwidth'] / 1e12:.2f} TB/s"
     )
     good = times <= DECODE if _judges(plan) else None
-    limit = f"at most {DECODE:g} times"
+    rows = f"{found['rows']} rows{_LAYERS[suffix]}"
+    equal = found["graphs_equal"]
+    graphs = f"tokens with CUDA graphs and without, {rows}"
     return [
-        Row.judged(
-            f"decoding in process, {found['rows']} rows{_LAYERS[suffix]}", measured, limit, good
-        )
+        Row.judged(f"decoding in process, {rows}", measured, f"at most {DECODE:g} times", good),
+        skipped(graphs, "CUDA graphs")
+        if equal is None
+        else Row.judged(graphs, "equal" if equal else "not equal", "equal", equal),
     ]
-
-
-def save_row(plan: Plan) -> list[Row]:
-    """What an asynchronous save of all weights costs."""
-    found = _read(plan, "async_save")
-    measured = (
-        f"training waits {found['waited']:.2f} s; {found['gigabytes']:.2f} GB on disk after "
-        f"{found['whole']:.1f} s"
-    )
-    return [Row.judged("asynchronous save of the large model", measured, "", None)]
 
 
 def _makers(plan: Plan) -> list[tuple[str, tuple[str, ...], Maker]]:
@@ -173,14 +166,12 @@ def _makers(plan: Plan) -> list[tuple[str, tuple[str, ...], Maker]]:
         return [(name, (f"decode{suffix}",), lambda: decode_row(plan, suffix))]
 
     waits = ("host waits for the GPU in a step", ("synchronisations",))
-    saves = ("asynchronous save of the large model", ("async_save",))
     return [
         *(parity(kind) for kind in ("fp32", "bf16", "packed", "context")),
         curve("train_bf16", "train", "loss, bf16 against fp32"),
         resume("save", "resume after a save"),
         resume("async_save", "resume after an asynchronous save"),
         *large(""), (*waits, lambda: synchronisation_row(plan)), *decoding(""),
-        (*saves, lambda: save_row(plan)),
         *(parity(kind) for kind in ("te", "userbuffers", "fp8")),
         curve("train_fp8", "train_bf16", "loss, FP8 against bf16"),
         *large("_te"), *decoding("_te"), *large("_fp8"),
@@ -192,7 +183,8 @@ def _need(plan: Plan, cases: tuple[str, ...]) -> str:
     split = {"parity_context", "parity_userbuffers"} & set(cases)
     if plan.engine is not None and cases != ("parity_context",):
         return plan.engine
-    return "several GPUs" if split else "more free disk"
+    assert split, cases
+    return "several GPUs"
 
 
 def evaluate(plan: Plan, clock: Clock) -> list[Row]:

@@ -17,6 +17,7 @@ from megatron_phf.cli import preflight
 from megatron_phf.config.flags import build_parser, check_fields, parse_args, without_effect
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import teacher_directories, teacher_names
+from megatron_phf.demo.task import make_tokenizer
 from tests.models import make_model, make_replay
 
 GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'
@@ -169,6 +170,8 @@ def files(tmp_path_factory) -> dict[str, str]:
         Path(path, "tokenizer.json").write_text(json.dumps(content))
     make_model(str(directory / "few"), vocab_size=200)
     shutil.copy(directory / "one" / "tokenizer.json", directory / "few")
+    model = make_model(str(directory / "model"))
+    make_tokenizer().save_pretrained(model)
     return {
         "ONE": str(directory / "one"),
         "TWO": str(directory / "two"),
@@ -182,7 +185,8 @@ def files(tmp_path_factory) -> dict[str, str]:
         ),
         "FIELDS": str(directory / "fields.jsonl"),
         "SHORT": make_model(str(directory / "short"), max_position_embeddings=100),
-        "MODEL": make_model(str(directory / "model")),
+        "MODEL": model,
+        "BARE": make_model(str(directory / "bare")),
         "DATA": str(directory / "data.jsonl"),
         "BAD": str(directory / "bad.jsonl"),
         "DAMAGED": str(damaged),
@@ -255,7 +259,7 @@ MISTAKES = {
     REAL + "--teacher-hf-model /nowhere": "--teacher-hf-model /nowhere: no such directory",
     REAL + "--teacher-hf-model ONE --teacher ema": "--teacher ema follows the student's weights",
     REAL + "--teacher-hf-model ONE --teacher live": "--teacher live follows the student's weights",
-    REAL + "--teacher-hf-model ONE": "no tokenizer file (tokenizer.json, tokenizer.model",
+    "--hf-model BARE " + DATA: "no tokenizer in it; copy tokenizer.json",
     TWO + "--teacher-hf-model ONE": "token 'b' has id 1 in",
     TWO + "--teacher-hf-model FEW": "token 'b' has id 1 in",
     "--hf-model ONE " + DATA + "--teacher-hf-model FEW": "embeddings for 0 to 200 - 1 only",
