@@ -80,6 +80,7 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     from megatron_phf.model.architecture import parse_architecture, read_architecture
     from megatron_phf.runtime import device
 
+    device.check_gpus_are_used()
     cuda = device.has_cuda()
     processes = args.gpus or (1 if cuda else 2)
     tiny = os.path.join(directory, "tiny")
