@@ -84,6 +84,7 @@ def make_plan(args: argparse.Namespace, directory: str) -> Plan:
     from megatron_phf.model.architecture import parse_architecture, read_architecture
     from megatron_phf.runtime import device
 
+    device.check_gpus_are_used()
     cuda = device.has_cuda()
     # All that are there, of the layouts that there are: a second GPU is what NCCL is met on.
     most = max((n for n in LAYOUTS if n <= visible_gpus()), default=1)

@@ -175,7 +175,9 @@ def _check_lora(config: Config) -> None:
 def run(given: list[str], tolerance: float, directory: str) -> int:
     """Compare and print; 0 within the tolerance, 1 beyond it."""
     from megatron_phf import reference
+    from megatron_phf.runtime.device import check_gpus_are_used
 
+    check_gpus_are_used()
     arguments = _complete(given)
     config = parse_args(arguments)
     preflight.check(config)

@@ -323,6 +323,46 @@ def test_launcher_counts_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, c
     assert visible_gpus() == 0
 
 
+# The stand-in for nvidia-smi lists eight GPUs; this torch has none.  Every command that computes.
+COMPUTES = {
+    "training": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+                 "examples/pretrain_phf.sh"],
+    "acceptance": ["tools/acceptance.py", "--dry-run"],
+    "parity": ["tools/parity.py", "--make-tiny-model"],
+    "conversion": ["-m", "megatron_phf.cli.convert", "job.json"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMPUTES)
+def test_no_command_takes_the_cpu_of_a_machine_with_gpus(command: str, tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: NVIDIA H100"; done\n')
+    smi.chmod(0o755)
+    variables = environment()
+    variables.pop("CUDA_VISIBLE_DEVICES", None)
+    variables |= {"PATH": f"{tmp_path}:{variables['PATH']}", "LOCAL_RANK": "0"}
+    words = [sys.executable, *COMPUTES[command]]
+    if command == "training":
+        words += ["--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        words, env=variables, text=True, capture_output=True, timeout=120, check=False, cwd=REPO
+    )
+    assert done.returncode in (1, 2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr[-2000:]
+    assert errors[0].startswith("error: nvidia-smi lists 8 GPU(s), but torch ")
+    assert "CUDA_VISIBLE_DEVICES= to" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_cpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "visible_gpus", lambda: 0)
+    device.check_gpus_are_used()
+    monkeypatch.setattr(device, "visible_gpus", lambda: 1)
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    device.check_gpus_are_used()
+
+
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(device.torch.cuda, "device_count", lambda: 4)
