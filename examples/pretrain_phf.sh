@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # bash runs up to `exec` and so re-launches this file through torchrun; for Python, which torchrun
-# starts it with, that block is a string (''' opens and closes it; to bash ''':' is the no-op `:`).
+# starts it with, that block is a string (to bash ''':' is the no-op `:`, and Python's part is a
+# here-document that it never comes to).  -P: a random.py in the working directory is not Python's.
 ''':'
 repo=$(dirname "$(dirname "$(realpath "${BASH_SOURCE[0]}")")")
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$repo/.venv/bin/python" ]; then PATH="$repo/.venv/bin:$PATH"; fi
 # A checkout's package, installed or not; a copy of this file elsewhere takes the installed one.
 if [ -d "$repo/megatron_phf" ]; then export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"; fi
 for argument in "$@"; do
-    case $argument in -h | --help) exec python3 -m megatron_phf.config.flags "$@" ;; esac
+    case $argument in -h | --help) exec python3 -P -m megatron_phf.config.flags "$@" ;; esac
 done
-counts=$(python3 -m megatron_phf.cli.preflight "$@") || exit $?
+counts=$(python3 -P -m megatron_phf.cli.preflight "$@") || exit $?
 read -r processes threads <<<"$counts"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
-exec torchrun --standalone --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
-'''
+# --local-addr: the machine's own name may be unknown to it (containers, a laptop on a VPN).
+exec torchrun --standalone --local-addr localhost --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
+: <<'# end' '''#'
 import sys
 from pathlib import Path
 
@@ -25,3 +27,4 @@ from megatron_phf.cli.main import main
 
 if __name__ == "__main__":
     main()
+# end
