@@ -44,6 +44,8 @@ def test_files(args: argparse.Namespace, config: Config) -> dict[str, str]:
     if (path is None) == (preset is None):
         raise ValueError("name either --eval-data FILE, or --preset and --eval-dir")
     if path is not None:
+        if not Path(path).stem.strip("."):  # the name of a directory in --output-dir
+            raise ValueError(f"--eval-data {path}: name the file after the set, as aime.jsonl")
         return {Path(path).stem: path}
     if args.eval_dir is None:
         raise ValueError(f"--preset {preset} needs --eval-dir, the directory of its files")

@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a flag takes; ``text`` says it in its help and in an error."""
+    """Which numbers or names a flag takes; ``text`` says it in its help and in an error."""
 
     text: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 def at_least(low: int) -> Range:
@@ -24,6 +24,16 @@ ABOVE_0 = Range("above 0", lambda value: value > 0)
 ABOVE_0_TO_1 = Range("above 0 to 1", lambda value: 0 < value <= 1)
 FROM_0_TO_1 = Range("0 to 1", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Range("0 to below 1", lambda value: 0 <= value < 1)
+# Of a file or directory, in a directory that another flag names.
+NAME = Range(
+    "a name of at most 100 bytes, without / and without a dot at its start",
+    lambda value: (
+        value.isprintable()
+        and 0 < len(value.strip().encode()) == len(value.encode()) <= 100
+        and "/" not in value
+        and not value.startswith(".")
+    ),
+)
 SEED = Range("0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 
 
@@ -39,7 +49,7 @@ def flag(
 
     Args:
         text: its help.
-        allowed: a range of numbers (None is none of them, and good), or the choices.
+        allowed: a range (None is none of them, and good), or the choices.
         alias: an earlier name, whose flag stays accepted.
         named: it may be given several times as NAME=VALUE, and all of them count.
         needs: the field without which this one has no meaning; for those that are off by default.

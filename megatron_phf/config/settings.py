@@ -17,6 +17,7 @@ from megatron_phf.config.field import (
     ABOVE_0,
     ABOVE_0_TO_1,
     FROM_0_TO_1,
+    NAME,
     SEED,
     at_least,
     flag,
@@ -186,7 +187,9 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class OutputConfig:
     output_dir: str = flag("runs/train", "logs and everything else a run writes")
-    run_name: str = flag("train", "what is tried; runs of one name differ in their seed alone")
+    run_name: str = flag(
+        "train", "what is tried; runs of one name differ in their seed alone", NAME
+    )
     metrics_file: str | None = flag(
         None, "one JSON object a step (default: metrics.jsonl in --output-dir)"
     )
