@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_phf.runtime.environment import torchrun
+
 REPO = Path(__file__).resolve().parents[1]
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -114,11 +116,8 @@ def children(
     processes: int, module: str, environment: Mapping[str, str] | None = None, **arguments: Any
 ) -> Any:
     """As :func:`child`, of so many processes under torchrun, one thread each."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    head += ["--nproc-per-node", str(processes), "-m", module]
-    return _last_line(
-        [*head, json.dumps(arguments)], {"OMP_NUM_THREADS": "1", **(environment or {})}
-    )
+    command = [*torchrun(processes), "-m", module, json.dumps(arguments)]
+    return _last_line(command, {"OMP_NUM_THREADS": "1", **(environment or {})})
 
 
 def _last_line(command: list[str], environment: Mapping[str, str] | None) -> Any:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import REPO, Spread, report, scratch, seconds_of
+from megatron_phf.runtime.environment import torchrun
 
 _LAUNCH = ("bash", "examples/pretrain_phf.sh")
 _BATCH = 32
@@ -92,10 +93,9 @@ def _job(flags: list[str]) -> dict[str, float]:
 
 def _parts(flags: list[str], metrics: Path) -> dict[str, float]:
     """Seconds of one launch and of its parts."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     alone = {
         "preflight": ["-m", "megatron_phf.cli.preflight", *flags],
-        "torchrun": [*launcher, "--no-python", sys.executable, "-c", "pass"],
+        "torchrun": [*torchrun(1)[1:], "--no-python", sys.executable, "-c", "pass"],
         "imports": ["-c", _IMPORTS],
     }
     parts = {k: seconds_of(lambda c=c: _call(sys.executable, *c)) for k, c in alone.items()}

@@ -15,7 +15,8 @@ done
 counts=$(python3 -m megatron_phf.cli.preflight "$@") || exit $?
 read -r processes threads <<<"$counts"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
-exec torchrun --standalone --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
+# --local-addr: the machine's own name may be unknown to it (containers, a laptop on a VPN).
+exec torchrun --standalone --local-addr localhost --nproc-per-node "$processes" "${BASH_SOURCE[0]}" "$@"
 : <<'# the end of the part in Python'
 '''
 import sys

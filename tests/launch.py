@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_phf.runtime.environment import set_cuda_defaults
+from megatron_phf.runtime.environment import torchrun as local_ranks
 
 REPO = Path(__file__).parent.parent
 _MEASURED = ("seconds", "tokens_per_second", "mfu", "peak_memory_bytes", "memory_bytes")
@@ -53,9 +54,8 @@ def run(command: list[str], timeout: float = 300, **kwargs) -> subprocess.Comple
 
 
 def torchrun(processes: int, script: str, *arguments: str, timeout: float = 300):
-    """``torchrun --standalone --nproc-per-node N script arguments``."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return run([*head, "--nproc-per-node", str(processes), script, *arguments], timeout=timeout)
+    """So many ranks of a script, as the product's own tools start them."""
+    return run([*local_ranks(processes), script, *arguments], timeout=timeout)
 
 
 def unmeasured(step: dict) -> dict:

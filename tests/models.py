@@ -14,10 +14,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from megatron_phf.reference.tiny import make_model as make_model
+from megatron_phf.demo.task import make_tokenizer
+from megatron_phf.reference import tiny
 from megatron_phf.reference.tiny import make_replay as make_replay
 
 ALL_LINEARS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+
+
+def make_model(path: str, *args, tokenizer: bool = True, **settings) -> str:
+    """As ``tiny.make_model``, with the embedded task's tokenizer, unless told otherwise."""
+    tiny.make_model(path, *args, **settings)
+    if tokenizer:
+        make_tokenizer().save_pretrained(path)
+    return path
 
 
 def make_adapter(

@@ -10,8 +10,9 @@ start=(torchrun --nproc-per-node "${GPUS:-8}")
 if [ "${NODES:-1}" -gt 1 ]; then
     start+=(--nnodes "$NODES" --node-rank "${NODE_RANK:?}" --rdzv-backend c10d)
     start+=(--rdzv-endpoint "${HEAD_NODE:?}:29500")
+    echo "machine $NODE_RANK: waits at $HEAD_NODE:29500 until all $NODES machines have come" >&2
 else
-    start+=(--standalone)
+    start+=(--standalone --local-addr localhost)
 fi
 # PHF's recipe, docs/recipes.md: 100 steps of 32 rollouts, AdamW at 5e-6 (a cosine so long that it is flat),
 # clip 0.1, EMA teacher, LoRA of rank 64.  Later flags win.

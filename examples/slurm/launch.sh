@@ -47,6 +47,10 @@ export PET_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT # torchrun --signals-to-handl
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 launch() { # SCRIPT ARGUMENTS...: all ranks, on the nodes of `nodes`
+    if [ "${#nodes[@]}" = 1 ]; then # whose name it may not know itself
+        rendezvous=localhost:${rendezvous##*:}
+        export PET_LOCAL_ADDR=localhost # torchrun --local-addr
+    fi
     say "${#nodes[@]} node(s) x $processes rank(s), rendezvous $rendezvous, logs $LOGS"
     srun --kill-on-bad-exit=1 --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
         --nodelist="$(listed "${nodes[@]}")" \

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_phf.files.foreign import read_json_object
-from megatron_phf.runtime.environment import for_children
+from megatron_phf.runtime.environment import for_children, torchrun
 
 _BF16_TOLERANCE = 0.25
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -54,11 +54,10 @@ def start_ranks(job: dict[str, Any], directory: str) -> None:
     count = job["tensor_model_parallel_size"] * job["pipeline_model_parallel_size"]
     module = ["-m", "megatron_phf.cli.convert", path]
     if count > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        _run([*launcher, *module], {})
+        _run([*torchrun(count)[1:], *module], {})
     else:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        _run(module, {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+        _run(module, {**alone, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"})
 
 
 def _merged_in_bf16(job: dict[str, Any]) -> bool:

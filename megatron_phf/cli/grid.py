@@ -27,7 +27,7 @@ from megatron_phf.config.flags import parse_args
 from megatron_phf.config.presets import read_flags
 from megatron_phf.console import program
 from megatron_phf.files.replace import write_json
-from megatron_phf.runtime.environment import for_children
+from megatron_phf.runtime.environment import for_children, torchrun
 
 _LAUNCHER = Path(__file__).resolve().parents[2] / "examples" / "pretrain_phf.sh"
 
@@ -97,8 +97,7 @@ def make_runs(
 def execute(run: Run, processes: int, threads: int) -> bool:
     """Train; whether it ended well.  What it prints goes to log.txt."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", str(processes), str(_LAUNCHER), *run.flags]
+    command = [*torchrun(processes), str(_LAUNCHER), *run.flags]
     start = time.monotonic()
     with open(run.directory / "log.txt", "a", encoding="utf-8") as log:  # after a failed attempt's
         status = subprocess.call(

@@ -30,7 +30,7 @@ from megatron_phf.config.teachers import teacher_directories, teacher_names
 from megatron_phf.console import program
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
-from megatron_phf.runtime.environment import for_children
+from megatron_phf.runtime.environment import for_children, torchrun
 
 _OUTPUT = ("loss", "opsd")
 _OTHERS = (
@@ -84,9 +84,7 @@ def run_product(arguments: list[str], processes: int, directory: str) -> tuple[d
     cases = os.path.join(directory, "cases.json")
     with open(cases, "w", encoding="utf-8") as f:
         json.dump([{"name": "parity", "kind": "gradients", "argv": arguments}], f)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "megatron_phf.cli.cases"]
-    command += [cases, directory]
+    command = [*torchrun(processes), "-m", "megatron_phf.cli.cases", cases, directory]
     environment = for_children({"OMP_NUM_THREADS": "1", **os.environ})
     done = subprocess.run(
         command,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any
@@ -26,9 +25,15 @@ ABOVE_0 = Range("above 0", lambda value: value > 0)
 ABOVE_0_TO_1 = Range("above 0 to 1", lambda value: 0 < value <= 1)
 FROM_0_TO_1 = Range("0 to 1", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Range("0 to below 1", lambda value: 0 <= value < 1)
+# Of a file or directory, in a directory that another flag names.
 NAME = Range(
-    "a name of at most 100 letters, digits, spaces and . _ - + =, the first a letter or a digit",
-    lambda value: re.fullmatch(r"\w[\w .+=-]{0,99}", str(value)) is not None,
+    "a name of at most 100 bytes, without / and without a dot at its start",
+    lambda value: (
+        value.isprintable()
+        and 0 < len(value.strip().encode()) == len(value.encode()) <= 100
+        and "/" not in value
+        and not value.startswith(".")
+    ),
 )
 SEED = Range("0 to 2^32 - 1", lambda value: 0 <= value < 2**32)
 

@@ -146,7 +146,7 @@ def _problem(value: Any, known: Mapping[str, Any]) -> str | None:
     if type(value) is int and abs(value) >= 2**40:  # no counter could hold it
         return f"{value:.3e}: too large a number"
     if value is not None and known["range"] and not known["range"].holds(value):
-        return f"{value}: need {known['range'].text}"
+        return f"{ascii(value)[:80]}: need {known['range'].text}"
     choices = choices_of(known)
     if value is not None and choices and value not in choices:
         return f"{value!r}: need {', '.join(choices[:-1])} or {choices[-1]}"

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_phf.runtime import cuda_on_cpu, grad_norm, optional_packages, private_names
-from megatron_phf.runtime.rendezvous import store_of_this_start
+from megatron_phf.runtime.rendezvous import reach_own_machine, said, store_of_this_start
 from megatron_phf.runtime.visible_gpus import visible_gpus
 
 _CPU = torch.device("cpu")
@@ -138,7 +138,9 @@ def init_distributed(local_rank: int, timeout_minutes: float) -> None:
         kwargs["device_id"] = device()
     store, rank, world_size = store_of_this_start(timeout)
     backend = "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **kwargs)
+    reach_own_machine()
+    with said(lambda: "connections to the others (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **kwargs)
 
 
 def check_gpus_are_used() -> None:

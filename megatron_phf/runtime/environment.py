@@ -6,6 +6,7 @@ Without torch, which must not be imported before they are set.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def without_defaults(environment: Mapping[str, str]) -> dict[str, str]:
 def for_children(environment: Mapping[str, str]) -> dict[str, str]:
     """A copy by which child processes find this package, installed or in a checkout.
 
-    And Python's own modules, whatever lies in the working directory.
+    They find nothing in the working directory, whose random.py would be Python's to them.
     """
     import megatron_phf
 
@@ -49,3 +50,12 @@ def for_children(environment: Mapping[str, str]) -> dict[str, str]:
     known = environment.get("PYTHONPATH", "")
     path = os.pathsep.join(p for p in (parent, known) if p)
     return {**environment, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+
+
+def torchrun(processes: int) -> list[str]:
+    """Words before a script, or ``-m`` and a module: so many ranks on this machine.
+
+    Its own name may be unknown to it, and then nobody would reach torchrun's store by that.
+    """
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--local-addr", "localhost", "--nproc-per-node", str(processes)]

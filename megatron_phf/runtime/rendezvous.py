@@ -4,17 +4,60 @@ torchrun keeps one store for all its restarts (``--max-restarts``), with the add
 processes of earlier starts in it: process groups made from that wait for those.  So each start
 agrees on a name of its own, and works below it.  torchrun's restart count is no such name: the
 machines of a job count differently.
+
+A start that waits says for whom, one rank a machine, before half a minute is over.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import sys
+import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
 
 _POLL_SECONDS = 0.02
+_SILENT_SECONDS = 20.0
+
+
+@contextlib.contextmanager
+def said(whom: Callable[[], str]) -> Iterator[None]:
+    """Name ``whom`` this rank waits for where what is done within takes long."""
+    me = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+
+    def say() -> None:
+        print(f"{me} waits for {whom()}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(_SILENT_SECONDS, say)
+    timer.daemon = True
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def reach_own_machine() -> None:
+    """Let gloo use the loopback interface where a lone machine's name is none of its addresses.
+
+    Gloo itself would take 127.0.0.1, which a machine without IPv4 has not.
+    """
+    world_size = os.environ.get("WORLD_SIZE")
+    if os.environ.get("LOCAL_WORLD_SIZE", world_size) != world_size:
+        return
+    with contextlib.suppress(OSError):
+        for family, *_, address in socket.getaddrinfo(socket.gethostname(), 0):
+            with contextlib.suppress(OSError), socket.socket(family) as s:
+                s.bind(address)
+                return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def store_of_this_start(timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -23,8 +66,12 @@ def store_of_this_start(timeout: timedelta) -> tuple[dist.Store, int, int]:
     Raises:
         RuntimeError: a rank does not come within ``timeout``.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    name = _invite(store, world_size, timeout) if rank == 0 else _join(store, rank)
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    with said(lambda: f"others to meet at {place}: do all resolve and reach it?"):
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    missing = set(range(1, world_size))
+    with said(lambda: f"rank(s) {sorted(missing) if rank == 0 else [0]} to start"):
+        name = _invite(store, missing, timeout) if rank == 0 else _join(store, rank)
     return dist.PrefixStore(name, store), rank, world_size
 
 
@@ -37,11 +84,10 @@ def _join(store: dist.Store, rank: int) -> str:
     return name
 
 
-def _invite(store: dist.Store, world_size: int, timeout: timedelta) -> str:
-    """Answer every rank that asks until all have joined; a dead process's question does no harm."""
+def _invite(store: dist.Store, missing: set[int], timeout: timedelta) -> str:
+    """Answer each rank that asks until none is missing; a dead process's question does no harm."""
     name = uuid.uuid4().hex
     answered: dict[int, bytes] = {}
-    missing = set(range(1, world_size))
     end = time.monotonic() + timeout.total_seconds()
     while missing:
         for rank in sorted(missing):

@@ -136,7 +136,9 @@ def test_without_a_network(machine: Machine, tmp_path: Path) -> None:
     wheels.mkdir()
     done, calls = machine.start("--wheels", str(wheels), TORCH="2.11.0+cu130")
     assert done.returncode == 0
-    assert verdicts(done)["torch"].startswith("2.11.0+cu130 /machine of the machine (pinned: torch=")
+    assert verdicts(done)["torch"].startswith(
+        "2.11.0+cu130 /machine of the machine (pinned: torch="
+    )
     assert "machine.pth" in calls[1] and calls[1].split(" | ")[0].endswith(" /machine")
     installs = [call for call in calls if " install " in call]
     assert len(installs) >= 3

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from megatron_phf.demo.task import make_hf_directory, make_problems
+from megatron_phf.runtime.environment import torchrun
 from tests.launch import run, unmeasured
 
 
@@ -50,8 +50,7 @@ def outputs(directory: Path, name: str) -> list[str]:
 
 def launch(plan: Path, arguments: list[str], restarts: int = 0, timeout: float = 600):
     """Two processes under torchrun, with the faults of ``plan``."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    head += ["--max-restarts", str(restarts), "--shutdown-timeout", "3"]
+    head = [*torchrun(2), "--max-restarts", str(restarts), "--shutdown-timeout", "3"]
     return run([*head, "tests/faults/faulty.py", str(plan), *arguments], timeout=timeout)
 
 

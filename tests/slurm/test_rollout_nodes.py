@@ -40,7 +40,7 @@ def test_one_node_serves_while_the_other_trains(cluster: Cluster, tmp_path: Path
     # By the server's word: of the step before.  What was not saved would be sampled anew, later.
     assert [step["rollout_staleness"]["max"] for step in steps] == [0] + [1] * (ITERS - 1)
     assert steps[0]["rollout_drift"] < 1e-5 < steps[3]["rollout_drift"]
-    assert "1 node(s) x 2 rank(s), rendezvous n1:" in job.text() and "finished" in job.text()
+    assert "1 node(s) x 2 rank(s), rendezvous localhost:" in job.text() and "finished" in job.text()
     for life in (0, 1):
         (log,) = (out / "logs" / f"{job.id}-{life}").glob("vllm-*.log")
         assert log.name == "vllm-n2.log" and log.read_text().startswith("n2\n")

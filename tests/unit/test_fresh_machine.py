@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import setuptools
 
-from tests.launch import REPO
+from megatron_phf.runtime.environment import for_children, torchrun
+from tests.launch import REPO, environment
 
 _BASH = shutil.which("bash")
 _SLURM = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -125,6 +126,48 @@ def test_a_copied_launch_script_takes_the_installed_package(tmp_path: Path) -> N
     (installed / "megatron_phf/__init__.py").write_text("raise SystemExit('the installed one')")
     code = f"import runpy, sys; sys.path.insert(1, {str(installed)!r}); runpy.run_path({script!r})"
     assert _said([sys.executable, "-c", code]) == "the installed one"
+
+
+_FOLDERS = (REPO / "examples", REPO / "tests")
+_SHELL = [p for d in _FOLDERS for p in sorted(d.rglob("*")) if p.suffix in (".sh", ".sbatch")]
+
+
+@pytest.mark.parametrize("script", [*_SHELL, REPO / ".ci/run"], ids=lambda p: p.name)
+def test_bash_reads_every_script_to_its_end(script: Path) -> None:
+    done = subprocess.run([_BASH, "-n", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def crowded(tmp_path: Path) -> Path:
+    """A working directory with modules that are called as some of Python's own."""
+    for name in ("random", "types"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} of the directory')")
+    return tmp_path
+
+
+def test_modules_of_the_working_directory_are_not_pythons(crowded: Path) -> None:
+    """The launcher's help, its preflight, and what torchrun would get."""
+    script, variables = REPO / "examples/pretrain_phf.sh", environment()
+    _stub(crowded, "torchrun", 'echo "$@"')
+    path = os.pathsep.join([str(crowded), variables["PATH"]])
+
+    def said(*flags: str) -> str:
+        return subprocess.run(
+            [_BASH, script, *flags], cwd=crowded, env={**variables, "PATH": path},
+            capture_output=True, text=True, check=True, timeout=60,
+        ).stdout  # fmt: skip
+
+    assert "--phf-alpha" in said("--help")
+    assert said("--seed", "3").startswith("--standalone --local-addr localhost --nproc-per-node ")
+
+
+def test_ranks_of_our_tools_do_not_import_the_working_directory(crowded: Path) -> None:
+    done = subprocess.run(
+        [*torchrun(1), "-m", "megatron_phf.config.flags"], cwd=crowded,
+        env=for_children(environment()), capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert "--phf-alpha" in done.stdout, done.stderr[:2000]
 
 
 def test_an_installation_has_every_file_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_phf.cli.accept.plan import CASES, MEASURE, MODEL, START_LIMIT, Case, Plan
-from megatron_phf.runtime.environment import for_children, set_cuda_defaults
+from megatron_phf.runtime.environment import for_children, set_cuda_defaults, torchrun
 
 LATE = "out of time"
 _GRACE = 45.0  # torchrun needs 30 to end ranks that do not react
@@ -48,8 +48,7 @@ def command(plan: Plan, cases: Sequence[Case], path: str) -> list[str]:
     if cases[0].kind == MODEL:
         return [sys.executable, "-m", MODEL, *cases[0].argv]
     module = MEASURE if cases[0].settings else CASES
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return [*head, str(plan.processes), "-m", module, path, plan.directory]
+    return [*torchrun(plan.processes), "-m", module, path, plan.directory]
 
 
 def run_all(plan: Plan, cases: Iterable[Case], clock: Clock, done: Callable[[], None]) -> None:

@@ -14,12 +14,13 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
 def server_urls(config: Config) -> list[str]:
-    """The servers of ``--vllm-url``, without a slash at the end.
+    """The servers of ``--vllm-url``, without the ``/v1`` of OpenAI's clients at the end.
 
     Raises:
         ValueError: one of them is no URL of a server.
     """
-    urls = [url.strip().rstrip("/") for url in (config.vllm.vllm_url or "").split(",")]
+    urls = (config.vllm.vllm_url or "").split(",")
+    urls = [url.strip().rstrip("/").removesuffix("/v1").rstrip("/") for url in urls]
     for url in urls:
         try:
             parts = urllib.parse.urlsplit(url)

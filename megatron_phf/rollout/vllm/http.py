@@ -21,6 +21,10 @@ _MOST_BYTES = 2**28
 _LONGEST_WAIT = 60.0
 # Statuses of a server that is busy, starting or stopping, and of what stands in front of it.
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_KEY_HELP = (
+    "; the server wants a key: name a file with what its --api-key, or its VLLM_API_KEY, is "
+    "(--vllm-api-key-file)"
+)
 T = TypeVar("T")
 
 
@@ -36,8 +40,8 @@ class StatusError(Exception):
     """An answer that says what is wrong with the request."""
 
     def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"status {status}: {message}")
-        self.status = status
+        super().__init__(f"status {status}: {message}{_KEY_HELP if status == 401 else ''}")
+        self.status, self.message = status, message
 
 
 @dataclass(frozen=True)
@@ -174,5 +178,5 @@ def _message(text: str) -> str:
     if isinstance(content, dict):
         inner = content.get("error")
         content = inner if isinstance(inner, dict) else content
-        text = str(content.get("message", text))
+        text = str(content.get("message", content.get("error", text)))
     return ascii(text[:500])

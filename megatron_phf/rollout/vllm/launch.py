@@ -77,7 +77,7 @@ def _start(config: Config, port: int, log: Path) -> subprocess.Popen[bytes]:
     with open(log, "ab") as f:
         # The pipe's other end is open as long as this process lives.
         return subprocess.Popen(
-            [sys.executable, watch.__file__, *command],
+            [sys.executable, "-P", watch.__file__, *command],
             stdin=subprocess.PIPE,
             stdout=f,
             stderr=f,

@@ -136,7 +136,7 @@ class VllmServer(HttpServer):
             except StatusError as error:
                 # An earlier attempt, whose answer was lost, or another rank's.
                 if not self._knows(name, until):
-                    raise StatusError(error.status, f"{error}{_ADAPTER_HELP}") from error
+                    raise StatusError(error.status, error.message + _ADAPTER_HELP) from error
 
         self.until_it_succeeds(f"loading the adapter {path}", attempt, until)
 

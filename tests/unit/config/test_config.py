@@ -17,7 +17,6 @@ from megatron_phf.cli import preflight
 from megatron_phf.config.flags import build_parser, check_fields, parse_args, without_effect
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import teacher_directories, teacher_names
-from megatron_phf.demo.task import make_tokenizer
 from tests.models import make_model, make_replay
 
 GOOD = '{"problem": "1+1?", "solution": "It is 2.", "answer": "2"}\n'
@@ -62,6 +61,17 @@ def test_every_number_has_a_range_that_is_checked_and_in_its_help(name: str, all
         check_fields(Config().replaced(**{name: -1}))
     (action,) = [a for a in build_parser()._actions if a.dest == name]
     assert f"; {allowed.text}" in action.help
+
+
+@pytest.mark.parametrize("name", ["/abs", "../..", "a/b", "", " ", "a\n", ".", "x" * 300, "\udcff"])
+def test_a_run_name_is_a_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^--run-name '.*: need a name of at most 100 bytes"):
+        check_fields(Config().replaced(run_name=name))
+
+
+@pytest.mark.parametrize("name", ["phf", "OPSD + PHF, alpha=0.05", "größer"])
+def test_what_people_call_runs_is_a_name(name: str) -> None:
+    check_fields(Config().replaced(run_name=name))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +181,6 @@ def files(tmp_path_factory) -> dict[str, str]:
     make_model(str(directory / "few"), vocab_size=200)
     shutil.copy(directory / "one" / "tokenizer.json", directory / "few")
     model = make_model(str(directory / "model"))
-    make_tokenizer().save_pretrained(model)
     return {
         "ONE": str(directory / "one"),
         "TWO": str(directory / "two"),
@@ -186,7 +195,7 @@ def files(tmp_path_factory) -> dict[str, str]:
         "FIELDS": str(directory / "fields.jsonl"),
         "SHORT": make_model(str(directory / "short"), max_position_embeddings=100),
         "MODEL": model,
-        "BARE": make_model(str(directory / "bare")),
+        "BARE": make_model(str(directory / "bare"), tokenizer=False),
         "DATA": str(directory / "data.jsonl"),
         "BAD": str(directory / "bad.jsonl"),
         "DAMAGED": str(damaged),

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from megatron_phf.cli import preflight
 from megatron_phf.cli.merge_adapter import merge
 from megatron_phf.config.settings import Config
-from megatron_phf.demo.task import make_tokenizer
 from megatron_phf.lora.config import (
     ALLOWED,
     READ,
@@ -57,7 +56,6 @@ MISTAKES = {
 def files(tmp_path_factory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("lora")
     model = make_model(str(directory / "model"))
-    make_tokenizer().save_pretrained(model)
     adapter = make_adapter(str(directory / "adapter"), model, 4, 6, "q_proj,up_proj")
     config = Path(adapter, "adapter_config.json")
     for name, content in (
