@@ -129,6 +129,11 @@ def check_expert_flags(models: Models, config: Config) -> None:
         raise ValueError("--moe-aux-loss-coeff is for a model with experts; leave it out")
     experts = arch.experts or models.teacher.experts
     layout = config.parallel
+    if layout.expert_model_parallel_size > 1 and bool(arch.experts) != bool(models.teacher.experts):
+        raise ValueError(
+            "--expert-model-parallel-size above 1 needs experts in student and teacher alike; use "
+            "1, or another --teacher-hf-model"
+        )
     for flag, given in (
         ("--expert-model-parallel-size", layout.expert_model_parallel_size > 1),
         ("--expert-tensor-parallel-size", layout.expert_tensor_parallel_size is not None),

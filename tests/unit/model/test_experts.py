@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from megatron_phf.cli import preflight
 from megatron_phf.config.flags import parse_args
 from megatron_phf.model.architecture import Experts, read_architecture
+from megatron_phf.teacher.architecture import read_models
 from tests.models import make_model, make_replay
 
 SETTINGS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -95,6 +96,18 @@ def test_refused_layouts(
     with pytest.raises(ValueError, match=text):
         preflight.check(config)
         preflight.check_world_size(config, processes)
+
+
+@pytest.mark.parametrize(("model", "teacher"), [("moe", "dense"), ("dense", "moe")])
+def test_experts_in_one_of_two_models(model: str, teacher: str, files: Path) -> None:
+    """They are not shared out: a model without them has no such ranks."""
+    argv = ["--rollout-engine", "replay", "--replay-file", str(files / "replay.jsonl")]
+    argv += ["--hf-model", str(files / model), "--teacher-hf-model", str(files / teacher), EP, "2"]
+    config = parse_args(argv)
+    models = read_models(config)
+    with pytest.raises(ValueError, match=f"{EP} above 1 needs experts in student and teacher"):
+        preflight.check_expert_flags(models, config)
+    preflight.check_expert_flags(models, config.replaced(expert_model_parallel_size=1))
 
 
 def test_whole_experts_go_over_the_ranks_of_tensor_parallelism_too(files: Path) -> None:

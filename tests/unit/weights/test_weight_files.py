@@ -273,3 +273,20 @@ def test_quantised_checkpoints(model: Path, tmp_path: Path, name: str) -> None:
     edit_shard(quantise)(directory)
     with pytest.raises(ValueError, match="quantised models must be dequantised first"):
         check(directory)
+
+
+def test_experts_in_one_tensor_are_refused_by_their_name(tmp_path: Path) -> None:
+    """As transformers 5 has them in memory, where they would seem to be missing."""
+    settings = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    make_model(str(tmp_path), "qwen3_moe", **settings)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    first = "model.layers.0.mlp.experts"
+    pairs = [
+        torch.cat([tensors.pop(f"{first}.{i}.{n}_proj.weight") for n in ("gate", "up")])
+        for i in range(2)
+    ]
+    save_file({**tensors, f"{first}.gate_up_proj": torch.stack(pairs)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"experts\.gate_up_proj holds all experts in one tensor"):
+        check(tmp_path)
+    check(Path(make_model(str(tmp_path), "qwen3_moe", **settings)))  # what save_pretrained writes
