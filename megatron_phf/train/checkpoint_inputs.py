@@ -121,7 +121,7 @@ def check_compatible(path: str, saved: dict[str, Any], now: dict[str, Any]) -> l
             if group not in _FREE and name not in _READ + _MODELS:
                 changes.append(text)
     _check_inputs(path, saved, now)
-    _check_rendering(path, saved.get("rendering") or {}, now["rendering"])
+    _check_rendering(path, saved.get("rendering") or {}, now.get("rendering") or {})
     return changes
 
 
