@@ -13,6 +13,7 @@ import pytest
 from megatron_phf.cli import preflight
 from megatron_phf.config.flags import departures, parse_args
 from megatron_phf.config.settings import Config
+from megatron_phf.demo.task import make_tokenizer
 from megatron_phf.model.architecture import read_architecture
 from tests.launch import REPO
 
@@ -47,6 +48,7 @@ def write_model(directory: Path, name: str) -> Path:
     }  # fmt: skip
     (directory / "model").mkdir()
     (directory / "model" / "config.json").write_text(json.dumps(config))
+    make_tokenizer().save_pretrained(directory / "model")
     data = {"problem": "1+1", "solution": "2"}
     (directory / "data.jsonl").write_text(json.dumps(data) + "\n")
     return directory
