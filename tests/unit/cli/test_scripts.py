@@ -33,7 +33,7 @@ def test_modules_in_the_working_directory_are_not_pythons(module: str, tmp_path:
         done = subprocess.run(
             ["bash", copy, *flags], cwd=tmp_path, capture_output=True, text=True, env=variables
         )
-        assert "--run-name ../elsewhere: need a name of at most 100" in done.stderr
+        assert "--run-name '../elsewhere': need a name of at most 100" in done.stderr
         assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
 
 
