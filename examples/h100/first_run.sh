@@ -112,7 +112,7 @@ driver() { # torch's own words where the two do not fit
     verdict="torch cannot use the GPU ($(tail -n 1 <<<"$verdict")): update the driver, or pin another torch in the Makefile"
     return 1
 }
-product() { pip --no-build-isolation -e "$repo[test]"; }
+product() { pip --no-build-isolation -e "$repo"; }
 
 acceptance() { # NAME FLAGS...
     local report=$state/$1.json

@@ -4,13 +4,15 @@
 
 CASES.json: a list of {"name", "argv", "kind"}.  Kinds: ``gradients``: one forward and backward pass
 of the first global batch of a replay; metrics, with the norm that the optimizer then clips by, and
-gradients under HuggingFace names.  ``job``: the whole training job.
+gradients under HuggingFace names.  ``job``: the whole training job; ``term``: the step amid which
+each rank gets SIGTERM; ``kill_server``: whether vLLM's server dies amid the second step's transfer.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from megatron_phf.runtime import environment
 
 environment.set_cuda_defaults(os.environ)  # before torch is imported
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
@@ -35,12 +38,14 @@ from megatron_phf.console import print_anything  # noqa: E402
 from megatron_phf.files.replace import write_json  # noqa: E402
 from megatron_phf.lora.files import export_adapter  # noqa: E402
 from megatron_phf.rollout.sources import ReplaySource  # noqa: E402
+from megatron_phf.rollout.vllm.control import Control  # noqa: E402
 from megatron_phf.runtime import parallel  # noqa: E402
 from megatron_phf.runtime.heartbeat import Heartbeat  # noqa: E402
 from megatron_phf.runtime.signals import StopSignals  # noqa: E402
 from megatron_phf.teacher.architecture import read_models  # noqa: E402
 from megatron_phf.train.batch import make_batch  # noqa: E402
 from megatron_phf.train.build import load_student, make_distiller  # noqa: E402
+from megatron_phf.train.hooks import RunHook  # noqa: E402
 from megatron_phf.train.loop import train  # noqa: E402
 from megatron_phf.train.step import Distiller  # noqa: E402
 from megatron_phf.weights.huggingface import export_hf_weights  # noqa: E402
@@ -96,10 +101,36 @@ def gradients_and_norm(distiller: Distiller, source: ReplaySource, path: str) ->
     return found
 
 
-def job(config: Config) -> list[dict]:
+class Trouble(RunHook):
+    """What comes from outside amid a job."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self._term, self._kill = case.get("term"), case.get("kill_server")
+
+    def before_step(self, iteration: int) -> None:
+        """See the module."""
+        if iteration == self._term:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if iteration == 2 and self._kill:
+            kill_servers_at_update()
+
+
+def kill_servers_at_update() -> None:
+    """The processes that this one has started, once a server is told of new weights."""
+    update = Control.update
+
+    def killing(self: Control, info: dict[str, Any]) -> None:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        update(self, info)
+
+    Control.update = killing  # type: ignore[method-assign]
+
+
+def job(config: Config, case: dict[str, Any]) -> list[dict]:
     """The whole training job; its steps' metrics."""
     heartbeat = Heartbeat()
-    steps_done = train(config, StopSignals(), heartbeat)
+    steps_done = train(config, StopSignals(), heartbeat, more=[Trouble(case)])
     heartbeat.stop()  # as the product does; Python may abort at its end otherwise
     return [metrics.as_json() for metrics in steps_done]
 
@@ -115,7 +146,7 @@ def run_case(config: Config, case: dict[str, Any], path: str) -> object:
     """One case in the layout of its flags."""
     begin(config)
     if case["kind"] == "job":
-        return job(config)
+        return job(config, case)
     assert case["kind"] == "gradients" and config.rollout.replay_file is not None
     assert config.model.hf_model is not None
     models = read_models(config)

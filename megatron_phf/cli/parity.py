@@ -31,6 +31,7 @@ from megatron_phf.console import program
 from megatron_phf.hidden.spec import flow_spec
 from megatron_phf.model.architecture import aux_loss_coeff, read_architecture
 from megatron_phf.runtime.environment import for_children, torchrun
+from megatron_phf.runtime.visible_gpus import check_gpus_are_used
 
 _OUTPUT = ("loss", "opsd")
 _OTHERS = (
@@ -173,7 +174,6 @@ def _check_lora(config: Config) -> None:
 def run(given: list[str], tolerance: float, directory: str) -> int:
     """Compare and print; 0 within the tolerance, 1 beyond it."""
     from megatron_phf import reference
-    from megatron_phf.runtime.device import check_gpus_are_used
 
     check_gpus_are_used()
     arguments = _complete(given)

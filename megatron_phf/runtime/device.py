@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_phf.runtime import cuda_on_cpu, grad_norm, optional_packages, private_names
 from megatron_phf.runtime.rendezvous import reach_own_machine, said, store_of_this_start
-from megatron_phf.runtime.visible_gpus import visible_gpus
+from megatron_phf.runtime.visible_gpus import check_gpus_are_used
 
 _CPU = torch.device("cpu")
 
@@ -141,23 +141,6 @@ def init_distributed(local_rank: int, timeout_minutes: float) -> None:
     reach_own_machine()
     with said(lambda: "connections to the others (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **kwargs)
-
-
-def check_gpus_are_used() -> None:
-    """Raise ValueError where torch would take the CPU of a machine that lists GPUs, unasked."""
-    count = 0 if has_cuda() else visible_gpus()
-    if not count:
-        return
-    try:
-        torch.cuda.init()
-        reason = "torch.cuda.is_available() is False"
-    except (AssertionError, RuntimeError) as error:  # a CPU's torch; a driver that is too old
-        reason = str(error).split("\n")[0]
-    raise ValueError(
-        f"nvidia-smi lists {count} GPU(s), but torch {torch.__version__} can use none ({reason}); "
-        "install a driver and a torch that fit each other, or set CUDA_VISIBLE_DEVICES= to train "
-        "on the CPU"
-    )
 
 
 def _check_number_of_gpus() -> None:

@@ -72,3 +72,22 @@ def visible_gpus() -> int:
     if listing.returncode:
         return 0
     return count_visible(listing.stdout, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def check_gpus_are_used() -> None:
+    """Raise ValueError where torch would take the CPU of a machine that lists GPUs, unasked."""
+    import torch
+
+    count = 0 if torch.cuda.is_available() else visible_gpus()
+    if not count:
+        return
+    try:
+        torch.cuda.init()
+        reason = "torch.cuda.is_available() is False"
+    except (AssertionError, RuntimeError) as error:  # a CPU's torch; a driver that is too old
+        reason = str(error).split("\n")[0]
+    raise ValueError(
+        f"nvidia-smi lists {count} GPU(s), but torch {torch.__version__} can use none ({reason}); "
+        "install a driver and a torch that fit each other, or set CUDA_VISIBLE_DEVICES= to train "
+        "on the CPU"
+    )

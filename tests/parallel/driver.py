@@ -227,7 +227,7 @@ def run_case(config: Config, case: dict, path: str) -> object:
     if case["kind"] == "reshard":
         return reshard(config, case, path)
     if case["kind"] == "job":
-        return cases.job(config)
+        return cases.job(config, {})
     if case["kind"] == "engine":
         return contract(config)
     arch = read_architecture(config.model.hf_model)

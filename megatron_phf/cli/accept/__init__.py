@@ -1,5 +1,5 @@
 """What ``tools/acceptance.py`` runs and judges.
 
-``plan``: cases, their time and what is skipped; ``launch``: starts, timeouts and the deadline;
-``measure``: the large model's process; ``rows``: verdicts; ``table``: markdown and JSON.
+``plan``: parts, cases, their limits, what is skipped; ``launch``: starts, timeouts, the deadline;
+``large``, ``measure``: the large model's process; ``verdicts``: rows; ``table``: markdown and JSON.
 """

@@ -1,4 +1,4 @@
-"""Start the acceptance's cases: each has a timeout, and all have one deadline.
+"""Start the acceptance's cases: each has a timeout, so has each part, and all have one deadline.
 
 None takes another with it: what a broken or hanging case leaves undone is started again without it.
 """
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from megatron_phf.cli.accept.plan import CASES, MEASURE, MODEL, START_LIMIT, Case, Plan
+from megatron_phf.cli.accept.plan import MODEL, PARTS, START_SECONDS, Case, Plan
 from megatron_phf.runtime.environment import for_children, set_cuda_defaults, torchrun
 
 LATE = "out of time"
+_USUAL_START = 20.0  # imports, CUDA, NCCL
 _GRACE = 45.0  # torchrun needs 30 to end ranks that do not react
 
 
@@ -37,6 +38,7 @@ class Clock:
     end: float
     problems: dict[str, str] = field(default_factory=dict)
     times: list[dict] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=lambda: dict(PARTS))  # what each has left
 
     def left(self) -> float:
         """Seconds until the deadline."""
@@ -45,23 +47,34 @@ class Clock:
 
 def command(plan: Plan, cases: Sequence[Case], path: str) -> list[str]:
     """Of one start."""
-    if cases[0].kind == MODEL:
-        return [sys.executable, "-m", MODEL, *cases[0].argv]
-    module = MEASURE if cases[0].settings else CASES
-    return [*torchrun(plan.processes), "-m", module, path, plan.directory]
+    first = cases[0]
+    if first.module == MODEL:
+        return [sys.executable, "-m", MODEL, *first.argv]
+    return [*torchrun(first.processes), "-m", first.module, path, plan.directory]
 
 
 def run_all(plan: Plan, cases: Iterable[Case], clock: Clock, done: Callable[[], None]) -> None:
-    """Run ``cases`` into ``clock``; ``done`` is called after each start."""
-    for _, group in groupby(cases, key=lambda case: case.start):
+    """Run ``cases`` into ``clock``; ``done`` is called after each start.
+
+    Neighbours of one program and number of processes share a start, but those that start servers.
+    """
+
+    def start(case: Case) -> tuple[object, ...]:
+        return case.module, case.processes, case.part == "vllm" and case.name
+
+    for _, group in groupby((case for case in cases if case.missing is None), key=start):
         _run_together(plan, list(group), clock)
         done()
+        if "all_reduce" in clock.problems:  # nothing else can be right
+            return
 
 
 def _run_together(plan: Plan, cases: list[Case], clock: Clock) -> None:
     while cases:
-        if clock.left() <= 0:
-            clock.problems |= {case.name: LATE for case in cases}
+        late = [case for case in cases if min(clock.left(), clock.parts[case.part]) <= 0]
+        clock.problems |= {case.name: LATE for case in late}
+        cases = [case for case in cases if case not in late]
+        if not cases:
             return
         count, problem = _start(plan, cases, clock)
         if problem is not None and count < len(cases):
@@ -93,31 +106,30 @@ def _watch(
     plan: Plan, process: subprocess.Popen, cases: list[Case], clock: Clock
 ) -> tuple[int, str | None]:
     """Wait for one result after the other; a problem where one takes too long."""
-    count, began, allowance = 0, time.monotonic(), START_LIMIT
+    count, began, allowance = 0, time.monotonic(), START_SECONDS
     while count < len(cases):
         ended = process.poll() is not None
-        now = time.monotonic()
-        if os.path.exists(plan.path(f"{cases[count].name}.json")):
-            clock.times.append(_time(cases[count], now - began))
+        case, now = cases[count], time.monotonic()
+        there = os.path.exists(plan.path(f"{case.name}.json"))
+        most = min(plan.limit(case), clock.parts[case.part]) + allowance
+        if there or ended or clock.left() <= 0 or now - began > most:
+            # A start is nobody's time, so far as it is none that hangs.
+            clock.parts[case.part] -= max(0.0, now - began - min(allowance, _USUAL_START))
+        if there:
+            clock.times.append({"name": case.name, "part": case.part,
+                                "seconds": round(now - began, 1)})  # fmt: skip
             count, began, allowance = count + 1, now, 0.0
-            continue
-        if ended:
+        elif ended:
             return count, None
-        if clock.left() <= 0:
+        elif clock.left() <= 0:
             return count, LATE
-        if now - began > allowance + cases[count].limit:
+        elif now - began > most:
             return count, f"ended after {now - began:.0f} s"
-        time.sleep(0.1)
+        else:
+            time.sleep(0.1)
     with contextlib.suppress(subprocess.TimeoutExpired):  # results are there: it may go
         process.wait(timeout=_GRACE)
     return count, None
-
-
-def _time(case: Case, seconds: float) -> dict:
-    return {
-        "name": case.name, "seconds": round(seconds, 1), "expected": round(case.seconds, 1),
-        "limit": round(case.limit, 1),
-    }  # fmt: skip
 
 
 def _end(process: subprocess.Popen) -> None:

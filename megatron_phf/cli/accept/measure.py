@@ -8,7 +8,7 @@ padding and no luck of the draw in a figure.
 
 from __future__ import annotations
 
-import functools
+import gc
 import math
 import os
 import random
@@ -21,109 +21,104 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_phf.cli import cases
+from megatron_phf.cli.accept.large import Large
 from megatron_phf.config.settings import Config
-from megatron_phf.data.rollouts import Rollout
 from megatron_phf.estimate.memory import Machine, kv_cache_bytes, peak_estimate
 from megatron_phf.estimate.utilisation import Utilisation
+from megatron_phf.losses import DivergenceSpec, chunked_divergence
 from megatron_phf.model.gpt_config import model_dtype
-from megatron_phf.rollout.megatron.engine import MegatronRollouts, student_engine
-from megatron_phf.rollout.megatron.graphs import wants_graphs
 from megatron_phf.rollout.sampling import SamplingParams
 from megatron_phf.runtime import device, parallel
-from megatron_phf.teacher.architecture import read_models
-from megatron_phf.teacher.kinds import Teacher, make_teacher
-from megatron_phf.train.build import load_student
 from megatron_phf.train.metrics import PhaseTimer
-from megatron_phf.train.optimizer import StudentOptimizer
-from megatron_phf.train.step import Distiller
 
 _GIB = 2**30
 _ROOT = Path(__file__).resolve().parents[3]
 
 
-class Large:
-    """Student, teacher, optimizer and one global batch."""
-
-    def __init__(self, config: Config, case: dict[str, Any]) -> None:
-        assert config.model.hf_model is not None
-        self.config, self.case = config, case
-        self.models = read_models(config)
-        self.arch = self.models.student
-        parallel.initialize(config.parallel)
-        self.student = load_student(self.arch, config, config.model.hf_model)
-        self.utilisation = Utilisation(config, self.models)
-        generator = random.Random(parallel.data_parallel_rank())
-        count = case["batch"] // parallel.data_parallel_size()
-
-        def ids(length: int) -> tuple[int, ...]:
-            return tuple(generator.choices(range(self.arch.vocab_size), k=length))
-
-        self.rollouts = [
-            Rollout(ids(case["prompt"]), ids(case["teacher_prompt"]), ids(case["response"]))
-            for _ in range(count)
-        ]
-        self._steps = 0
-
-    @functools.cached_property
-    def teacher(self) -> Teacher:
-        """Not where the student decodes alone."""
-        return make_teacher(self.student, self.models, self.config)
-
-    @functools.cached_property
-    def optimizer(self) -> StudentOptimizer:
-        """Behind the teacher, which starts at the student's weights."""
-        return StudentOptimizer(self.student, self.config)
-
-    def distiller(self, flow: bool = True) -> Distiller:
-        """With the flow loss or without, around the same models and optimizer."""
-        config = self.config if flow else self.config.replaced(phf_alpha=0.0)
-        teacher = self.teacher
-        return Distiller(config, self.models, self.student, teacher, self.optimizer)
-
-    def step(self, distiller: Distiller, timer: PhaseTimer | None = None) -> PhaseTimer:
-        """One more of them."""
-        timer, self._steps = timer or PhaseTimer(), self._steps + 1
-        distiller.step(self._steps, self.rollouts, timer)
-        return timer
-
-
 def step(large: Large) -> dict[str, Any]:
     """Steps with the flow loss and without in turn: phases, MFU, price, peak beside the formula."""
-    times: dict[bool, list[dict[str, float]]] = {True: [], False: []}
-    peaks, shares = [0.0], []
-    warm, rounds = large.case["warm"], large.case["rounds"]
-    for number in range(warm + rounds):
-        for flow in (True, False) if number % 2 else (False, True):
-            timer = large.step(large.distiller(flow))
+    c, flows = large.case, large.case["flows"]
+    times: dict[bool, list[dict[str, float]]] = {flow: [] for flow in flows}
+    shares, utilisation = [], Utilisation(large.config, large.models)
+    peaks, warm = [0.0], c["warm"]
+    torch.cuda.empty_cache()  # of what ran before
+    for number in range(warm + c["rounds"]):
+        for flow in flows if number % 2 else flows[::-1]:
+            timer = PhaseTimer()
+            if c["sample"]:
+                with timer.phase("rollout"):
+                    large.sample()
+            large.step(large.distiller(flow), timer)
             if number < warm:
                 continue
             times[flow].append(timer.seconds)
             if flow:
                 peaks += timer.memory_bytes.values()
-                shares.append(large.utilisation.mfu(large.rollouts, timer.seconds["student"]))
-    pairs = zip(times[True], times[False], strict=True)
+                shares.append(utilisation.mfu(large.rollouts, timer.seconds["student"]))
+    reserved = torch.cuda.memory_reserved() or max(peaks)
+    traces = [_trace(large, flow) for flow in flows]
     phases = {name: statistics.median(t[name] for t in times[True]) for name in times[True][0]}
-    c, config = large.case, large.config
+    config, price = large.config, None
+    if False in times:
+        pairs = zip(times[True], times[False], strict=True)
+        price = statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs)
     fused = device.has_module("transformer_engine") or device.has_module("apex")
     width, replicas = model_dtype(config).itemsize, parallel.data_parallel_size()
     machine = Machine(width, replicas, cuda=device.has_cuda(), fused_adam=fused)
-    tokens = c["micro_batch"] * (c["prompt"] + c["response"])
+    tokens, decode = config.batching.max_tokens_per_microbatch, bool(c["sample"])
+    formula = peak_estimate(large.models, config, machine, tokens, decode)
     return {
         "seconds": phases,
-        "price": statistics.median(sum(a.values()) / sum(b.values()) for a, b in pairs),
+        "price": price,
         "mfu": None if None in shares else statistics.median(s for s in shares if s is not None),
         "peak_gib": max(parallel.max_over_ranks(peaks)) / _GIB,
-        "formula_gib": sum(peak_estimate(large.models, config, machine, tokens).values()),
+        "reserved_gib": max(parallel.max_over_ranks([reserved])) / _GIB,
+        "formula_gib": sum(formula.values()),
         "tokens": c["batch"] * (c["prompt"] + c["response"]),
+        "traces": traces,
     }
 
 
+def _trace(large: Large, flow: bool) -> str:
+    """The profiler's trace of one step, rank 0's, for ui.perfetto.dev."""
+    path = f"{large.case['trace']}_{'flow' if flow else 'opsd'}.json.gz"
+    with torch.profiler.profile() as profiler:
+        large.step(large.distiller(flow))
+    if parallel.is_first_rank():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        profiler.export_chrome_trace(path)
+    return path
+
+
+def head(large: Large) -> dict[str, Any]:
+    """Seconds of output head and divergence, forward and backward, by tokens of a chunk."""
+    weight, count = large.student[-1].output_weight().detach(), large.config.batching
+    generator = torch.Generator(device.device()).manual_seed(1)
+    size = (count.max_tokens_per_microbatch, weight.shape[1])
+    student, teacher = (
+        torch.randn(size, generator=generator, device=weight.device, dtype=weight.dtype)
+        for _ in range(2)
+    )
+    student.requires_grad_()
+    ones, seconds = torch.ones(size[0], device=weight.device), {}
+    for chunk in large.case["chunks"]:
+        spec = DivergenceSpec(beta=0.0)
+        for _ in range(3):  # the last counts: the first loads kernels
+            device.synchronize()
+            start = time.perf_counter()
+            chunked_divergence(
+                student, teacher, weight, weight, ones, spec, chunk_tokens=chunk
+            ).loss.backward()
+            device.synchronize()
+            seconds[chunk] = time.perf_counter() - start
+    return {"tokens": size[0], "seconds": seconds}
+
+
 def synchronisations(large: Large) -> dict[str, Any]:
-    """Where a step makes the host wait for the device, by phase; {} without CUDA."""
-    if not device.has_cuda():
-        return {}
+    """Where a step makes the host wait for the device, by phase."""
     distiller = large.distiller()
     large.step(distiller)
     phase, places = ["batch"], Counter[tuple[str, str]]()
@@ -146,8 +141,8 @@ def synchronisations(large: Large) -> dict[str, Any]:
     phases = Counter[str]()
     for (name, _), count in places.items():
         phases[name] += count
-    found = [[name, where, count] for (name, where), count in places.most_common()]
-    return {"phases": dict(phases), "places": found}
+    most = [[name, where, count] for (name, where), count in places.most_common()]
+    return {"phases": dict(phases), "places": most}
 
 
 def bandwidth() -> float:
@@ -186,7 +181,7 @@ def decode(large: Large) -> dict[str, Any]:
     prompts = [
         generator.choices(range(large.arch.vocab_size), k=c["prompt"]) for _ in range(c["rows"])
     ]
-    engine = student_engine(large.config, large.models, large.student)
+    engine = large.engine("on" if device.has_cuda() else "off", c["rows"])
     few = max(2, c["tokens"] // 8)
 
     def seconds(tokens: int) -> float:
@@ -196,21 +191,13 @@ def decode(large: Large) -> dict[str, Any]:
         engine.generate(prompts, sampling, range(len(prompts)))
         return time.perf_counter() - start
 
-    def tokens(engine: MegatronRollouts) -> list[list[int]]:
-        sampling = SamplingParams(1.1, 0.95, 20, few, (), 2)
-        responses = engine.generate(prompts, sampling, range(len(prompts)))
-        return [[*response.token_ids] for response in responses]
-
     seconds(few)
     token = token_seconds(seconds, few, c["tokens"])
-    graphs = wants_graphs(large.config, large.arch)
-    plain = MegatronRollouts(large.student, large.models.vocab_size, c["rows"])
     tp = large.config.parallel.tensor_model_parallel_size
     width = model_dtype(large.config).itemsize
     length = c["prompt"] + few + c["tokens"] // 2
     config = large.config.replaced(
         max_prompt_length=length, max_new_tokens=1, global_batch_size=c["rows"],
-        pipeline_model_parallel_size=1,  # a token passes all stages
     )  # fmt: skip
     cache = kv_cache_bytes(large.arch, config, Machine(width, 1))
     copied = bandwidth()
@@ -220,21 +207,54 @@ def decode(large: Large) -> dict[str, Any]:
         "memory_seconds": (large.arch.num_parameters() * width / tp + cache) / copied,
         "bandwidth": copied,
         "rows": c["rows"],
-        "graphs_equal": tokens(engine) == tokens(plain) if graphs else None,
     }
 
 
-KINDS = {f.__name__: f for f in (step, synchronisations, decode)}
+def graphs(large: Large) -> dict[str, Any]:
+    """How many rows get other tokens from captured steps than from launched ones."""
+    c, generator = large.case, random.Random(1)
+    prompts = [
+        generator.choices(range(large.arch.vocab_size), k=c["prompt"]) for _ in range(c["rows"])
+    ]
+    sampling = SamplingParams(1.1, 0.95, 20, c["tokens"], (), 1)
+    responses = [
+        large.engine(mode, c["rows"]).generate(prompts, sampling, range(len(prompts)))
+        for mode in ("off", "on")
+    ]
+    pairs = zip(*responses, strict=True)
+    different = sum(list(a.token_ids) != list(b.token_ids) for a, b in pairs)
+    return {"rows": c["rows"], "tokens": c["tokens"], "different": different}
+
+
+def all_reduce() -> dict[str, Any]:
+    """Of as many numbers as a bucket of gradients has, right on every rank."""
+    numbers = torch.ones(2**24 if device.has_cuda() else 2**10, device=device.device())
+    dist.all_reduce(numbers)
+    world = dist.get_world_size()
+    if not bool((numbers == world).all()):
+        raise ValueError(f"an all-reduce of ones over {world} processes gave {numbers[0]}")
+    return {"processes": world, "device": device.describe()}
+
+
+KINDS = {f.__name__: f for f in (step, synchronisations, head, decode, graphs)}
 
 
 def main() -> None:
-    """All cases, which share their flags and models."""
-    made: list[Large] = []
+    """All cases; neighbours with the same flags share their models."""
+    made: dict[tuple[str, ...], Large] = {}
 
     def run(config: Config, case: dict[str, Any], _: str) -> object:
-        if not made:
-            made.append(Large(config, case))
-        return KINDS[case["kind"]](made[0])
+        if case["kind"] == "all_reduce":
+            return all_reduce()
+        argv = tuple(case["argv"])
+        if argv not in made:
+            made.clear()
+            gc.collect()
+            parallel.destroy_model_parallel()
+            torch.cuda.empty_cache()
+            made[argv] = Large(config, case)
+        made[argv].case = case
+        return KINDS[case["kind"]](made[argv])
 
     cases.main(run, after=lambda: None)
 

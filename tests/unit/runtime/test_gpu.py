@@ -355,14 +355,6 @@ def test_no_command_takes_the_cpu_of_a_machine_with_gpus(command: str, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_cpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "visible_gpus", lambda: 0)
-    device.check_gpus_are_used()
-    monkeypatch.setattr(device, "visible_gpus", lambda: 1)
-    monkeypatch.setattr(device, "has_cuda", lambda: True)
-    device.check_gpus_are_used()
-
-
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(device.torch.cuda, "device_count", lambda: 4)
