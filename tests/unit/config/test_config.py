@@ -288,7 +288,8 @@ MISTAKES = {
     + SHORT
     + SEVERAL
     + "code=TWO": "fields.jsonl:2: field 'teacher' is 'art', but --teacher-hf-model names math, c",
-    REAL
+    "--hf-model EXPERTS "
+    + DATA
     + "--expert-model-parallel-size 2 --teacher-hf-model a=EXPERTS --teacher-hf-model "
     + "b=EXPERTS": "several teachers with experts need --expert-model-parallel-size 1",
     REAL + "--tokenizer-type SentencePieceTokenizer": "needs --tokenizer-model, the model file",
