@@ -80,7 +80,7 @@ def fails_once(done, message: str) -> None:
 
 def test_damaged_adapter(files: dict[str, str], tmp_path: Path) -> None:
     done = job(files, "--lora-adapter", files["damaged"], "--output-dir", str(tmp_path))
-    fails_once(done, "adapter_model.safetensors: truncated, or not a safetensors file; copy it again")
+    fails_once(done, "adapter_model.safetensors: truncated, or not a safetensors file")
 
 
 def test_an_adapter_that_cannot_be_written(files: dict[str, str], tmp_path: Path) -> None:
