@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -81,19 +81,6 @@ def flag(
     known |= {"range": allowed if isinstance(allowed, Range) else None}
     known |= {"choices": None if isinstance(allowed, Range) else allowed}
     return field(default=default, metadata=known)
-
-
-def lacks(f: Field[Any], values: Mapping[str, Any]) -> str | None:
-    """The flag, and its values, without which another value of ``f`` than its default does nothing.
-
-    None where it does something.  ``values``: of all fields, by name.
-    """
-    if f.metadata["acts_with"] is None or values[f.name] == f.default:
-        return None
-    name, _, wanted = f.metadata["acts_with"].partition("=")
-    if str(values[name]) in wanted.split("|") if wanted else values[name]:
-        return None
-    return f"--{name.replace('_', '-')} {wanted.replace('|', ' or ')}".rstrip()
 
 
 def choices_of(known: Mapping[str, Any]) -> tuple[str, ...] | None:

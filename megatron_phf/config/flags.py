@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from megatron_phf.config.field import choices_of, lacks
+from megatron_phf.config.field import choices_of
 from megatron_phf.config.presets import preset_flags
 from megatron_phf.config.settings import Config, config_groups, flag_of
 from megatron_phf.config.teachers import joined
@@ -176,12 +176,15 @@ def check_fields(config: Config) -> None:
 
 def without_effect(config: Config) -> list[str]:
     """The flags of a run that change nothing in it, and what they would need."""
-    values = _values(config)
-    return [
-        f"{flag_of(f.name)} {values[f.name]} has no effect without {lacking}"
-        for f in _fields()
-        if (lacking := lacks(f, values)) is not None
-    ]
+    values, idle = _values(config), []
+    for f in _fields():
+        if f.metadata["acts_with"] is None or values[f.name] == f.default:
+            continue
+        name, _, wanted = f.metadata["acts_with"].partition("=")
+        if not (str(values[name]) in wanted.split("|") if wanted else values[name]):
+            needed = f"{flag_of(name)} {wanted.replace('|', ' or ')}".rstrip()
+            idle.append(f"{flag_of(f.name)} {values[f.name]} has no effect without {needed}")
+    return idle
 
 
 def departures(config: Config) -> list[str]:

@@ -103,8 +103,11 @@ class Comparison:
             for against, _ in self._targets
         }
         values = layer_values(self._terms, layer, student, teachers, window.valid, window.weights)
-        absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
-        terms = torch.stack([values.get(term.name, absent) for term in self._terms])
+        missing = [term.name for term in self._terms if term.name not in values]
+        if missing:  # layer 1 has no pair
+            absent = outputs.new_zeros(len(window.valid), dtype=torch.float32)
+            values |= dict.fromkeys(missing, absent)
+        terms = torch.stack([values[term.name] for term in self._terms])
         self.values[microbatch, layer] = terms.detach()
         weighted = terms.sum(1) * self._layer_weights[layer - 1]
         loss = weighted.sum() * window.gradient_scale

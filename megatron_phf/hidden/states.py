@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_phf.hidden.term import STATES
+
 
 def _working(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
@@ -87,7 +89,7 @@ def centred_rows(hidden: Tensor, valid: Tensor) -> Tensor:
 
 def transition_counts(valid: Tensor) -> Tensor:
     """valid bool [b, m] -> transitions of each sequence, int64 [b]: m_i - 1, at least 0."""
-    return (valid.sum(-1) - 1).clamp(min=0)
+    return STATES["transitions"].counts(valid)
 
 
 class _Gram(torch.autograd.Function):

@@ -6,6 +6,7 @@ A new one is one file: a subclass of :class:`HiddenTerm`, named on the command l
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,9 +42,15 @@ class StateKind:
 
     def states(self, hidden: Tensor, valid: Tensor) -> Tensor:
         """hidden [b, m, h], valid bool [b, m] -> [b, n, width(h)]."""
-        module, _, function = self.make.partition(":")
-        made: Tensor = getattr(importlib.import_module(module), function)(hidden, valid)
-        return made
+        return _formula(self.make)(hidden, valid)
+
+
+@functools.cache
+def _formula(path: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function ``module:name``, looked up once: layers ask in every pass."""
+    module, _, name = path.partition(":")
+    function: Callable[[Tensor, Tensor], Tensor] = getattr(importlib.import_module(module), name)
+    return function
 
 
 _FORMULAS = "megatron_phf.hidden.states"

@@ -175,9 +175,10 @@ def adapted_modules(content: dict[str, Any], modules: Iterable[str], path: str) 
                 f"{path}: target_modules is no regular expression ({error})"
             ) from error
     else:
-        chosen = [n for n in modules if any(n == t or n.endswith(f".{t}") for t in targets)]
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in modules):
+        named = {t: {n for n in modules if n == t or n.endswith(f".{t}")} for t in targets}
+        chosen = [name for name in modules if any(name in each for each in named.values())]
+        for target, names in named.items():
+            if not names:
                 raise ValueError(
                     f"{path}: target_modules names {target}, which is no linear of this model's "
                     f"layers ({', '.join(TARGETS)})"

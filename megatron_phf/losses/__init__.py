@@ -85,5 +85,6 @@ def __getattr__(name: str) -> Any:
     for module in _MODULES if name in __all__ else ():
         value = getattr(importlib.import_module(f"megatron_phf.{module}"), name, None)
         if value is not None:
+            globals()[name] = value  # found once
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

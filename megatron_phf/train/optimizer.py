@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,9 +165,9 @@ class StudentOptimizer:
         step, each = adam_state.steps_taken(saved), self.optimizer.chained_optimizers
         with device.cuda_type_names():
             for number, optimizer in enumerate(each):
-                part = (lambda state: state) if len(each) == 1 else operator.itemgetter(number)
-                adam = optimizer.optimizer
-                _load(optimizer, adam_state.restored(adam, part(asked), part(saved), step))
+                alone = len(each) == 1
+                ask, part = (asked, saved) if alone else (asked[number], saved[number])
+                _load(optimizer, adam_state.restored(optimizer.optimizer, ask, part, step))
         if self._train.lr_decay_iters is None:
             self.lr_decay_iters = lr_decay_iters
         self._schedule = _schedule(self.optimizer, self._train, self.lr_decay_iters)

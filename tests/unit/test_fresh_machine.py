@@ -149,6 +149,7 @@ def crowded(tmp_path: Path) -> Path:
 def test_modules_of_the_working_directory_are_not_pythons(crowded: Path) -> None:
     """The launcher's help, its preflight, and what torchrun would get."""
     script, variables = REPO / "examples/pretrain_phf.sh", environment()
+    variables["VIRTUAL_ENV"] = sys.prefix  # or a checkout's .venv would come before the stub
     _stub(crowded, "torchrun", 'echo "$@"')
     path = os.pathsep.join([str(crowded), variables["PATH"]])
 
@@ -160,6 +161,15 @@ def test_modules_of_the_working_directory_are_not_pythons(crowded: Path) -> None
 
     assert "--phf-alpha" in said("--help")
     assert said("--seed", "3").startswith("--standalone --local-addr localhost --nproc-per-node ")
+    compile(script.read_text(), str(script), "exec")  # it is whole to Python too
+    variables["PYTHONPATH"] = str(REPO)  # for a copy beside those modules
+    for copy in (script, shutil.copy(script, crowded / "mine.sh")):
+        done = subprocess.run(
+            [_BASH, copy, "--run-name", "../elsewhere"], cwd=crowded, env=variables,
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert "--run-name '../elsewhere': need a name of at most 100" in done.stderr
+        assert done.returncode != 0 and len(done.stderr.splitlines()) == 1
 
 
 def test_ranks_of_our_tools_do_not_import_the_working_directory(crowded: Path) -> None:

@@ -63,13 +63,16 @@ def test_every_number_has_a_range_that_is_checked_and_in_its_help(name: str, all
     assert f"; {allowed.text}" in action.help
 
 
-@pytest.mark.parametrize("name", ["/abs", "../..", "a/b", "", " ", "a\n", ".", "x" * 300, "\udcff"])
+NO_NAMES = ["/abs", "../..", "a/b", "", " ", "a\n", "a\nb", "a\0", ".", ".hidden", "\udcff"]
+
+
+@pytest.mark.parametrize("name", [*NO_NAMES, "x" * 101, "x" * 300])
 def test_a_run_name_is_a_name(name: str) -> None:
     with pytest.raises(ValueError, match=r"^--run-name '.*: need a name of at most 100 bytes"):
         check_fields(Config().replaced(run_name=name))
 
 
-@pytest.mark.parametrize("name", ["phf", "OPSD + PHF, alpha=0.05", "größer"])
+@pytest.mark.parametrize("name", ["phf", "OPSD + PHF, alpha=0.05", "phf alpha=0.05_é.2", "größer"])
 def test_what_people_call_runs_is_a_name(name: str) -> None:
     check_fields(Config().replaced(run_name=name))
 
